@@ -1,0 +1,7 @@
+"""`python -m mmalign.cli`, which is what `accelerate launch -m mmalign.cli` runs."""
+
+import sys
+
+from mmalign.cli.main import main
+
+sys.exit(main())

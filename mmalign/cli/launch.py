@@ -1,0 +1,101 @@
+"""Several processes: `mmalign train` starts itself again through `accelerate launch`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmalign.cli.options import Option, UsageError, flag, switch, text, whole
+from mmalign.cli.terminal import without_options
+
+GROUP = "several processes: handed to `accelerate launch`"
+_LAUNCHED = "MMALIGN_LAUNCHED"
+_NOT_YET = "several GPUs run with plain data parallelism; sharded training is not supported yet"
+
+
+def _option(name: str, help: str, convert: Any = text, metavar: str = "TEXT", hidden: bool = True) -> Option:
+    return Option(name=name, help=help, convert=convert, metavar=metavar, group=GROUP, nullable=True, hidden=hidden)
+
+
+OPTIONS = [
+    _option("num_processes", "how many processes, one a GPU", whole, "N", hidden=False),
+    _option("accelerate_config", "single_gpu, multi_gpu, or a file that `accelerate config` wrote", metavar="NAME|FILE", hidden=False),
+    _option("multi_gpu", "all GPUs of this machine", switch, "BOOL"),
+    _option("gpu_ids", "which GPUs, as 0,1,3"),
+    _option("num_machines", "how many machines", whole, "N"),
+    _option("machine_rank", "which machine this is", whole, "N"),
+    _option("main_process_ip", "address of machine 0"),
+    _option("main_process_port", "port of machine 0", whole, "N"),
+    _option("same_network", "whether the machines share a network", switch, "BOOL"),
+    _option("rdzv_backend", "rendezvous backend"),
+    _option("rdzv_conf", "rendezvous configuration"),
+    _option("max_restarts", "restarts of a failed worker group", whole, "N"),
+    _option("monitor_interval", "seconds between looks at the workers"),
+    _option("num_cpu_threads_per_process", "threads a process", whole, "N"),
+    _option("enable_cpu_affinity", "bind processes to cores", switch, "BOOL"),
+    _option("log_dir", "where the workers' output is kept"),
+    _option("role", "name of the workers in logs"),
+]
+NAMES = [option.name for option in OPTIONS]
+REFUSED = {
+    **dict.fromkeys(("use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config", "zero_stage"), _NOT_YET),
+    "config_file": "give the file to --accelerate-config",
+    "dynamo_backend": "training is not compiled",
+    "tpu": "TPUs are not supported",
+    "cpu": "write --use-cpu",
+}
+_SHARDED = ("fsdp1", "fsdp2", "zero1", "zero2", "zero3")
+
+
+def relaunch(argv: Sequence[str], chosen: Mapping[str, Any]) -> int | None:
+    """Runs `mmalign train argv` under `accelerate launch` and returns its exit code; None when this process is to train itself."""
+    chosen = {name: value for name, value in chosen.items() if value is not None and value is not False}
+    if not chosen or os.environ.get(_LAUNCHED):
+        return None
+    if "WORLD_SIZE" in os.environ:
+        names = ", ".join(flag(name) for name in chosen)
+        raise UsageError(f"{names}: a launcher has already started these processes; give the option to that launcher instead")
+    # accelerate's module loads torch; its options were checked above, so that errors come fast and in one line.
+    words = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(chosen)]
+    words += ["-m", "mmalign.cli", "train", *without_options(argv, NAMES)]
+    process = subprocess.Popen(words, env=os.environ | {_LAUNCHED: "1"})
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # The terminal sent it to the workers too; the first of them says how to go on.
+        process.wait()
+        return 130
+
+
+def launch_words(chosen: Mapping[str, Any]) -> list[str]:
+    """The options of `accelerate launch`; more than one process always means separate ones, on a CPU too."""
+    chosen = dict(chosen)
+    words = _config_words(chosen.pop("accelerate_config", None))
+    several = (chosen.get("num_processes") or 1) > 1
+    if several and "--config_file" not in words:
+        # Without it, accelerate runs one process on a machine without GPUs and does not say so.
+        chosen["multi_gpu"] = True
+    for name, value in chosen.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    if "--config_file" not in words:
+        stated = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
+        words += [word for name, value in stated.items() if name not in chosen for word in (f"--{name}", value)]
+    return list(dict.fromkeys(words)) if words.count("--multi_gpu") > 1 else words
+
+
+def _config_words(name: str | None) -> list[str]:
+    if name is None:
+        return []
+    if name in _SHARDED:
+        raise UsageError(f"--accelerate-config {name} is refused: {_NOT_YET}")
+    if name == "single_gpu":
+        return ["--num_processes", "1"]
+    if name == "multi_gpu":
+        return ["--multi_gpu"]
+    if not Path(name).is_file():
+        raise UsageError(f"--accelerate-config takes single_gpu, multi_gpu or a file; there is no file {name}")
+    return ["--config_file", name]

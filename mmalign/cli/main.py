@@ -1,0 +1,150 @@
+"""Which verb runs, and what a user sees when one cannot: one line, exit code 2, no traceback unless `--debug`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from mmalign.cli.options import UsageError, nearest
+from mmalign.cli.terminal import Interrupted, one_line, rank_prefix
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of the overview; `module` has `run(argv) -> exit code` and is imported when the verb is used."""
+
+    name: str
+    summary: str
+    example: str
+    module: str
+
+
+VERBS = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            "quickstart",
+            "align the embedded tiny Stable Diffusion and prove that it worked; minutes on a laptop",
+            "mmalign quickstart",
+            "mmalign.cli.quickstart",
+        ),
+        Verb(
+            "train",
+            "align a text-to-image model on preference pairs: smpo, inpo, dpo, or sft",
+            "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
+            "mmalign.cli.train",
+        ),
+        Verb(
+            "generate",
+            "draw pictures, with or without a trained LoRA",
+            'mmalign generate --model playground --lora runs/smpo --prompt "a red bag on a blue background"',
+            "mmalign.cli.generate",
+        ),
+        Verb(
+            "invert",
+            "find the noise behind a picture, and see how well it is drawn again",
+            'mmalign invert --model playground --image bag.png --prompt "a red bag on a blue background"',
+            "mmalign.cli.invert",
+        ),
+        Verb(
+            "evaluate",
+            "win rate of an aligned model over its base, with its interval, as report.html",
+            "mmalign evaluate --model playground --lora runs/smpo --prompts playground",
+            "mmalign.cli.evaluate",
+        ),
+        Verb(
+            "cache",
+            "where encoded data sets and downloads lie, how large they are; --clear removes ours",
+            "mmalign cache",
+            "mmalign.cli.cache",
+        ),
+        Verb(
+            "env",
+            "versions, devices and known conflicts, for yourself or a bug report",
+            "mmalign env",
+            "mmalign.cli.environment",
+        ),
+    )
+}
+
+_HELP = """usage: mmalign VERB [options]
+
+Preference alignment for text-to-image models.
+
+{verbs}
+
+Every verb explains itself:        mmalign VERB --help
+Options can stand in a YAML file:  mmalign VERB --config run.yaml   (the command line wins)
+
+  --version   the version of mmalign
+  --debug     a full traceback where an error would be one line
+"""
+
+
+def overview() -> str:
+    """What `mmalign --help` prints."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb.name:<{width}}  {verb.summary}\n  {'':<{width}}    $ {verb.example}" for verb in VERBS.values()]
+    return _HELP.format(verbs="\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, 2 for what the user can mend, 130 when interrupted."""
+    words, debug = _without_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return _run(words)
+    except KeyboardInterrupt as stop:
+        print(f"\nmmalign: {stop if isinstance(stop, Interrupted) else 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as with `mmalign env | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        message = one_line(error)
+        if debug or message is None:
+            raise
+        hint = "" if isinstance(error, UsageError) else " (--debug shows where)"
+        print(f"mmalign: error: {rank_prefix()}{message}{hint}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(), end="")
+        return 0
+    if words[0] in ("--version", "-V"):
+        from mmalign import __version__
+
+        print(f"mmalign {__version__}")
+        return 0
+    name = words[0]
+    if name not in VERBS:
+        known = f"the verbs are {', '.join(VERBS)}"
+        raise UsageError(f"no verb {name!r}{nearest(name, VERBS)}; {known}")
+    _log_to_stderr()
+    return int(import_module(VERBS[name].module).run(words[1:]))
+
+
+def _without_debug(words: list[str]) -> tuple[list[str], bool]:
+    """Takes a bare `--debug` away; `--debug underflow_overflow` is an option of the trainer and stays."""
+    for at, word in enumerate(words):
+        if word == "--debug":
+            bare = at + 1 == len(words) or words[at + 1].startswith("-") or at == 0
+            return (words[:at] + words[at + 1 :] if bare else words), True
+    return words, False
+
+
+def _log_to_stderr() -> None:
+    """Shows what the package has to say, from the first process only."""
+    logger = logging.getLogger("mmalign")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.WARNING if rank_prefix() else logging.INFO)

@@ -1,0 +1,40 @@
+"""Preference data: read and checked, compared, encoded once, and handed to a trainer.
+
+source = load_pairs("playground")
+encoded = encode_pairs(source, denoiser, resolution=32)
+compared = compare(encoded.labels, None, ComparisonConfig(kind="human"))
+loader = DataLoader(PreferenceDataset(encoded, compared), collate_fn=collate)
+"""
+
+from mmalign.data.comparison import Compared, ComparisonConfig, compare
+from mmalign.data.dataset import PreferenceBatch, PreferenceDataset, PreferenceItem, collate
+from mmalign.data.encoded import EncodedPairs
+from mmalign.data.latents import encode_pairs
+from mmalign.data.pairs import PairSource, find_bad_rows, load_pairs
+from mmalign.data.records import BadRow, InvalidRow, PairRecord
+from mmalign.data.scoring import score_pairs
+from mmalign.data.smoothing import Normalizer
+from mmalign.data.storage import cache_size, clear_cache, default_cache_dir
+
+__all__ = [
+    "BadRow",
+    "cache_size",
+    "clear_cache",
+    "collate",
+    "compare",
+    "Compared",
+    "ComparisonConfig",
+    "default_cache_dir",
+    "encode_pairs",
+    "EncodedPairs",
+    "find_bad_rows",
+    "InvalidRow",
+    "load_pairs",
+    "Normalizer",
+    "PairRecord",
+    "PairSource",
+    "PreferenceBatch",
+    "PreferenceDataset",
+    "PreferenceItem",
+    "score_pairs",
+]

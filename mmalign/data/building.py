@@ -1,0 +1,252 @@
+"""How a cache is filled: shard after shard, each written whole, none made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmalign.data.ahead import in_order
+from mmalign.data.columns import REQUIRED
+from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
+from mmalign.data.images import BadImage, fit, to_pixels
+from mmalign.data.pairs import PairSource
+from mmalign.data.records import BadRow, InvalidRow, summarise
+from mmalign.data.shards import read_notes, read_shard, rows_per_shard, write_shard
+from mmalign.data.storage import write_atomically
+from mmalign.denoisers import Denoiser
+
+LatentMode = Literal["sample", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to encode, with what, and into which folder."""
+
+    source: PairSource
+    denoiser: Denoiser
+    height: int
+    width: int
+    folder: Path
+    batch_size: int
+    dtype: torch.dtype
+    mode: LatentMode
+    seed: int
+    shard_rows: int
+    workers: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A good row: pixels in [−1, 1], the six numbers of each picture's size and crop, and what belongs to the pair."""
+
+    row: int
+    prompt: str
+    label: float
+    scores: dict[str, tuple[float, float]]
+    user_id: str | None
+    pixels: Float[Tensor, "2 3 H W"]
+    sizes: Int[Tensor, "2 6"]
+
+
+def build(job: Job, key: str, parts: dict[str, Any]) -> None:
+    """Fill job.folder, starting from the shards that an earlier attempt finished; it is complete once this returns."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for leftover in job.folder.glob(".*.tmp"):
+        leftover.unlink()
+    try:
+        _fill(job, key, parts)
+    except BaseException:
+        if not any(job.folder.iterdir()):
+            shutil.rmtree(job.folder, ignore_errors=True)
+        raise
+
+
+def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
+    latents = _latent_shards(job)
+    notes = [read_notes(path) for path in latents]
+    bad_rows = [bad for note in notes for bad in note["bad_rows"]]
+    texts = [prompt for note in notes for prompt in note["prompts"]]
+    if not texts:
+        shutil.rmtree(job.folder)
+        summary = summarise([BadRow(*bad) for bad in bad_rows], len(job.source))
+        raise ValueError(f"{job.source.name} has no usable pair; {summary}")
+    distinct = list(dict.fromkeys(texts))
+    _write_index(job, latents, texts, distinct)
+    prompts = _prompt_shards(job, distinct)
+    lengths = [note["stop"] - note["start"] for note in map(read_notes, prompts)]
+    written = [*latents, *prompts, job.folder / INDEX, job.folder / EMPTY]
+    manifest = Manifest(
+        key=key,
+        parts=parts,
+        latents=Column([path.name for path in latents], [len(note["prompts"]) for note in notes]),
+        prompts=Column([path.name for path in prompts], lengths),
+        prompt_texts=distinct,
+        user_ids=[user for note in notes for user in note["user_ids"]],
+        score_names=list(job.source.score_names),
+        bad_rows=bad_rows,
+        num_truncated_prompts=job.denoiser.count_truncated(distinct),
+        files={path.name: [path.stat().st_size, _sha256(path)] for path in written},
+    )
+    write_atomically(job.folder / MANIFEST, json.dumps(asdict(manifest)))
+
+
+def _latent_shards(job: Job) -> list[Path]:
+    total = len(job.source)
+    with tqdm(total=total, desc="Encoding pairs", unit="pair", disable=not job.progress) as bar:
+
+        def write(path: Path, start: int, stop: int) -> None:
+            write_shard(path, *_encode_rows(job, start, stop, bar))
+
+        return _shards(job.folder, "latents", total, job.shard_rows, write, bar)
+
+
+def _prompt_shards(job: Job, distinct: list[str]) -> list[Path]:
+    empty = _encode_text(job, [""])
+    write_shard(job.folder / EMPTY, empty)
+    rows = rows_per_shard(sum(tensor.numel() * tensor.element_size() for tensor in empty.values()))
+    with tqdm(total=len(distinct), desc="Encoding prompts", unit="prompt", disable=not job.progress) as bar:
+
+        def write(path: Path, start: int, stop: int) -> None:
+            batches = []
+            for at in range(start, stop, job.batch_size):
+                batch = distinct[at : min(stop, at + job.batch_size)]
+                batches.append(_encode_text(job, batch))
+                bar.update(len(batch))
+            tensors = {name: torch.cat([part[name] for part in batches]) for name in empty}
+            write_shard(path, tensors, {"start": start, "stop": stop})
+
+        return _shards(job.folder, "prompts", len(distinct), min(rows, job.shard_rows), write, bar)
+
+
+def _shards(
+    folder: Path, stem: str, total: int, rows: int, write: Callable[[Path, int, int], None], bar: tqdm
+) -> list[Path]:
+    """The files of one kind, in order; those that are there are kept, whatever size they were given."""
+    paths: list[Path] = []
+    start = 0
+    while start < total:
+        path = folder / f"{stem}-{len(paths):05d}.safetensors"
+        if path.is_file():
+            stop = read_notes(path)["stop"]
+            bar.update(stop - start)
+        else:
+            stop = min(total, start + rows)
+            write(path, start, stop)
+        paths.append(path)
+        start = stop
+    return paths
+
+
+def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Rows start … stop − 1: tensors of the good ones, and notes with the bad ones and all texts."""
+    good: list[_Prepared] = []
+    bad: list[BadRow] = []
+    waiting: list[_Prepared] = []
+    c, h, w = job.denoiser.latent_shape(job.height, job.width)
+    latents = [torch.zeros(0, 2, c, h, w, dtype=job.dtype)]
+    for item in in_order(lambda row: _prepare(job, row), range(start, stop), job.workers):
+        bar.update(1)
+        if isinstance(item, BadRow):
+            bad.append(item)
+            continue
+        waiting.append(item)
+        if len(waiting) == job.batch_size:
+            latents.append(_encode_images(job, waiting))
+            good += map(_without_pixels, waiting)
+            waiting = []
+    if waiting:
+        latents.append(_encode_images(job, waiting))
+        good += map(_without_pixels, waiting)
+    tensors = {
+        "latents": torch.cat(latents),
+        "rows": torch.tensor([item.row for item in good], dtype=torch.long),
+        "labels": torch.tensor([item.label for item in good], dtype=torch.float32),
+        "sizes": torch.stack([item.sizes for item in good]) if good else torch.zeros(0, 2, 6, dtype=torch.long),
+    }
+    nothing = (float("nan"), float("nan"))
+    for name in job.source.score_names:
+        scores = [item.scores.get(name, nothing) for item in good]
+        tensors[f"score.{name}"] = torch.tensor(scores, dtype=torch.float64).reshape(-1, 2)
+    notes = {
+        "start": start,
+        "stop": stop,
+        "prompts": [item.prompt for item in good],
+        "user_ids": [item.user_id for item in good],
+        "bad_rows": [[item.row, item.field, item.reason] for item in bad],
+    }
+    return tensors, notes
+
+
+def _prepare(job: Job, row: int) -> _Prepared | BadRow:
+    try:
+        record = job.source[row]
+    except InvalidRow as error:
+        return error.bad_row
+    pixels, sizes = [], []
+    for field, image in zip(REQUIRED[job.source.form][1:3], (record.image_0, record.image_1), strict=True):
+        try:
+            cropped, size = fit(image, job.height, job.width)
+        except BadImage as error:
+            return BadRow(row, field, str(error))
+        pixels.append(to_pixels(cropped))
+        sizes.append(size)
+    return _Prepared(
+        row, record.prompt, record.label, record.scores, record.user_id, torch.stack(pixels), torch.tensor(sizes)
+    )
+
+
+def _without_pixels(item: _Prepared) -> _Prepared:
+    return _Prepared(item.row, item.prompt, item.label, item.scores, item.user_id, item.pixels.new_zeros(0), item.sizes)
+
+
+def _encode_images(job: Job, items: Sequence[_Prepared]) -> Float[Tensor, "B 2 C h w"]:
+    pixels = torch.stack([item.pixels for item in items]).flatten(0, 1)
+    generators = None
+    if job.mode == "sample":
+        generators = [_generator(job.seed, item.row, side) for item in items for side in (0, 1)]
+    latents = job.denoiser.encode_image(pixels, generators)
+    return latents.unflatten(0, (-1, 2)).to("cpu", job.dtype)
+
+
+def _generator(seed: int, row: int, side: int) -> torch.Generator:
+    """The stream of one picture, whichever batch or process it is encoded in."""
+    digest = hashlib.sha256(f"latent/{seed}/{row}/{side}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _encode_text(job: Job, prompts: Sequence[str]) -> dict[str, Tensor]:
+    encoded = job.denoiser.encode_prompt(prompts)
+    tensors = {"prompt_embeds": encoded.prompt_embeds}
+    if encoded.pooled is not None:
+        tensors["pooled"] = encoded.pooled
+    for tensor in tensors.values():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"the text encoder returned NaN or infinite values in {tensor.dtype} for one of {list(prompts)[:3]}: "
+                "load the pipeline in float32 or bfloat16"
+            )
+    return {name: tensor.to("cpu", job.dtype) for name, tensor in tensors.items()}
+
+
+def _write_index(job: Job, latents: list[Path], texts: list[str], distinct: list[str]) -> None:
+    small = [read_shard(path, without="latents") for path in latents]
+    tensors = {name: torch.cat([part[name] for part in small]) for name in small[0]}
+    place = {prompt: index for index, prompt in enumerate(distinct)}
+    tensors["prompt_index"] = torch.tensor([place[prompt] for prompt in texts], dtype=torch.long)
+    write_shard(job.folder / INDEX, tensors)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

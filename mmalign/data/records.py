@@ -1,0 +1,53 @@
+"""The one canonical record that every image preference data set becomes, and what is said of a row that cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class PairRecord:
+    """Two pictures of one prompt, in the data set's own order.
+
+    label in [0, 1]: how strongly image_0 is preferred (1 image_0, 0 image_1, 0.5 a tie, between: a share of votes).
+    Images are RGB, upright (EXIF), 8 bits a channel. scores: a column's name → (score of image_0, of image_1).
+    """
+
+    row: int
+    prompt: str
+    image_0: Image.Image
+    image_1: Image.Image
+    label: float
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    user_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is left out whole: its number in the source, the column at fault, and what is wrong with it."""
+
+    row: int
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}, {self.field}: {self.reason}"
+
+
+class InvalidRow(ValueError):
+    """Raised on reading a row that cannot become a PairRecord; `bad_row` says why."""
+
+    def __init__(self, bad_row: BadRow) -> None:
+        super().__init__(str(bad_row))
+        self.bad_row = bad_row
+
+
+def summarise(bad_rows: list[BadRow], total: int, shown: int = 5) -> str:
+    """ "3 of 100 rows left out: row 4, jpg_0: …; …" — one line, the first few named."""
+    named = "; ".join(str(bad) for bad in bad_rows[:shown])
+    more = f"; and {len(bad_rows) - shown} more" if len(bad_rows) > shown else ""
+    return f"{len(bad_rows)} of {total} rows left out: {named}{more}"

@@ -1,0 +1,131 @@
+"""The seam between a model family and everything else: one adapter encodes, names the shapes and calls the network."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.schedule import Schedule
+
+
+class Denoiser(ABC):
+    """A diffusers pipeline seen as: images and prompts in, latents and conditioning out, one network call between.
+
+    It owns no weights and holds no state of its own; `pipe` stays the user's pipeline.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+
+    @property
+    @abstractmethod
+    def module(self) -> nn.Module:
+        """The network that is aligned."""
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The pipeline's training schedule; inference schedulers may be swapped later without touching it."""
+        return Schedule.from_scheduler(self.pipe.scheduler)
+
+    @abstractmethod
+    def encode_prompt(self, prompts: Sequence[str]) -> Conditioning:
+        """Text to conditioning, without gradient, exactly as the pipeline does it when it samples."""
+
+    @abstractmethod
+    def count_truncated(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts are longer than the text encoder reads."""
+
+    @abstractmethod
+    def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
+        """Attach each image's (height, width, crop top, crop left, target height, target width).
+
+        Families that are not conditioned on sizes have nothing to attach and return the conditioning as it is.
+        """
+
+    @abstractmethod
+    def predict(
+        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"], conditioning: Conditioning
+    ) -> Float[Tensor, "B C h w"]:
+        """The raw output of `module` (policy or reference) at table index t, run in the module's dtype."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of that size."""
+        factor = self.pipe.vae_scale_factor
+        if height % factor or width % factor:
+            raise ValueError(f"height and width must be multiples of {factor}, got {height}×{width}")
+        return self.pipe.vae.config.latent_channels, height // factor, width // factor
+
+    @torch.no_grad()
+    def encode_image(
+        self,
+        pixels: Float[Tensor, "B 3 H W"],
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Float[Tensor, "B C h w"]:
+        """Pixels in [−1, 1] to scaled float32 latents: a posterior sample with one generator a row, else its mean."""
+        vae = self.pipe.vae
+        self.latent_shape(*pixels.shape[-2:])
+        with _safe_precision(vae):
+            posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if generators is not None:
+            if len(generators) != len(pixels):
+                raise ValueError(f"{len(pixels)} images need {len(pixels)} generators, got {len(generators)}")
+            # One draw a row, on the generator's device: a row's latent does not depend on its batch.
+            noise = [torch.randn(latents.shape[1:], generator=g, device=g.device) for g in generators]
+            latents = latents + posterior.std.float() * torch.stack(noise).to(latents)
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"the VAE returned NaN or infinite latents in {vae.dtype}. Run it in float32 "
+                "(pipe.vae.to(torch.float32)) or, for SDXL, use the fp16-safe VAE madebyollin/sdxl-vae-fp16-fix"
+            )
+        shift, scale = self._latent_affine(latents)
+        return (latents - shift) * scale
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Scaled latents to float32 pixels in [−1, 1] (not clamped)."""
+        vae = self.pipe.vae
+        shift, scale = self._latent_affine(latents.float())
+        unscaled = latents.float() / scale + shift
+        with _safe_precision(vae):
+            return vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0].float()
+
+    def _latent_affine(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """(shift, scale) with scaled = (raw − shift)·scale, from the VAE's config."""
+        config = self.pipe.vae.config
+        if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+            mean, std = (latents.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            return mean, config["scaling_factor"] / std
+        return config.get("shift_factor") or 0.0, config["scaling_factor"]
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype a network computes in: that of its first floating parameter (adapters come after the base weights)."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def count_truncated(tokenizer: Any, prompts: Sequence[str]) -> int:
+    """How many prompts have more tokens than the tokenizer's maximum length."""
+    lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids]
+    return sum(length > tokenizer.model_max_length for length in lengths)
+
+
+@contextmanager
+def _safe_precision(vae: Any) -> Iterator[None]:
+    """float32 for the duration if the VAE's config asks for it: SDXL's own VAE overflows in float16."""
+    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(torch.float16)

@@ -1,0 +1,161 @@
+"""Draw one side of a comparison into a folder, resuming where an earlier run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from mmalign.evaluation.files import write_atomically
+from mmalign.evaluation.fingerprint import digest, model_fingerprint, scheduler_fingerprint
+from mmalign.evaluation.generate import Pipeline, generate_batches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSettings:
+    """Everything besides model, prompt and seed that a picture depends on."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int | None
+    width: int | None
+    scheduler: str
+    scheduler_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """The N pictures of one model, with what they were drawn from."""
+
+    label: str
+    model_fingerprint: str
+    settings: SamplerSettings
+    seed: int  # the number that, with the prompt, every picture's own seed comes from
+    prompts: tuple[str, ...]  # (N,) the prompt of each picture; a prompt has several rows if it has several pictures
+    seeds: tuple[int, ...]  # (N,)
+    pictures: tuple[Path, ...]  # (N,)
+
+
+def paired_rows(prompts: Sequence[str], num_images_per_prompt: int, seed: int) -> tuple[list[str], list[int]]:
+    """The N = prompts × pictures rows and their seeds, the same for every model.
+
+    A row's seed depends on `seed`, the prompt's text and the picture's number only: adding or shuffling prompts changes
+    no picture. A prompt that is listed twice simply has twice the pictures.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list with at least one prompt.")
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
+    drawn: Counter[str] = Counter()
+    rows, seeds = [], []
+    for prompt in prompts:
+        for _ in range(num_images_per_prompt):
+            text = f"{seed}:{drawn[prompt]}:{prompt}".encode("utf-8", "backslashreplace")
+            rows.append(prompt)
+            seeds.append(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+            drawn[prompt] += 1
+    return rows, seeds
+
+
+def draw_side(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    *,
+    label: str,
+    output_dir: str | Path,
+    num_inference_steps: int,
+    guidance_scale: float,
+    num_images_per_prompt: int = 1,
+    seed: int = 0,
+    batch_size: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    fingerprint: str | None = None,
+    progress: bool = True,
+) -> Side:
+    """Draw every prompt with one model. Pictures of the same model, settings, prompt and seed are reused.
+
+    fingerprint: names the model's weights; left out, it is computed from them. Draw the base with the adapter off and
+    the aligned side with it on, one after the other, and hand both to `compare_sides`: one model in memory is enough.
+    """
+    settings = SamplerSettings(
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        scheduler=type(pipe.scheduler).__name__,
+        scheduler_fingerprint=scheduler_fingerprint(pipe.scheduler),
+    )
+    model = fingerprint or model_fingerprint(pipe)
+    rows, seeds = paired_rows(prompts, num_images_per_prompt, seed)
+    origin = {"model": model, "settings": asdict(settings)}
+    folder = Path(output_dir) / "pictures" / f"{_slug(label)}-{digest(origin)[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "drawn_from.json", json.dumps(origin, indent=2))
+
+    files = [folder / _file_name(prompt, number) for prompt, number in zip(rows, seeds, strict=True)]
+    missing = [row for row, file in enumerate(files) if not _is_picture(file)]
+    batches = generate_batches(
+        pipe,
+        [rows[row] for row in missing],
+        [seeds[row] for row in missing],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        height=height,
+        width=width,
+        progress=progress and bool(missing),
+        description=f"Drawing {label}",
+    )
+    remaining = iter(missing)
+    with closing(batches):
+        for batch in batches:
+            for picture in batch:
+                _store(picture, files[next(remaining)])
+    return Side(
+        label=label,
+        model_fingerprint=model,
+        settings=settings,
+        seed=seed,
+        prompts=tuple(rows),
+        seeds=tuple(seeds),
+        pictures=tuple(files),
+    )
+
+
+def prompt_numbers(prompts: Sequence[str]) -> list[int]:
+    """(N,) the number of each row's prompt, in order of first appearance."""
+    number: dict[str, int] = {}
+    return [number.setdefault(prompt, len(number)) for prompt in prompts]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
+
+
+def _file_name(prompt: str, seed: int) -> str:
+    return f"{_slug(prompt)}-{digest(prompt)[:10]}-{seed}.png"
+
+
+def _is_picture(file: Path) -> bool:
+    """Whether a stored picture is there and whole; a damaged one is drawn again."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except OSError:
+        return False
+    return True
+
+
+def _store(picture: Image.Image, file: Path) -> None:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_atomically(file, buffer.getvalue())

@@ -1,0 +1,140 @@
+"""Win rates of one model over another on the same prompts and seeds, told with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmalign.evaluation.intervals import Array, Clusters, as_clusters, as_scores, mean_interval, proportion_interval
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """Share of comparisons that side a wins, a tie counting ½, with its interval over prompts."""
+
+    rate: float
+    low: float
+    high: float
+    wins: int
+    ties: int
+    losses: int
+    num_comparisons: int
+    num_clusters: int
+    confidence: float
+    method: str = "bootstrap"  # of the interval: "bootstrap", "wilson", or "none" for a single cluster
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves out 50 %."""
+        return not self.low <= 0.5 <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A mean difference with its interval over prompts; the interval of a single cluster is (-inf, inf)."""
+
+    value: float
+    low: float
+    high: float
+    num_comparisons: int
+    num_clusters: int
+    confidence: float
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return not self.low <= 0.0 <= self.high
+
+
+def win_rate(
+    scores_a: Any,
+    scores_b: Any,
+    clusters: Sequence[Any],
+    *,
+    tie_margin: float = 0.0,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> WinRate:
+    """How often a beats b: (wins + ½ ties) / comparisons, with an interval that treats a prompt's rows as one draw.
+
+    scores_a, scores_b: (N,) scores of the two sides, row by row on the same prompt and seed.
+    clusters: (N,) prompt of each row; a prompt may have several rows (sampling seeds, training seeds).
+    tie_margin: a row whose scores differ by no more than this is a tie.
+    """
+    outcomes, groups = _outcomes(scores_a, scores_b, clusters, tie_margin)
+    low, high, method = proportion_interval(
+        outcomes, groups, num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
+    return WinRate(
+        rate=float(outcomes.mean()),
+        low=low,
+        high=high,
+        wins=int(np.sum(outcomes == 1.0)),
+        ties=int(np.sum(outcomes == 0.5)),
+        losses=int(np.sum(outcomes == 0.0)),
+        num_comparisons=len(outcomes),
+        num_clusters=groups.count,
+        confidence=confidence,
+        method=method,
+    )
+
+
+def paired_difference(
+    scores_a: Any,
+    scores_b: Any,
+    clusters: Sequence[Any],
+    *,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Mean of a − b over rows, with an interval clustered by prompt. Shapes as in `win_rate`."""
+    a, b, groups = _paired(scores_a, scores_b, clusters)
+    values = a - b
+    low, high = mean_interval(values, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
+    return Difference(float(values.mean()), low, high, len(values), groups.count, confidence)
+
+
+def win_rate_difference(
+    scores_x: Any,
+    scores_y: Any,
+    scores_base: Any,
+    clusters: Sequence[Any],
+    *,
+    tie_margin: float = 0.0,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Win rate of x over the base minus win rate of y over the same base pictures: is method x better than y?
+
+    scores_x, scores_y, scores_base: (N,) scores of the three sides, row by row on the same prompt and seed. Prompts are
+    resampled for both methods together, so what makes a prompt easy for both cancels.
+    """
+    x, groups = _outcomes(scores_x, scores_base, clusters, tie_margin)
+    y, _ = _outcomes(scores_y, scores_base, clusters, tie_margin)
+    # (x − y) lies in [−1, 1]; moved to [0, 1] it is a proportion, and never gets an interval of no width.
+    low, high, _ = proportion_interval(
+        (x - y + 1) / 2, groups, num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
+    return Difference(float((x - y).mean()), 2 * low - 1, 2 * high - 1, len(x), groups.count, confidence)
+
+
+def _paired(scores_a: Any, scores_b: Any, clusters: Sequence[Any]) -> tuple[Array, Array, Clusters]:
+    a, b = as_scores(scores_a, "The first side"), as_scores(scores_b, "The second side")
+    if len(a) != len(b):
+        raise ValueError(f"The two sides must be paired row by row, but they have {len(a)} and {len(b)} scores.")
+    return a, b, as_clusters(clusters, len(a))
+
+
+def _outcomes(scores_a: Any, scores_b: Any, clusters: Sequence[Any], tie_margin: float) -> tuple[Array, Clusters]:
+    """(N,) outcomes: 1 where a wins, ½ for a tie, 0 where b wins."""
+    if not tie_margin >= 0.0:
+        raise ValueError(f"tie_margin must be zero or more, got {tie_margin}.")
+    a, b, groups = _paired(scores_a, scores_b, clusters)
+    difference = a - b
+    return np.where(np.abs(difference) <= tie_margin, 0.5, (difference > 0).astype(np.float64)), groups

@@ -1,0 +1,119 @@
+"""Builds everything in `assets/` from the photographs: `python -m mmalign.playground.build STEP --work-dir DIR`.
+
+Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs. Each writes its result, its loss curve and what was
+measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours on two CPU cores.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from transformers import CLIPImageProcessorPil
+
+from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward
+from mmalign.playground.fit import write_json
+from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, STABLE_DIFFUSION
+
+
+def build_photographs(work_dir: Path) -> None:
+    """Writes the photographs that ship with the package."""
+    photographs.write_shipped()
+
+
+def build_autoencoder(work_dir: Path) -> None:
+    """Trains the autoencoder."""
+    model, curve = autoencoder.train(work_dir)
+    _replace_folder(STABLE_DIFFUSION / "vae", lambda folder: model.half().save_pretrained(folder))
+    write_json(curve, CURVES / "autoencoder.json")
+
+
+def build_judges(work_dir: Path) -> None:
+    """Trains judges A and B."""
+    for half in ("A", "B"):
+        judge, curve = judges.train(half, work_dir / f"judge-{half}.pt")
+        judges.save(judge)
+        write_json(curve, CURVES / f"judge-{half}.json")
+    write_json(measure.judges_on_photographs(), CURVES / "judges-measured.json")
+
+
+def build_reward(work_dir: Path) -> None:
+    """Trains the reward CLIP."""
+    model, vocabulary, curve = reward.train(work_dir / "reward.pt")
+    processor = CLIPImageProcessorPil(
+        do_resize=True,
+        size={"height": 32, "width": 32},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+    def write(folder: Path) -> None:
+        model.half().save_pretrained(folder)
+        vocabulary.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    _replace_folder(REWARD_CLIP, write)
+    write_json(curve, CURVES / "reward.json")
+    write_json(measure.reward_on_photographs(), CURVES / "reward-measured.json")
+
+
+def build_base(work_dir: Path) -> None:
+    """Trains the Stable Diffusion."""
+    vae = AutoencoderKL.from_pretrained(STABLE_DIFFUSION / "vae", torch_dtype=torch.float32)
+    pipe, curve = base.train(vae, work_dir / "base.pt")
+    _replace_folder(STABLE_DIFFUSION, lambda folder: pipe.to(torch.float16).save_pretrained(folder))
+    write_json(curve, CURVES / "base.json")
+
+
+def build_guidance(work_dir: Path) -> None:
+    """Chooses the base's own guidance scale on training prompts, before any alignment, and measures it on test prompts."""
+    pipe = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, torch_dtype=torch.float32)
+    write_json(measure.choose_guidance(pipe), CURVES / "base-measured.json")
+
+
+def build_pairs(work_dir: Path) -> None:
+    """Draws and compares the preference pairs."""
+    pipe = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, torch_dtype=torch.float32)
+    for split, number in (("train", pairs.NUM_TRAIN), ("test", pairs.NUM_TEST)):
+        pairs.save(pairs.build(pipe, measure.chosen_guidance(), split, number), PAIRS / f"{split}.parquet")
+    write_json(measure.pairs(), CURVES / "pairs-measured.json")
+
+
+STEPS: dict[str, Callable[[Path], None]] = {
+    "photographs": build_photographs,
+    "autoencoder": build_autoencoder,
+    "judges": build_judges,
+    "reward": build_reward,
+    "base": build_base,
+    "guidance": build_guidance,
+    "pairs": build_pairs,
+}
+
+
+def _replace_folder(target: Path, write: Callable[[Path], object]) -> None:
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    shutil.rmtree(target, ignore_errors=True)
+    part.rename(target)
+
+
+def main() -> None:
+    """Runs the named steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="+", choices=[*STEPS, "all"])
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/playground"), help="where unfinished training is kept"
+    )
+    args = parser.parse_args()
+    ASSETS.mkdir(exist_ok=True)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    for step in STEPS if "all" in args.steps else args.steps:
+        STEPS[step](args.work_dir)
+
+
+if __name__ == "__main__":
+    main()

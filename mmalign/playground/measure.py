@@ -1,0 +1,127 @@
+"""What the playground's parts can do, measured on photographs and prompts that none of them was trained on."""
+
+import io
+import json
+from typing import Any
+
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from mmalign import rewards
+from mmalign.playground import judges, photographs, world
+from mmalign.playground import pairs as preference_pairs
+from mmalign.playground.paths import CURVES, PAIRS
+
+_TEST_STREAM = 901
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def test_pictures(number: int) -> tuple[torch.Tensor, world.Scenes]:
+    """Pictures composed from test photographs."""
+    data, rows = photographs.load("test"), torch.arange(number)
+    scenes = world.draw_scenes(data.labels, rows, seed=_TEST_STREAM)
+    return world.compose(data, rows, scenes), scenes
+
+
+def judges_on_photographs(number: int = 4000) -> dict[str, Any]:
+    """Held-out accuracy of both judges, how well they see damage, and how often they agree."""
+    images, scenes = test_pictures(number)
+    harmed, level = judges.damaged(images, torch.Generator().manual_seed(0))
+    result: dict[str, Any] = {"pictures": number}
+    readings = {}
+    for name in ("A", "B"):
+        judge = judges.load(name)
+        readings[name] = judge.read(images)
+        matched = judges.match(readings[name], scenes.captions())
+        clean = judge.read(harmed).clean
+        result[name] = {
+            "garment_accuracy": _share(matched.garment),
+            "colour_accuracy": _share(matched.colour),
+            "background_accuracy": _share(matched.background),
+            "all_three": _share(matched.all),
+            "clean_correlation_with_damage": round(float(torch.corrcoef(torch.stack([clean, level]))[0, 1]), 4),
+        }
+    result["garment_agreement"] = _share(readings["A"].garment.argmax(1) == readings["B"].garment.argmax(1))
+    return result
+
+
+def reward_on_photographs(number: int = 2000) -> dict[str, Any]:
+    """How often the reward prefers the true caption to one in which the garment, colour or background is another."""
+    images, scenes = test_pictures(number)
+    scorer = rewards.scorer("playground")
+    pictures = [Image.fromarray((image.movedim(0, -1) * 255).round().byte().numpy()) for image in images]
+    true = scorer.score(pictures, scenes.captions())
+    result: dict[str, Any] = {"pictures": number}
+    shown = (scenes.garment, scenes.colour, scenes.background)
+    for part, name in enumerate(("garment", "colour", "background")):
+        wrong = [int(values[i]) for values in shown for i in range(number)]
+        captions = []
+        for i in range(number):
+            asked = [wrong[i], wrong[number + i], wrong[2 * number + i]]
+            asked[part] = (asked[part] + 1 + i % 6) % 8
+            if asked[1] == asked[2]:
+                asked[part] = (asked[part] + 1) % 8
+            captions.append(world.caption(*asked, int(scenes.template[i])))
+        changed = torch.tensor([c != t for c, t in zip(captions, scenes.captions(), strict=True)])
+        result[f"prefers_true_{name}"] = _share((true > scorer.score(pictures, captions))[changed])
+    return result
+
+
+def base_accuracy(
+    pipe: StableDiffusionPipeline, prompts: list[str], guidance_scale: float, seed: int
+) -> dict[str, float]:
+    """By judge B: how often the pipeline draws what was asked, and how clean its pictures are."""
+    seeds = list(range(seed, seed + len(prompts)))
+    images = preference_pairs.draw(pipe, prompts, seeds, guidance_scale, preference_pairs.NUM_INFERENCE_STEPS)
+    reading = judges.load("B").read(judges.to_tensor(images))
+    matched = judges.match(reading, prompts)
+    parts = {
+        "garment": matched.garment,
+        "colour": matched.colour,
+        "background": matched.background,
+        "all_three": matched.all,
+    }
+    clean = {
+        "clean": round(float(reading.clean.mean()), 4),
+        "score": round(float(judges.score(reading, matched).mean()), 4),
+    }
+    return {name: _share(part) for name, part in parts.items()} | clean
+
+
+def choose_guidance(pipe: StableDiffusionPipeline, number: int = 512) -> dict[str, Any]:
+    """Sweeps guidance on training prompts, takes the best mean score, and measures that scale on test prompts."""
+    prompts = preference_pairs.prompts()
+    sweep = {str(scale): base_accuracy(pipe, prompts.train[:number], scale, 10_000) for scale in GUIDANCE_SCALES}
+    best = max(sweep, key=lambda scale: sweep[scale]["score"])
+    test = base_accuracy(pipe, prompts.test[:number], float(best), 20_000)
+    return {"judge": "B", "prompts": number, "sweep": sweep, "guidance_scale": float(best), "test": test}
+
+
+def chosen_guidance() -> float:
+    """The guidance scale that was fixed for the base."""
+    return json.loads((CURVES / "base-measured.json").read_text())["guidance_scale"]
+
+
+def pairs() -> dict[str, Any]:
+    """What the preference set holds, and how often its labels agree with judges A and B."""
+    result: dict[str, Any] = {}
+    for split in ("train", "test"):
+        data = Dataset.from_parquet(str(PAIRS / f"{split}.parquet"), keep_in_memory=True)
+        label = torch.tensor(data["label_0"])
+        images = [judges.to_tensor([Image.open(io.BytesIO(x)) for x in data[column]]) for column in ("jpg_0", "jpg_1")]
+        result[split] = {"pairs": len(data), "ties": _share(label == 0.5), "users": len(set(data["user_id"]))}
+        for name in ("A", "B"):
+            judge = judges.load(name)
+            scores = []
+            for part in images:
+                reading = judge.read(part)
+                scores.append(judges.score(reading, judges.match(reading, list(data["caption"]))))
+            agree = ((scores[0] > scores[1]).float() == label)[label != 0.5]
+            result[split][f"labels_agree_with_{name}"] = _share(agree)
+    return result
+
+
+def _share(values: torch.Tensor) -> float:
+    return round(float(values.float().mean()), 4)

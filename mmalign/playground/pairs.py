@@ -1,0 +1,115 @@
+"""Draws the playground's preference set: pairs that its own base drew, compared by its raters, in Pick-a-Pic's columns."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mmalign.playground import judges, raters, world
+from mmalign.playground.photographs import GARMENTS
+
+NUM_TRAIN = 3000
+NUM_TEST = 400
+NUM_INFERENCE_STEPS = 20
+JPEG_QUALITY = 92
+_SEED = 501
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """All 448 things the world can show, split once: `train` for pairs, `test` for evaluation and held-out pairs."""
+
+    train: list[str]
+    test: list[str]
+
+
+def prompts(test_share: float = 0.25, seed: int = _SEED) -> Prompts:
+    """Every (garment, colour, background) in all five wordings; what is asked in `test` is never asked in `train`."""
+    asked = [
+        (g, c, b)
+        for g in range(len(GARMENTS))
+        for c in range(len(world.COLOURS))
+        for b in range(len(world.COLOURS))
+        if b != c
+    ]
+    order = np.random.default_rng(seed).permutation(len(asked))
+    cut = round(test_share * len(asked))
+    parts = [
+        [world.caption(*asked[i], template) for i in part for template in range(5)]
+        for part in (order[cut:], order[:cut])
+    ]
+    return Prompts(train=parts[0], test=parts[1])
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], guidance_scale: float, steps: int
+) -> list[Image.Image]:
+    """One picture a prompt, each from its own seed."""
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), 64), desc="drawing", unit="batch"):
+        part = slice(start, start + 64)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+        output = pipe(prompts[part], num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
+        images += output.images
+    return images
+
+
+def build(pipe: StableDiffusionPipeline, guidance_scale: float, split: str, number: int) -> Dataset:
+    """Draws `number` pairs for prompts of `split` and has them compared, each pair by one user."""
+    seed = _SEED + {"train": 1, "test": 2}[split]
+    rng = np.random.default_rng(seed)
+    pool = getattr(prompts(), split)
+    asked = [pool[i] for i in rng.integers(len(pool), size=number)]
+    user_ids = rng.integers(raters.NUM_USERS, size=number)
+    seeds = rng.integers(2**31, size=2 * number).tolist()
+    images = draw(pipe, asked + asked, seeds, guidance_scale, NUM_INFERENCE_STEPS)
+    packed = [to_jpeg(image) for image in images]
+    seen = judges.to_tensor([Image.open(io.BytesIO(data)) for data in packed])
+    liking = _utilities(seen, asked + asked, np.concatenate([user_ids, user_ids]))
+    labels = raters.compare(liking[:number], liking[number:], rng)
+    return Dataset.from_dict(
+        {
+            "caption": asked,
+            "jpg_0": packed[:number],
+            "jpg_1": packed[number:],
+            "label_0": labels.tolist(),
+            "label_1": (1 - labels).tolist(),
+            "has_label": [True] * number,
+            "are_different": [True] * number,
+            "user_id": user_ids.tolist(),
+            "ranking_id": list(range(number)),
+            "model_0": ["mmalign/playground"] * number,
+            "model_1": ["mmalign/playground"] * number,
+        }
+    )
+
+
+def save(data: Dataset, path: Path) -> None:
+    """Writes one parquet file, to a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    data.to_parquet(str(part))
+    part.replace(path)
+
+
+def to_jpeg(image: Image.Image) -> bytes:
+    """The bytes of a picture as the data set keeps them."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def _utilities(seen: Tensor, asked: list[str], user_ids: np.ndarray) -> Tensor:
+    reading = judges.load("A").read(seen)
+    matched = judges.match(reading, asked)
+    by_user = torch.stack([raters.utility(taste, reading, matched) for taste in raters.users()])
+    return by_user[torch.from_numpy(user_ids), torch.arange(len(asked))]

@@ -1,0 +1,135 @@
+"""The health panel: what a denoiser's preference training looks like from inside, and named warnings.
+
+Every number is a mean over the pairs of a batch. "Excess" is a policy's error minus its reference's: negative where the policy
+fits a picture better than the reference does.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.denoisers import Schedule
+from mmalign.likelihood.denoising import DenoisingPoint, mean_squared_error
+from mmalign.losses import PairLogProbs
+from mmalign.training.measurement import Measurement, Pairs
+
+SATURATED = 4.0
+_TIME_BINS = 4
+
+
+@torch.no_grad()
+def panel(
+    measured: Measurement, pairs: Pairs, loss: Tensor, *, beta: float, schedule: Schedule
+) -> dict[str, tuple[float, float]]:
+    """Metric name → (sum, weight), so that steps and processes average exactly."""
+    values: dict[str, Tensor] = {
+        "loss": loss,
+        "errors/chosen": measured.policy_error[: len(pairs.rows)],
+        "target/rms": measured.point.target.flatten(1).square().mean(1).sqrt(),
+        "target/path_mismatch": path_mismatch(measured.point, pairs.x0, schedule),
+    }
+    if measured.logps is not None:
+        values |= _of_pairs(measured, measured.logps, pairs, loss)
+    if measured.logps is not None and measured.reference_error is not None:
+        values |= _against_reference(measured.logps, measured.reference_error, measured.point, pairs, beta, schedule)
+    sums = torch.stack([value.double().sum() for value in values.values()]).tolist()
+    return {name: (total, float(value.numel())) for (name, value), total in zip(values.items(), sums, strict=True)}
+
+
+def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:
+    return {
+        "loss_minus_ln2": loss - math.log(2),
+        "errors/rejected": measured.policy_error[len(pairs.rows) :],
+        "logps/chosen": logps.policy_chosen,
+        "logps/rejected": logps.policy_rejected,
+        "strength/mean_abs": pairs.strength.abs(),
+    }
+
+
+def _against_reference(
+    logps: PairLogProbs, reference_error: Tensor, point: DenoisingPoint, pairs: Pairs, beta: float, schedule: Schedule
+) -> dict[str, Tensor]:
+    chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
+    margin = beta * (chosen - rejected)
+    accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+    values = {
+        "excess/chosen": -2 * chosen,
+        "excess/rejected": -2 * rejected,
+        "excess/chosen_relative": -2 * chosen / reference_error[: len(chosen)].clamp(min=1e-8),
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/margins": margin,
+        "rewards/accuracies": accuracy,
+        "implicit_acc": accuracy,
+        "z/mean_square": (pairs.strength * margin).square(),
+        "z/saturated": ((pairs.strength * margin).abs() > SATURATED).float(),
+    }
+    bins = point.timestep[: len(chosen)] * _TIME_BINS // schedule.num_timesteps
+    by_time = {f"accuracy_by_time/{k + 1}_of_{_TIME_BINS}": accuracy[bins == k] for k in range(_TIME_BINS)}
+    return values | {name: part for name, part in by_time.items() if len(part)}
+
+
+def path_mismatch(point: DenoisingPoint, x0: Tensor, schedule: Schedule) -> Tensor:
+    """Root mean square of x_t − (signal·x_0 + noise·target), per side; near rounding error when landing = conditioning."""
+    if schedule.is_flow:
+        rebuilt = x0 + schedule.level(point.timestep).view(-1, 1, 1, 1).to(x0) * point.target
+    else:
+        rebuilt = schedule.add_noise(x0, point.target, point.timestep)
+    return mean_squared_error(point.x_t, rebuilt).sqrt()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A named finding with what to do about it."""
+
+    name: str
+    message: str
+
+
+def findings(history: list[dict[str, float]], *, window: int = 5) -> list[Finding]:
+    """Named warnings for the last `window` logged entries; an empty list when all is well."""
+    recent = [entry for entry in history if "rewards/accuracies" in entry][-window:]
+    if len(recent) < window:
+        return []
+
+    def mean(name: str) -> float:
+        return sum(entry[name] for entry in recent) / len(recent)
+
+    found = []
+    rising = recent[-1]["excess/chosen"] > recent[0]["excess/chosen"] > 0
+    if rising and mean("rewards/accuracies") > 0.5:
+        found.append(
+            Finding(
+                "both-worse",
+                "the policy fits the preferred pictures worse than the reference does, and ever worse, while accuracy looks good: "
+                "the rejected ones only get worse faster. Raise beta, use loss_type='sdpo', or add 'sft' with a weight",
+            )
+        )
+    if mean("excess/chosen_relative") > 0.2:
+        found.append(
+            Finding(
+                "winner-lost",
+                "the error on preferred pictures is over 20 % above the reference's: stop, lower the learning rate",
+            )
+        )
+    if mean("z/saturated") > 0.5:
+        found.append(
+            Finding("saturated", "more than half of the pairs are saturated (|z| > 4) and no longer teach: lower beta")
+        )
+    if mean("target/path_mismatch") > 1e-3:
+        found.append(
+            Finding(
+                "landing",
+                "latents and regression targets do not belong to the conditioning timestep (expected with inversion_compat)",
+            )
+        )
+    if all(entry["z/mean_square"] < 1e-6 for entry in recent):
+        found.append(
+            Finding(
+                "no-signal",
+                "policy and reference still agree to |z| < 1e-3: raise beta or the learning rate (a loss of 0.693 = ln 2)",
+            )
+        )
+    return found

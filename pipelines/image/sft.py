@@ -1,0 +1,56 @@
+"""Supervised fine-tuning on the preferred pictures: plain denoising error, no reference, the baseline of every method here.
+
+L = ‖ε − ε_θ(x_t^w)‖²   (mean over the latent)
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mmalign.training.config import DenoiserConfig
+from mmalign.training.measurement import Measurement, Pairs
+from mmalign.training.pipeline import AlignPipeline
+from mmalign.training.trainer import DenoiserTrainer
+
+
+@dataclass
+class DiffusionSFTConfig(DenoiserConfig):
+    """Defaults of supervised fine-tuning; options of the pair losses have no effect and are refused."""
+
+    method: ClassVar[str] = "sft"
+    needs_pairs: ClassVar[bool] = False
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "sd15": {
+            "learning_rate": 1.024e-5, "max_steps": 2000, "warmup_steps": 500,
+            "per_device_train_batch_size": 8, "gradient_accumulation_steps": 128, "fp16": True,
+        },
+    }  # fmt: skip
+
+    def _check_axes(self) -> None:
+        super()._check_axes()
+        fields = type(self).__dataclass_fields__
+        for name in ("beta", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
+                     "simpo_gamma", "cpo_alpha", "sdpo_mu", "reference", "share_noise", "inversion_model"):  # fmt: skip
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect on supervised fine-tuning, which compares nothing")
+        if self.loss_type != ["sigmoid"] or self.comparison in ("smoothed", "bradley_terry"):
+            raise ValueError(
+                "supervised fine-tuning has no link and no strength: leave loss_type, and use comparison 'human' or 'relabel'"
+            )
+
+
+class DiffusionSFTTrainer(DenoiserTrainer):
+    """Trains on the preferred side alone; arguments as in `DenoiserTrainer`."""
+
+    config_class = DiffusionSFTConfig
+
+    def _loss_of(self, measured: Measurement, pairs: Pairs) -> Tensor:
+        return measured.policy_error
+
+
+class DiffusionSFTPipeline(AlignPipeline):
+    """A text-to-image pipeline that supervised fine-tuning trains on preferred pictures."""
+
+    config_class = DiffusionSFTConfig
+    trainer_class = DiffusionSFTTrainer

@@ -1,0 +1,120 @@
+"""Schedules against diffusers' own arithmetic, and the conversions against their definitions."""
+
+import diffusers
+import pytest
+import torch
+
+from mmalign.denoisers import Schedule
+
+SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+VP_SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"]
+
+
+def schedule_for(prediction_type: str) -> Schedule:
+    if prediction_type == "flow":
+        return Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    return Schedule.from_scheduler(diffusers.DDIMScheduler(**SD, prediction_type=prediction_type))
+
+
+def sample(seed: int = 0, rows: int = 4, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x0, noise = torch.randn(2, rows, 2, 3, 3, generator=generator, dtype=torch.float64).to(dtype)
+    return x0, noise
+
+
+@pytest.mark.parametrize("name", VP_SCHEDULERS + ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_add_noise_agrees_with_diffusers(name: str) -> None:
+    x0, noise = sample(dtype=torch.float32)
+    t = torch.tensor([0, 17, 500, 999])
+    expected = diffusers.DDPMScheduler(**SD).add_noise(x0, noise, t)
+    schedule = Schedule.from_scheduler(getattr(diffusers, name)(**SD))
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), expected, rtol=0, atol=2e-5)
+
+
+def test_inference_settings_do_not_change_the_schedule() -> None:
+    euler, flow = diffusers.EulerDiscreteScheduler(**SD), diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    before = [Schedule.from_scheduler(s).fingerprint() for s in (euler, flow)]
+    euler.set_timesteps(7)
+    flow.set_timesteps(7)
+    assert [Schedule.from_scheduler(s).fingerprint() for s in (euler, flow)] == before
+    assert before[0] != before[1]
+
+
+def test_float64_tables_keep_one_minus_alpha_bar() -> None:
+    """ᾱ_0 = 1 − β_start, so noise[0]² must be β_start; diffusers' float32 product keeps four digits of it."""
+    schedule = schedule_for("epsilon")
+    assert float(schedule.noise[0] ** 2) == pytest.approx(0.00085, rel=1e-7)
+    torch.testing.assert_close(schedule.signal**2 + schedule.noise**2, torch.ones(1000, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_table_is_the_schedulers_sigmas(shift: float) -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    schedule = Schedule.from_scheduler(scheduler)
+    torch.testing.assert_close(schedule.noise.float(), scheduler.sigmas.flip(0), rtol=1e-6, atol=0)
+    t = torch.tensor([0, 400, 999])
+    torch.testing.assert_close(schedule.model_timestep(t), scheduler.timesteps.flip(0)[t], rtol=1e-6, atol=0)
+    x0, noise = sample(rows=3)
+    expected = scheduler.scale_noise(x0.float(), scheduler.timesteps.flip(0)[t], noise.float())
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t).float(), expected, rtol=0, atol=1e-5)
+
+
+def test_velocity_target_agrees_with_diffusers() -> None:
+    x0, noise = sample(dtype=torch.float32)
+    t = torch.tensor([0, 17, 500, 999])
+    expected = diffusers.DDPMScheduler(**SD).get_velocity(x0, noise, t)
+    actual = schedule_for("v_prediction").target(x0, noise, t, "velocity")
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "flow"])
+def test_a_perfect_output_converts_to_the_noise(prediction_type: str) -> None:
+    schedule = schedule_for(prediction_type)
+    x0, noise = sample()
+    t = torch.tensor([0, 17, 500, 998])
+    x_t = schedule.add_noise(x0, noise, t)
+    output = noise if prediction_type == "epsilon" else schedule.target(x0, noise, t, "velocity")
+    torch.testing.assert_close(schedule.to_noise(output, x_t, t), noise, rtol=0, atol=1e-12)
+    direction = noise - x0 if prediction_type == "flow" else noise
+    torch.testing.assert_close(schedule.to_direction(output, x_t, t), direction, rtol=0, atol=1e-12)
+    torch.testing.assert_close(schedule.target(x0, noise, t), direction, rtol=0, atol=1e-12)
+    # Unified coordinates: x_t/scale = x_0 + λ·direction.
+    level, scale = schedule.level(t).view(-1, 1, 1, 1), schedule.scale(t).view(-1, 1, 1, 1)
+    torch.testing.assert_close(x_t / scale, x0 + level * direction, rtol=1e-12, atol=1e-12)
+
+
+def test_zero_terminal_snr_bounds_the_drawable_timesteps() -> None:
+    scheduler = diffusers.DDIMScheduler(**SD, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    schedule = Schedule.from_scheduler(scheduler)
+    top = schedule.max_timestep
+    assert float(schedule.signal[-1]) == 0 and 900 < top < 999
+    assert float(schedule.signal[top] ** 2) > 1e-5 >= float(schedule.signal[top + 1] ** 2)
+    assert schedule_for("epsilon").max_timestep == schedule_for("flow").max_timestep == 999
+
+
+@pytest.mark.parametrize(
+    ("given", "returned"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2]
+)
+def test_arithmetic_is_float32_or_better(given: torch.dtype, returned: torch.dtype) -> None:
+    x0, noise = sample(dtype=given)
+    t, schedule = torch.tensor([0, 17, 500, 999]), schedule_for("v_prediction")
+    x_t = schedule.add_noise(x0, noise, t)
+    assert x_t.dtype == schedule.to_noise(noise, x_t.to(given), t).dtype == returned
+    exact = schedule.add_noise(x0.double(), noise.double(), t)
+    torch.testing.assert_close(x_t.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_the_data_stand_at_level_zero() -> None:
+    for prediction_type in ("epsilon", "flow"):
+        schedule = schedule_for(prediction_type)
+        assert schedule.level(torch.tensor([-1])).item() == 0
+        assert schedule.scale(torch.tensor([-1])).item() == 1
+
+
+def test_unsupported_schedulers_are_named() -> None:
+    with pytest.raises(ValueError, match="prediction_type='sample'"):
+        Schedule.from_scheduler(diffusers.DDIMScheduler(**SD, prediction_type="sample"))
+    with pytest.raises(ValueError, match="EDMEulerScheduler"):
+        Schedule.from_scheduler(diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match="invert_sigmas"):
+        Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
