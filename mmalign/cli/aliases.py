@@ -14,12 +14,11 @@ from mmalign.cli.options import Alias, one_of, switch
 RENAMED = {
     "adam_weight_decay": "weight_decay",
     "allow_tf32": "tf32",
-    "batch_size": "per_device_train_batch_size",
     "beta_dpo": "beta",
     "checkpointing_steps": "save_steps",
     "checkpoints_total_limit": "save_total_limit",
     "dataset_name": "data",
-    "dataset_split_name": "split",
+    "dataset_split_name": "train_split",
     "lora_rank": "lora_r",
     "lr": "learning_rate",
     "lr_scheduler": "lr_scheduler_type",
@@ -30,6 +29,7 @@ RENAMED = {
     "pretrained_vae_model_name_or_path": "vae",
     "proportion_empty_prompts": "prompt_dropout",
     "rank": "lora_r",
+    "split": "train_split",
     "torch_dtype": "dtype",
     "tracker_name": "project",
     "tracker_project_name": "project",
@@ -39,7 +39,7 @@ RENAMED = {
 }
 
 REFUSED = {
-    "dataset_config_name": "a data set is a Hub id, a file or a folder; name the split with --split",
+    "dataset_config_name": "a data set is a Hub id, a file or a folder; name the split with --train-split",
     "dreamlike_pairs_only": "filter the data set before training and give the result to --data",
     "enable_xformers_memory_efficient_attention": "attention runs on torch's own SDPA, which needs no switch",
     "hard_skip_resume": "a resumed run sees the rows that the uninterrupted one would have seen",
@@ -58,7 +58,7 @@ REFUSED = {
     "snr_gamma": "denoising errors are not reweighted by SNR in these methods",
     "train_method": "the method stands after the verb: mmalign train dpo",
     "unet_init": "give a pipeline folder that holds this UNet to --model",
-    "use_ema": "the LoRA's own weights are what is saved",
+    "use_ema": "no moving average of the weights is kept",
     "vae_encode_batch_size": "pictures are encoded once, in batches that fit",
 }
 
@@ -84,7 +84,11 @@ def _translated(method: str) -> list[Alias]:
         Alias("use_adafactor", "is optim adafactor", _if_true(optim="adafactor")),
         Alias("center_crop", "is what happens", _only(True, "pictures are encoded with a centre crop, always")),
         Alias("no_hflip", "is what happens", _only(True, "pictures are never flipped")),
-        Alias("run_validation", "draws sample pictures", _only(False, "set --validation-steps and --validation-prompts instead")),
+        Alias(
+            "run_validation",
+            "draws sample pictures",
+            _only(False, "set --validation-steps and --validation-prompts instead"),
+        ),
         Alias("choice_model", "relabels pairs by a scorer", _choice_model(method)),
     ]
 
@@ -117,7 +121,9 @@ def _choice_model(method: str) -> Callable[[Any], dict[str, Any]]:
     def expand(value: Any) -> dict[str, Any]:
         name = str(value)
         if name not in CHOICE_MODELS and not name.startswith("clip:"):
-            raise ValueError(f"has no scorer {name!r} here; it takes {', '.join(CHOICE_MODELS)} or clip:<Hub id or folder>")
+            raise ValueError(
+                f"has no scorer {name!r} here; it takes {', '.join(CHOICE_MODELS)} or clip:<Hub id or folder>"
+            )
         scorer = {"scorer": CHOICE_MODELS.get(name, name)}
         return scorer if method == "smpo" else scorer | {"comparison": "relabel"}
 

@@ -45,7 +45,9 @@ _LIKE_TRL = {
 }
 
 
-def options_of(config_class: type, *, refused: typing.Container[str], without: typing.Container[str] = ()) -> list[Option]:
+def options_of(
+    config_class: type, *, refused: typing.Container[str], without: typing.Container[str] = ()
+) -> list[Option]:
     """One option a field: the config's own first, then the usual inherited ones, then the others (hidden from the short help)."""
     hints = typing.get_type_hints(config_class)
     documented = documented_fields(config_class)
@@ -57,10 +59,12 @@ def options_of(config_class: type, *, refused: typing.Container[str], without: t
         group = USUAL if item.name in _USUAL else OWN if item.name in own else OTHERS
         inherited = _first_sentence(str(item.metadata.get("help", "")))
         explained = documented.get(item.name) or _LIKE_TRL.get(item.name) or inherited
-        hidden = group == OTHERS
+        made = option_of(item, hints[item.name], help=explained, group=group, hidden=group == OTHERS)
         if item.name in refused:
-            explained, hidden = "refused: training says why", True
-        result.append(option_of(item, hints[item.name], help=explained, group=group, hidden=hidden))
+            made = dataclasses.replace(
+                made, help="refused: training says why", hidden=True, printed=False, group=OTHERS
+            )
+        result.append(made)
     order = {name: at for at, name in enumerate(_USUAL)}
     groups = {OWN: 0, USUAL: 1, OTHERS: 2}
     return sorted(result, key=lambda option: (groups[option.group], order.get(option.name, 0)))
@@ -120,16 +124,16 @@ def documented_fields(config_class: type) -> dict[str, str]:
 def _table(doc: str | None) -> dict[str, str]:
     """The `name   explanation` lines of a docstring, continuation lines joined."""
     result: dict[str, str] = {}
-    name = None
+    names: list[str] = []
     for line in (doc or "").splitlines():
-        row = re.match(r"^ {4}([a-z_0-9]+\*?) {2,}(\S.*)$", line)
+        row = re.match(r"^ {4}([a-z_0-9*]+(?:, [a-z_0-9*]+)*) {2,}(\S.*)$", line)
         if row:
-            name = row[1]
-            result[name] = row[2]
-        elif name and re.match(r"^ {8,}\S", line):
-            result[name] += " " + line.strip()
+            names = row[1].split(", ")
+            result |= dict.fromkeys(names, row[2])
+        elif names and re.match(r"^ {8,}\S", line):
+            result |= {name: f"{result[name]} {line.strip()}" for name in names}
         else:
-            name = None
+            names = []
     return result
 
 
@@ -138,7 +142,9 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _conversion(members: list[Any], default: Any) -> tuple[Convert, str]:
-    literals = [value for part in members if typing.get_origin(part) is typing.Literal for value in typing.get_args(part)]
+    literals = [
+        value for part in members if typing.get_origin(part) is typing.Literal for value in typing.get_args(part)
+    ]
     enums = [part for part in members if isinstance(part, type) and issubclass(part, enum.Enum)]
     if literals and all(isinstance(value, str) for value in literals):
         return one_of(*literals), "|".join(literals)

@@ -23,7 +23,12 @@ def _option(name: str, help: str, convert: Any = text, metavar: str = "TEXT", hi
 
 OPTIONS = [
     _option("num_processes", "how many processes, one a GPU", whole, "N", hidden=False),
-    _option("accelerate_config", "single_gpu, multi_gpu, or a file that `accelerate config` wrote", metavar="NAME|FILE", hidden=False),
+    _option(
+        "accelerate_config",
+        "single_gpu, multi_gpu, or a file that `accelerate config` wrote",
+        metavar="NAME|FILE",
+        hidden=False,
+    ),
     _option("multi_gpu", "all GPUs of this machine", switch, "BOOL"),
     _option("gpu_ids", "which GPUs, as 0,1,3"),
     _option("num_machines", "how many machines", whole, "N"),
@@ -58,7 +63,9 @@ def relaunch(argv: Sequence[str], chosen: Mapping[str, Any]) -> int | None:
         return None
     if "WORLD_SIZE" in os.environ:
         names = ", ".join(flag(name) for name in chosen)
-        raise UsageError(f"{names}: a launcher has already started these processes; give the option to that launcher instead")
+        raise UsageError(
+            f"{names}: a launcher has already started these processes; give the option to that launcher instead"
+        )
     # accelerate's module loads torch; its options were checked above, so that errors come fast and in one line.
     words = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(chosen)]
     words += ["-m", "mmalign.cli", "train", *without_options(argv, NAMES)]
@@ -75,8 +82,10 @@ def launch_words(chosen: Mapping[str, Any]) -> list[str]:
     """The options of `accelerate launch`; more than one process always means separate ones, on a CPU too."""
     chosen = dict(chosen)
     words = _config_words(chosen.pop("accelerate_config", None))
+    if "--multi_gpu" in words:
+        chosen.pop("multi_gpu", None)
     several = (chosen.get("num_processes") or 1) > 1
-    if several and "--config_file" not in words:
+    if several and not words:
         # Without it, accelerate runs one process on a machine without GPUs and does not say so.
         chosen["multi_gpu"] = True
     for name, value in chosen.items():
@@ -84,7 +93,7 @@ def launch_words(chosen: Mapping[str, Any]) -> list[str]:
     if "--config_file" not in words:
         stated = {"num_machines": "1", "mixed_precision": "no", "dynamo_backend": "no"}
         words += [word for name, value in stated.items() if name not in chosen for word in (f"--{name}", value)]
-    return list(dict.fromkeys(words)) if words.count("--multi_gpu") > 1 else words
+    return words
 
 
 def _config_words(name: str | None) -> list[str]:

@@ -28,7 +28,7 @@ class Option:
     """One option. `name` is its key in YAML; `convert` takes text or a YAML value and raises ValueError.
 
     many: takes several values. nullable: "none" on the command line and null in YAML mean None. hidden: left out of `--help`
-    until `--help-all`. default None with required: must be given.
+    until `--help-all`. required: None will not do. printed: whether `--print-config` shows it where nobody set it.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Option:
     nullable: bool = False
     required: bool = False
     hidden: bool = False
+    printed: bool = True
 
     @property
     def is_switch(self) -> bool:
@@ -163,7 +164,7 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"; did you mean …?" with the closest names, or nothing."""
+    """ "; did you mean …?" with the closest names, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
@@ -186,12 +187,14 @@ _CONFIG = Option(
     help="a YAML file with these options (keys as here; `env:` exports variables). The command line wins",
     metavar="FILE",
 )
-_PRINT = Option(name="print_config", help="print all options as a YAML file that --config reads, and exit", convert=switch)
+_PRINT = Option(
+    name="print_config", help="print all options as a YAML file that --config reads, and exit", convert=switch
+)
 
 
 @dataclass
 class Command:
-    """A verb's options with its help, and how they are read."""
+    """A verb's options with its help, and how they are read. `complete` fills in what follows from the given options."""
 
     prog: str
     description: str
@@ -199,6 +202,7 @@ class Command:
     options: Sequence[Option]
     aliases: Sequence[Alias] = ()
     epilog: str = ""
+    complete: Callable[[Given], Given] = lambda given: given
 
     def __post_init__(self) -> None:
         self.by_name = {option.name: option for option in self.options}
@@ -217,7 +221,7 @@ class Command:
         self._refuse_unknown(unknown)
         raw = {name: value for name, value in vars(spoken).items() if name not in ("config", "print_config")}
         written, path = file if file is not None else read_yaml(vars(spoken).get("config"))
-        given = self._merge(written, raw, path)
+        given = self.complete(self._merge(written, raw, path))
         if switch(vars(spoken).get("print_config", False)):
             print(self.to_yaml(given), end="")
             return None
@@ -249,7 +253,9 @@ class Command:
                 raise UsageError(f"{where}{flag(name)} {error}") from error
             for target, result in expanded.items():
                 if target in ours and ours[target] != result:
-                    raise UsageError(f"{where}{flag(said_by[target])} and {flag(name)} both set {target}; give one of them")
+                    raise UsageError(
+                        f"{where}{flag(said_by[target])} and {flag(name)} both set {target}; give one of them"
+                    )
                 ours[target], said_by[target] = result, name
         return ours
 
@@ -304,12 +310,16 @@ class Command:
         lines = [f"# {self.prog} --config THIS_FILE"]
         group = ""
         for option in self.options:
-            if option.name == "hub_token":
+            if option.name == "hub_token" or not (option.printed or option.name in given.explicit):
                 continue
             if option.group != group:
                 group = option.group
                 lines += ["", f"# {group}"]
-            lines.append(yaml.safe_dump({option.name: given.values[option.name]}, sort_keys=False, allow_unicode=True, width=1000).rstrip())
+            lines.append(
+                yaml.safe_dump(
+                    {option.name: given.values[option.name]}, sort_keys=False, allow_unicode=True, width=1000
+                ).rstrip()
+            )
         return "\n".join(lines) + "\n"
 
 
@@ -321,12 +331,16 @@ class _Raw(argparse.Action):
 
 
 def _add(group: Any, option: Option, shown: bool) -> None:
-    default = "" if option.default in (None, [], False, "") or option.required else f" (default: {_shown(option.default)})"
+    default = (
+        "" if option.default in (None, [], False, "") or option.required else f" (default: {_shown(option.default)})"
+    )
     explained = (option.help + default).replace("%", "%%") if shown else argparse.SUPPRESS
     name = flag(option.name)
     if option.is_switch:
         group.add_argument(name, dest=option.name, nargs="?", const="true", metavar="BOOL", help=explained)
-        group.add_argument(flag("no_" + option.name), dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS)
+        group.add_argument(
+            flag("no_" + option.name), dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS
+        )
     elif option.many:
         group.add_argument(name, dest=option.name, nargs="+", action="extend", metavar=option.metavar, help=explained)
     else:
@@ -334,7 +348,13 @@ def _add(group: Any, option: Option, shown: bool) -> None:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def config_path(argv: Sequence[str]) -> str | None:

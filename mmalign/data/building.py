@@ -78,7 +78,8 @@ def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
     bad_rows = [bad for note in notes for bad in note["bad_rows"]]
     texts = [prompt for note in notes for prompt in note["prompts"]]
     if not texts:
-        shutil.rmtree(job.folder)
+        for path in latents:
+            path.unlink()
         summary = summarise([BadRow(*bad) for bad in bad_rows], len(job.source))
         raise ValueError(f"{job.source.name} has no usable pair; {summary}")
     distinct = list(dict.fromkeys(texts))

@@ -107,7 +107,7 @@ def inside(text: str | Path, roots: Sequence[Path], absolute: bool) -> Path:
 
 
 def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(value, Mapping):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
@@ -128,8 +128,11 @@ def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
             return Image.open(source, formats=_known_formats())
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from error
+    except UnidentifiedImageError as error:
+        # Its own message names an object in memory, which differs from run to run.
+        raise BadImage(f"not an image of a known format ({', '.join(_known_formats())}), or damaged") from error
     except _DAMAGED as error:
-        raise BadImage(f"not an image of a known format, or damaged ({_short(error)})") from error
+        raise BadImage(f"damaged or truncated image ({_short(error)})") from error
 
 
 @cache

@@ -68,8 +68,10 @@ class Normalizer:
         return cls(kind, low, high, scorer_name, scorer_fingerprint, used, values.numel())
 
     @classmethod
-    def official(cls) -> "Normalizer":
-        """The constants of the published SmPO code, for raw PickScore_v1 cosines only."""
+    def official(cls, scores: Float[Tensor, "..."] | None = None) -> "Normalizer":
+        """The constants of the published SmPO code, for raw PickScore_v1 cosines only; `scores` are checked at once."""
+        if scores is not None:
+            _check_raw_cosines(scores[~scores.isnan()])
         return cls("official", OFFICIAL_LOW, OFFICIAL_HIGH, "pickscore", "")
 
     def __call__(self, scores: Float[Tensor, "..."]) -> Float[Tensor, "..."]:

@@ -74,7 +74,7 @@ def base_accuracy(
 ) -> dict[str, float]:
     """By judge B: how often the pipeline draws what was asked, and how clean its pictures are."""
     seeds = list(range(seed, seed + len(prompts)))
-    images = preference_pairs.draw(pipe, prompts, seeds, guidance_scale, preference_pairs.NUM_INFERENCE_STEPS)
+    images = preference_pairs.draw(pipe, prompts, seeds, guidance_scale)
     reading = judges.load("B").read(judges.to_tensor(images))
     matched = judges.match(reading, prompts)
     parts = {

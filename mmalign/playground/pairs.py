@@ -10,14 +10,14 @@ from datasets import Dataset
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
+from mmalign.evaluation import generate
 from mmalign.playground import judges, raters, world
+from mmalign.playground.settings import NUM_INFERENCE_STEPS
 from mmalign.playground.photographs import GARMENTS
 
 NUM_TRAIN = 3000
 NUM_TEST = 400
-NUM_INFERENCE_STEPS = 20
 JPEG_QUALITY = 92
 _SEED = 501
 
@@ -48,19 +48,13 @@ def prompts(test_share: float = 0.25, seed: int = _SEED) -> Prompts:
     return Prompts(train=parts[0], test=parts[1])
 
 
-@torch.no_grad()
 def draw(
-    pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], guidance_scale: float, steps: int
+    pipe: StableDiffusionPipeline, prompts: list[str], seeds: list[int], guidance_scale: float
 ) -> list[Image.Image]:
-    """One picture a prompt, each from its own seed."""
-    pipe.set_progress_bar_config(disable=True)
-    images: list[Image.Image] = []
-    for start in tqdm(range(0, len(prompts), 64), desc="drawing", unit="batch"):
-        part = slice(start, start + 64)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-        output = pipe(prompts[part], num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators)
-        images += output.images
-    return images
+    """One picture a prompt, each from its own seed, as everywhere in the playground."""
+    return generate(
+        pipe, prompts, seeds, num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=guidance_scale, batch_size=64
+    )
 
 
 def build(pipe: StableDiffusionPipeline, guidance_scale: float, split: str, number: int) -> Dataset:
@@ -71,7 +65,7 @@ def build(pipe: StableDiffusionPipeline, guidance_scale: float, split: str, numb
     asked = [pool[i] for i in rng.integers(len(pool), size=number)]
     user_ids = rng.integers(raters.NUM_USERS, size=number)
     seeds = rng.integers(2**31, size=2 * number).tolist()
-    images = draw(pipe, asked + asked, seeds, guidance_scale, NUM_INFERENCE_STEPS)
+    images = draw(pipe, asked + asked, seeds, guidance_scale)
     packed = [to_jpeg(image) for image in images]
     seen = judges.to_tensor([Image.open(io.BytesIO(data)) for data in packed])
     liking = _utilities(seen, asked + asked, np.concatenate([user_ids, user_ids]))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmalign.data import ComparisonConfig, Normalizer, compare
-from mmalign.data.smoothing import OFFICIAL_HIGH, OFFICIAL_LOW
+from mmalign.data.smoothing import OFFICIAL_LOW
 
 UNIT = Normalizer("extrema", 0.0, 1.0, "test", "f")
 
@@ -172,7 +172,8 @@ def test_official_normalizer_wants_raw_cosines() -> None:
     with pytest.raises(ValueError, match="without scaled=True"):
         official(torch.tensor([[21.0, 22.0]]))
     with pytest.raises(ValueError, match="another scorer"):
-        official(torch.tensor([[0.9, 0.8]]))
+        Normalizer.official(torch.tensor([[0.9, 0.8], [math.nan, math.nan]]))
+    assert Normalizer.official(torch.tensor([[0.2, 0.21], [math.nan, math.nan]])) == official
     # Dropped ties do not count against it.
     config = ComparisonConfig(kind="smoothed", normalizer=official)
     labels, scores = torch.tensor([1.0, 0.5]), torch.tensor([[0.22, 0.21], [math.nan, math.nan]])

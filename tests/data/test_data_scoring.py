@@ -65,7 +65,7 @@ def test_an_interrupted_pass_goes_on(tmp_path: Path, pickapic_rows: Rows, monkey
     source = load_pairs(items)
     whole = score_pairs(source, Brightness("whole"), batch_size=2, cache_dir=tmp_path, progress=False)
     with pytest.raises(KeyboardInterrupt):
-        score_pairs(source, Brightness(fail_at=3), batch_size=2, cache_dir=tmp_path, progress=False)
+        score_pairs(source, Brightness(fail_at=2), batch_size=2, cache_dir=tmp_path, progress=False)
     rest = Brightness()
     scores = score_pairs(source, rest, batch_size=2, cache_dir=tmp_path, progress=False)
     torch.testing.assert_close(scores, whole, equal_nan=True)

@@ -47,7 +47,7 @@ def test_predict_repeats_the_pipelines_own_unet_calls(pipes: dict[str, Any], kin
     assert len(calls) >= 2
     for call in calls:
         with torch.no_grad():
-            output = denoiser.predict(denoiser.module, call.x, call.t.reshape(1), conditioning)
+            output = denoiser.predict(denoiser.module, call.x, call.t.reshape(1).long(), conditioning)
         torch.testing.assert_close(output, call.out, rtol=0, atol=1e-6)
 
 

@@ -99,7 +99,9 @@ def test_strength_weight_and_reference_get_no_gradient(draw):
     reference = [start.reference_chosen.clone().requires_grad_(), start.reference_rejected.clone().requires_grad_()]
     logps = losses.PairLogProbs(*policy_of(start), *reference)
     losses.compute("sigmoid", logps, strength=strength, weight=weight).sum().backward()
-    assert all(x.grad is None for x in (strength, weight, *reference))
+    scale = torch.ones(3, requires_grad=True)
+    losses.compute("sdpo", logps, rejected_scale=scale).sum().backward()
+    assert all(x.grad is None for x in (strength, weight, scale, *reference))
 
 
 EXTREMES = [1e4, -1e4, 0.0]

@@ -1,0 +1,227 @@
+"""Does alignment help, and which part of it? One table: every method against the base, told by judge B, with intervals.
+
+    python benchmarks/playground_table.py run              # every missing cell, one after the other; stop and resume at will
+    python benchmarks/playground_table.py run smpo dpo     # only the cells of these rows
+    python benchmarks/playground_table.py table            # benchmarks/results/playground/table.md from the finished cells
+
+A cell is (row, seed): it aligns the playground's base, draws every test prompt, and keeps judge B's score of every picture.
+All settings stand in ROWS and in mmalign/playground/settings.py, and were committed before the first cell was run.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mmalign
+from mmalign.evaluation import generate, win_rate, win_rate_difference
+from mmalign.playground import judges, measure, pairs, photographs, settings, world
+from mmalign.playground.fit import write_json
+
+RESULTS = Path(__file__).parent / "results" / "playground"
+SEEDS = (0, 1, 2)
+STEPS = 200
+PICTURE_SEED = 7_000_000
+# Forward passes of the network per pair and step, in units of one forward over both sides (spec 01, section 12.3).
+COST = {"sft": 1.5, "dpo": 4.0, "inpo": 10.38, "smpo": 16.76}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method, how many steps, and what differs from the method's own settings."""
+
+    method: str
+    steps: int = STEPS
+    changes: dict[str, Any] = field(default_factory=dict)
+    data: str = "playground"
+
+
+def equal_compute(method: str) -> int:
+    """Steps that cost what SmPO's do."""
+    return round(STEPS * COST["smpo"] / COST[method])
+
+
+_RELABEL = {"comparison": "relabel", "scorer": "playground"}
+_SMOOTHED = {"comparison": "smoothed", "scorer": "playground"}
+ROWS: dict[str, Row] = {
+    "more base training": Row("sft", equal_compute("sft"), data="photographs"),
+    "sft": Row("sft"),
+    "dpo": Row("dpo"),
+    "inpo": Row("inpo"),
+    "smpo": Row("smpo"),
+    "sft, equal compute": Row("sft", equal_compute("sft")),
+    "dpo, equal compute": Row("dpo", equal_compute("dpo")),
+    "inpo, equal compute": Row("inpo", equal_compute("inpo")),
+    # One axis at a time, from SmPO: renoise, smoothed, sigmoid.
+    "latents forward": Row("smpo", changes={"latents": "forward"}),
+    "latents ddim": Row("smpo", changes={"latents": "ddim"}),
+    "comparison human": Row("smpo", changes={"comparison": "human", "scorer": None}),
+    "comparison relabel": Row("smpo", changes={"comparison": "relabel"}),
+    "comparison bradley_terry": Row("smpo", changes={"comparison": "bradley_terry"}),
+    "link ipo": Row("smpo", changes={"comparison": "relabel", "loss_type": "ipo"}),
+    "link hinge": Row("smpo", changes={"loss_type": "hinge"}),
+    # From DPO: forward, human, sigmoid.
+    "dpo, relabel": Row("dpo", changes=_RELABEL),
+    "dpo, smoothed": Row("dpo", changes=_SMOOTHED),
+}
+
+
+def cell_path(row: str, seed: int) -> Path:
+    """Where the result of a cell lies."""
+    return RESULTS / f"{row.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+
+
+def run(row: str, seed: int) -> None:
+    """Aligns, draws, scores, writes; does nothing where the cell is done."""
+    path = cell_path(row, seed)
+    if path.is_file():
+        return
+    start = time.perf_counter()
+    spec = ROWS.get(row)
+    pipe: Any
+    changes: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    if spec is None:
+        pipe = mmalign.DiffusionSFTPipeline.from_pretrained("playground")
+    else:
+        name = {"sft": "DiffusionSFT", "dpo": "DiffusionDPO", "inpo": "InPO", "smpo": "SmPO"}[spec.method]
+        pipe = getattr(mmalign, f"{name}Pipeline").from_pretrained("playground")
+        changes = settings.options(spec.method, max_steps=spec.steps, seed=seed, save_strategy="no", **spec.changes)
+        data = photograph_pairs() if spec.data == "photographs" else spec.data
+        with tempfile.TemporaryDirectory() as folder:
+            result = pipe.align(data, output_dir=folder, report_to="none", **changes)
+        metrics = {k: v for entry in result.history[-4:] for k, v in entry.items()}
+    trained = time.perf_counter() - start
+    prompts = pairs.prompts().test
+    seeds = [PICTURE_SEED + 1000 * seed + i for i in range(len(prompts))]
+    images = generate(
+        pipe,
+        prompts,
+        seeds,
+        num_inference_steps=settings.NUM_INFERENCE_STEPS,
+        guidance_scale=measure.chosen_guidance(),
+        batch_size=56,
+    )
+    reading = judges.load("B").read(judges.to_tensor(images))
+    matched = judges.match(reading, prompts)
+    scores = judges.score(reading, matched)
+    write_json(
+        {
+            "row": row,
+            "seed": seed,
+            "settings": changes,
+            "seconds_training": round(trained, 1),
+            "seconds_all": round(time.perf_counter() - start, 1),
+            "all_three": round(float(matched.all.float().mean()), 4),
+            "clean": round(float(reading.clean.mean()), 4),
+            "scores": [round(float(s), 5) for s in scores],
+            "metrics": metrics,
+        },
+        path,
+    )
+
+
+def photograph_pairs(number: int = 3000) -> list[dict[str, Any]]:
+    """Composed photographs with captions that the base saw the likes of in its own training, as rows for fine-tuning."""
+    from PIL import Image
+
+    data = photographs.load("train")
+    rows = torch.arange(number)
+    scenes = world.draw_scenes(data.labels, rows, seed=601)
+    pictures = (world.compose(data, rows, scenes).movedim(1, -1) * 255).round().byte().numpy()
+    blank = Image.new("RGB", (world.SIZE, world.SIZE))
+    return [
+        {"prompt": text, "chosen": Image.fromarray(picture), "rejected": blank}
+        for text, picture in zip(scenes.captions(), pictures, strict=True)
+    ]
+
+
+def table() -> str:
+    """The finished cells as Markdown: win rate against the base over all seeds, clustered by prompt."""
+    prompts = pairs.prompts().test
+    base = {seed: _read("base", seed) for seed in SEEDS}
+    done = {row: {seed: _read(row, seed) for seed in SEEDS} for row in ROWS}
+    lines = [
+        "| row | win rate over base, judge B | 95 % interval | asked-for garment and both colours | clean | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines.append(_line("base", "50.0 %", "", [cell for cell in base.values() if cell]))
+    for row, cells in done.items():
+        ready = [seed for seed in SEEDS if cells[seed] and base[seed]]
+        if not ready:
+            continue
+        ours, theirs, clusters = _stacked(cells, base, ready, len(prompts))
+        rate = win_rate(ours, theirs, clusters, tie_margin=settings.TIE_MARGIN)
+        interval = f"{100 * rate.low:.1f} … {100 * rate.high:.1f} %"
+        lines.append(_line(row, f"{100 * rate.rate:.1f} %", interval, [cells[s] for s in ready]))
+    lines += ["", *_contrasts(done, base, len(prompts))]
+    return "\n".join(lines) + "\n"
+
+
+CONTRASTS = (
+    ("smpo", "dpo"),
+    ("inpo", "dpo"),
+    ("smpo", "inpo"),
+    ("smpo", "dpo, equal compute"),
+    ("smpo", "latents forward"),
+    ("smpo", "comparison relabel"),
+    ("comparison relabel", "comparison human"),
+)
+
+
+def _contrasts(done: dict[str, Any], base: dict[int, Any], number: int) -> list[str]:
+    lines = ["| contrast | difference of win rates, points | 95 % interval |", "|---|---|---|"]
+    for first, second in CONTRASTS:
+        ready = [s for s in SEEDS if done[first][s] and done[second][s] and base[s]]
+        if ready:
+            a, reference, clusters = _stacked(done[first], base, ready, number)
+            b, _, _ = _stacked(done[second], base, ready, number)
+            gap = win_rate_difference(a, b, reference, clusters, tie_margin=settings.TIE_MARGIN)
+            lines.append(
+                f"| {first} − {second} | {100 * gap.value:+.1f} | {100 * gap.low:+.1f} … {100 * gap.high:+.1f} |"
+            )
+    return lines
+
+
+def _stacked(cells: dict[int, Any], base: dict[int, Any], seeds: list[int], number: int) -> tuple[list, list, list]:
+    ours = [score for seed in seeds for score in cells[seed]["scores"]]
+    theirs = [score for seed in seeds for score in base[seed]["scores"]]
+    return ours, theirs, [prompt for _ in seeds for prompt in range(number)]
+
+
+def _line(row: str, rate: str, interval: str, cells: list[Any]) -> str:
+    def mean(name: str) -> float:
+        return sum(cell[name] for cell in cells) / len(cells) if cells else float("nan")
+
+    return f"| {row} | {rate} | {interval} | {100 * mean('all_three'):.1f} % | {mean('clean'):.3f} | {len(cells)} |"
+
+
+def _read(row: str, seed: int) -> Any:
+    path = cell_path(row, seed)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def main() -> None:
+    """Runs cells or prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "table"])
+    parser.add_argument("rows", nargs="*", help="rows to run; all where none is named")
+    args = parser.parse_args()
+    if unknown := set(args.rows) - {"base", *ROWS}:
+        parser.error(f"no such row: {', '.join(unknown)}; rows are base, {', '.join(ROWS)}")
+    if args.command == "run":
+        for seed in SEEDS:
+            for row in args.rows or ["base", *ROWS]:
+                run(row, seed)
+    text = table()
+    (RESULTS / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""`mmalign evaluate`: an aligned model against its base, with the same prompts and seeds, told by scorers with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmalign.cli.models import (
+    best_device,
+    device_option,
+    guidance_of,
+    load_pipeline,
+    model_options,
+    prompt_options,
+    read_prompts,
+    sampling_options,
+)
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, whole
+
+_MODEL, _WHAT, _JUDGED = "the two models", "what is drawn", "who judges"
+VERB = Command(
+    prog="mmalign evaluate",
+    description="Draws the same prompts and seeds with both models, scores every pair, and writes report.html and report.json.",
+    example="mmalign evaluate --model playground --lora runs/smpo --prompts playground --trained-on playground",
+    options=[
+        *model_options(group=_MODEL, lora=True),
+        Option(
+            name="base",
+            help="what it is compared with; with --lora: the same model without it",
+            group=_MODEL,
+            nullable=True,
+        ),
+        device_option(_MODEL),
+        *prompt_options(_WHAT),
+        Option(
+            name="num_images_per_prompt",
+            help="pairs of pictures a prompt",
+            convert=whole,
+            metavar="N",
+            default=1,
+            group=_WHAT,
+        ),
+        Option(
+            name="output_dir", help="where pictures and report go", metavar="DIR", default="evaluation", group=_WHAT
+        ),
+        Option(
+            name="scorers",
+            help="judge-A, judge-B and playground (the playground's own), pickscore, clip:<Hub id or folder>; the first one not trained "
+            "on makes the headline. none is judge-B and playground for its prompts, else pickscore",
+            metavar="NAME",
+            many=True,
+            group=_JUDGED,
+            nullable=True,
+        ),
+        Option(
+            name="trained_on",
+            help="scorers that gave labels or rewards to the training",
+            metavar="NAME",
+            many=True,
+            group=_JUDGED,
+            nullable=True,
+        ),
+        Option(
+            name="tie_margin",
+            help="scores closer than this are a tie",
+            convert=number,
+            metavar="X",
+            default=0.0,
+            group=_JUDGED,
+        ),
+        Option(
+            name="num_resamples",
+            help="bootstrap resamples over prompts",
+            convert=whole,
+            metavar="N",
+            default=2000,
+            group=_JUDGED,
+        ),
+        Option(name="confidence", help="of the intervals", convert=number, metavar="X", default=0.95, group=_JUDGED),
+        Option(
+            name="history",
+            help="history.json of the run, for curves; none is the one beside the LoRA",
+            metavar="FILE",
+            group=_JUDGED,
+            nullable=True,
+        ),
+        *sampling_options(),
+    ],
+    aliases=[
+        Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
+        Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
+        Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
+    ],
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compares, writes the report and prints its headline."""
+    given = VERB.read(argv)
+    if given is None:
+        return 0
+    if given["base"] is None and given["lora"] is None:
+        raise UsageError("nothing to compare with: give --base, or --lora to compare the model with and without it")
+    prompts = read_prompts(given)
+    history = _history(given)
+    names = given["scorers"] or (["judge-B", "playground"] if given["prompts"] == "playground" else ["pickscore"])
+    trained_on = set(given["trained_on"] or [])
+    # A scorer that was trained on stands in the report even if nobody listed it.
+    names += sorted(trained_on - set(names))
+
+    from mmalign.evaluation import evaluate, headline, write_report
+
+    device = best_device(given["device"])
+    result = evaluate(
+        load_pipeline(given, lora=given["lora"], device=device),
+        load_pipeline(given, model=given["base"] or given["model"], device=device),
+        prompts,
+        scorers=[scorer_named(name, device) for name in names],
+        output_dir=given["output_dir"],
+        num_inference_steps=given["num_inference_steps"],
+        guidance_scale=guidance_of(given),
+        trained_on=trained_on,
+        num_images_per_prompt=given["num_images_per_prompt"],
+        seed=given["seed"],
+        batch_size=given["batch_size"],
+        height=given["height"],
+        width=given["width"],
+        tie_margin=given["tie_margin"],
+        num_resamples=given["num_resamples"],
+        confidence=given["confidence"],
+    )
+    files = write_report(result, given["output_dir"], history=history)
+    print(headline(result))
+    print(f"report: {files.html}")
+    return 0
+
+
+def scorer_named(name: str, device: str) -> Any:
+    """A scorer of the playground's judges or of `mmalign.rewards`."""
+    if name in ("judge-A", "judge-B"):
+        from mmalign.playground import judges
+
+        return judges.load("A" if name == "judge-A" else "B")
+    from mmalign.rewards import scorer
+
+    return scorer(name, device=device)
+
+
+def _history(given: Given) -> list[dict[str, Any]]:
+    path = Path(given["history"]).expanduser() if given["history"] else Path(given["lora"] or ".") / "history.json"
+    if given["history"] is None and (given["lora"] is None or not path.is_file()):
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is no history: it holds no list")
+    return content

@@ -1,0 +1,114 @@
+"""`mmalign generate`: pictures from prompts and seeds, one file each, and all of them on one sheet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmalign.cli.models import (
+    device_option,
+    guidance_of,
+    load_pipeline,
+    model_options,
+    prompt_options,
+    read_prompts,
+    sampling_options,
+    slug,
+)
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, switch, whole
+
+_MODEL, _WHAT = "the model", "what is drawn"
+_SHEET_ROWS = 32
+ALIASES = [
+    Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
+    Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
+    Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
+]
+VERB = Command(
+    prog="mmalign generate",
+    description="Draws one picture for each prompt and seed. A picture depends on its prompt and seed alone, not on its batch.",
+    example='mmalign generate --model playground --prompt "a red bag on a blue background" --seeds 0 1 2 3',
+    options=[
+        *model_options(group=_MODEL, lora=True),
+        device_option(_MODEL),
+        *prompt_options(_WHAT),
+        Option(
+            name="seeds",
+            help="draw every prompt with each of these",
+            convert=whole,
+            metavar="N",
+            many=True,
+            group=_WHAT,
+            nullable=True,
+        ),
+        Option(name="output_dir", help="where the pictures go", metavar="DIR", default="pictures", group=_WHAT),
+        Option(
+            name="grid",
+            help="also write grid.png, prompts down and seeds across",
+            convert=switch,
+            default=True,
+            group=_WHAT,
+        ),
+        *sampling_options(),
+    ],
+    aliases=ALIASES,
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Draws, and says where the pictures are."""
+    given = VERB.read(argv)
+    if given is None:
+        return 0
+    prompts = read_prompts(given)
+    if given["seeds"] and "seed" in given.explicit:
+        raise UsageError("--seed and --seeds both say which pictures; give one of them")
+    # Without --seeds every prompt has a seed of its own, as evaluation does it.
+    seeds = given["seeds"] or None
+    pairs = (
+        [(prompt, seed) for prompt in prompts for seed in seeds]
+        if seeds
+        else list(zip(prompts, _counted(given, prompts), strict=True))
+    )
+    files = draw(given, pairs, columns=len(seeds) if seeds else 1)
+    print(
+        f"{len(pairs)} pictures in {given['output_dir']}/"
+        + (f"; all on one sheet: {files[-1]}" if given["grid"] else "")
+    )
+    return 0
+
+
+def _counted(given: Given, prompts: list[str]) -> range:
+    return range(given["seed"], given["seed"] + len(prompts))
+
+
+def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]:
+    """The files that were written: a picture each, then the sheet."""
+    from mmalign.evaluation import generate, side_by_side
+
+    pipe = load_pipeline(given, lora=given["lora"])
+    images = generate(
+        pipe,
+        [prompt for prompt, _ in pairs],
+        [seed for _, seed in pairs],
+        num_inference_steps=given["num_inference_steps"],
+        guidance_scale=guidance_of(given),
+        batch_size=given["batch_size"],
+        height=given["height"],
+        width=given["width"],
+    )
+    folder = Path(given["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
+        files.append(folder / f"{number:04d}-seed{seed}-{slug(prompt)}.png")
+        image.save(files[-1])
+    if given["grid"]:
+        rows = [images[start : start + columns] for start in range(0, len(images), columns)][:_SHEET_ROWS]
+        captions = [pairs[start][0] for start in range(0, len(pairs), columns)][:_SHEET_ROWS]
+        titles = [f"seed {seed}" for _, seed in pairs[:columns]] if columns > 1 else ["each its own seed"]
+        files.append(folder / "grid.png")
+        side_by_side(rows, captions, titles, rows_per_line=1 if columns > 2 else 4).save(files[-1])
+        if len(pairs) > _SHEET_ROWS * columns:
+            print(f"the sheet shows the first {_SHEET_ROWS} of {len(pairs) // columns} prompts")
+    return files

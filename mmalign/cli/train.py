@@ -1,0 +1,362 @@
+"""`mmalign train METHOD`: one run of a method, from the command line or a YAML file, on one process or several."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mmalign.cli import launch
+from mmalign.cli.aliases import aliases
+from mmalign.cli.fields import options_of
+from mmalign.cli.models import load_pipeline, model_options
+from mmalign.cli.options import (
+    Alias,
+    Command,
+    Given,
+    Option,
+    UsageError,
+    config_path,
+    nearest,
+    number,
+    one_of,
+    read_yaml,
+    switch,
+    whole,
+)
+from mmalign.cli.terminal import Interrupted, command, rank_prefix, without_options
+
+METHODS = {
+    "smpo": (
+        "mmalign.pipelines.image.smpo",
+        "SmPO",
+        "smoothed preferences on ReNoise-inverted latents (arXiv:2506.02698)",
+    ),
+    "inpo": ("mmalign.pipelines.image.inpo", "InPO", "preferences on DDIM-inverted latents (arXiv:2503.18454)"),
+    "dpo": ("mmalign.pipelines.image.dpo", "DiffusionDPO", "preferences on forward-noised latents (arXiv:2311.12908)"),
+    "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
+}
+_DATA = "model and data"
+_LORA = "what is trained: a LoRA, or everything with --full"
+_HELP = """usage: mmalign train METHOD [options]
+
+{methods}
+
+Options of a method:  mmalign train smpo --help
+One GPU:              mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl
+Two GPUs:             mmalign train smpo --num-processes 2 --config run.yaml
+Go on after a stop:   mmalign train smpo --config run.yaml --resume-from-checkpoint latest
+"""
+_EPILOG = """--help-all shows every option. Spellings of diffusers' and Salesforce's DPO scripts work too:
+--pretrained_model_name_or_path, --dataset_name, --train_batch_size, --max_train_steps, --beta_dpo, --mixed_precision, …
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Trains, or starts the processes that do."""
+    method, words = _method(list(argv))
+    if method is None:
+        lines = [f"  {name:<5} {summary}" for name, (_, _, summary) in METHODS.items()]
+        print(_HELP.format(methods="\n".join(lines)), end="")
+        return 0
+    # The file's `env:` block must act before torch is loaded.
+    file = read_yaml(config_path(words))
+    module, prefix, _ = METHODS[method]
+    pipelines = import_module(module)
+    verb = make_command(method, getattr(pipelines, f"{prefix}Config"))
+    given = verb.read(words, file)
+    if given is None:
+        return 0
+    exit_code = launch.relaunch([method, *words], given.chosen(launch.NAMES))
+    if exit_code is not None:
+        return exit_code
+    return _train(method, getattr(pipelines, f"{prefix}Pipeline"), given, words)
+
+
+def make_command(method: str, config_class: Any) -> Command:
+    """The options of `mmalign train METHOD`."""
+    from mmalign.training.inherited import REFUSED
+
+    own = _run_options(method, config_class)
+    fields = options_of(config_class, refused=REFUSED, without={option.name for option in own})
+    refused = [Alias(name, reason) for name, reason in launch.REFUSED.items()]
+    return Command(
+        prog=f"mmalign train {method}",
+        description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
+        example=f"mmalign train {method} --model playground --data playground --max-steps 200",
+        options=[*own, *fields, *launch.OPTIONS],
+        aliases=[*aliases(method), *refused],
+        epilog=_EPILOG,
+        complete=lambda given: _complete(given, config_class),
+    )
+
+
+def _run_options(method: str, config_class: Any) -> list[Option]:
+    lora = {"group": _LORA}
+    return [
+        *model_options(group=_DATA),
+        Option(
+            name="data",
+            help='preference pairs: a Hub id, a parquet file, a folder with metadata.jsonl, or "playground"',
+            required=True,
+            group=_DATA,
+        ),
+        Option(name="eval_data", help="held-out pairs for --eval-strategy steps", group=_DATA, nullable=True),
+        Option(
+            name="max_rows",
+            help="only the first rows of the data",
+            convert=whole,
+            metavar="N",
+            group=_DATA,
+            nullable=True,
+        ),
+        Option(
+            name="output_dir",
+            help="checkpoints, samples, history and the trained weights go here",
+            metavar="DIR",
+            default=f"runs/{method}",
+            group=_DATA,
+        ),
+        Option(
+            name="overwrite",
+            help="remove the checkpoints of an earlier run there first",
+            convert=switch,
+            default=False,
+            group=_DATA,
+        ),
+        Option(
+            name="preset",
+            help="start from published settings; other options come on top. --print-config shows what they are",
+            convert=one_of(*config_class.presets),
+            metavar="|".join(config_class.presets),
+            group=_DATA,
+            nullable=True,
+        ),
+        Option(
+            name="scale_lr",
+            help="multiply learning_rate by the pairs of one optimiser step, as diffusers' scripts do with this flag",
+            convert=switch,
+            default=False,
+            group="training",
+        ),
+        Option(
+            name="full",
+            help="train every weight of the network instead of a LoRA",
+            convert=switch,
+            default=False,
+            **lora,
+        ),
+        Option(name="lora_r", help="rank", convert=whole, metavar="N", default=16, **lora),
+        Option(name="lora_alpha", help="scale; none is the rank", convert=number, metavar="X", nullable=True, **lora),
+        Option(
+            name="lora_dropout", help="dropout on the LoRA's input", convert=number, metavar="X", default=0.0, **lora
+        ),
+        Option(
+            name="lora_target_modules",
+            help="layers that get one: names, one regular expression, or all-linear; none is the attention projections",
+            metavar="NAME",
+            many=True,
+            nullable=True,
+            **lora,
+        ),
+        Option(
+            name="save_pipeline",
+            help="also save the whole aligned pipeline, LoRA merged, in output_dir/pipeline (always with --full)",
+            convert=switch,
+            default=False,
+            **lora,
+        ),
+    ]
+
+
+def _method(words: list[str]) -> tuple[str | None, list[str]]:
+    """The method and the other words; launcher options may stand before it."""
+    if words and words[0] in METHODS:
+        return words[0], words[1:]
+    at = next((at for at, word in enumerate(words) if word in METHODS), None)
+    if at is not None:
+        return words[at], words[:at] + words[at + 1 :]
+    if not words or any(word in ("-h", "--help", "--help-all") for word in words):
+        return None, words
+    first = words[0]
+    known = f"the methods are {', '.join(METHODS)}"
+    if first.startswith("-"):
+        raise UsageError(f"the method stands after the verb: mmalign train smpo {first} …; {known}")
+    raise UsageError(f"no method {first!r}{nearest(first, METHODS)}; {known}")
+
+
+def _complete(given: Given, config_class: Any) -> Given:
+    """Puts the preset under the explicit options, and the playground's own held-out pairs behind `--eval-data playground`."""
+    preset = dict(config_class.presets.get(given["preset"], {}))
+    if given.explicit & {"fp16", "bf16"}:
+        preset = {name: value for name, value in preset.items() if name not in ("fp16", "bf16")}
+    if given["eval_data"] == "playground":
+        preset["eval_split"] = "test"
+    added = {name: value for name, value in preset.items() if name not in given.explicit}
+    # The preset is written out, so that a printed configuration stands on its own.
+    values = given.values | added | {"preset": None}
+    return Given(values, (given.explicit | set(added)) - {"preset"}, given.config)
+
+
+def config_options(given: Given, config_class: Any) -> dict[str, Any]:
+    """The keyword arguments of the method's config: what was given, and what the number of processes makes of it."""
+    import dataclasses
+
+    fields = {item.name for item in dataclasses.fields(config_class)}
+    options = given.chosen(fields) | {"output_dir": given["output_dir"]}
+    processes = world_size()
+    if processes > 1 and "use_cpu" not in options and not _has_accelerator():
+        # Otherwise transformers would run one independent training a process.
+        options["use_cpu"] = True
+    if given["scale_lr"]:
+        config = config_class(**options)
+        pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
+        options["learning_rate"] = config.learning_rate * pairs
+        _say(
+            f"learning rate {config.learning_rate:g} × {pairs} pairs a step = {options['learning_rate']:g} (--scale-lr)"
+        )
+    options["resume_from_checkpoint"] = _resume_from(given)
+    return options
+
+
+def world_size() -> int:
+    """How many processes a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def _say(message: str) -> None:
+    if not rank_prefix():
+        print(message)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest step first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def _resume_from(given: Given) -> str | None:
+    """The checkpoint folder to go on from: a path, a bare checkpoint-N, or the newest one for "latest"."""
+    folder, asked = Path(given["output_dir"]), given["resume_from_checkpoint"]
+    found = _checkpoints(folder)
+    if asked is None:
+        if found and given["overwrite"]:
+            if not rank_prefix():
+                for path in found:
+                    shutil.rmtree(path)
+            return None
+        if found:
+            raise ValueError(
+                f"{folder} already holds {found[-1].name}: go on with --resume-from-checkpoint latest, remove the earlier "
+                "checkpoints with --overwrite, or choose another --output-dir"
+            )
+        return None
+    if str(asked).lower() in ("latest", "true"):
+        _say(f"resuming from {found[-1]}" if found else f"{folder} holds no checkpoint yet: starting at step 0")
+        return str(found[-1]) if found else None
+    for path in (Path(asked), folder / asked):
+        if path.is_dir():
+            return str(path)
+    raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
+
+
+def _lora(given: Given) -> Any:
+    """The LoRA that is trained; None with --full."""
+    if given["full"]:
+        touched = sorted(given.explicit & {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"})
+        if touched:
+            raise UsageError(f"--full trains every weight, so {touched[0]} has no effect; drop one of the two")
+        return None
+    from mmalign.training.pipeline import default_lora
+
+    lora = default_lora()
+    lora.r = given["lora_r"]
+    lora.lora_alpha = lora.r if given["lora_alpha"] is None else given["lora_alpha"]
+    lora.lora_dropout = given["lora_dropout"]
+    if given["lora_target_modules"]:
+        names = given["lora_target_modules"]
+        lora.target_modules = names[0] if len(names) == 1 else set(names)
+    return lora
+
+
+def _source(given: Given) -> Any:
+    """The training data as the trainer takes it; cut to its first rows where that was asked for."""
+    if given["max_rows"] is None:
+        return given["data"]
+    from mmalign.data import load_pairs
+
+    return load_pairs(given["data"], split=given["train_split"], max_rows=given["max_rows"])
+
+
+def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
+    config_class = pipeline_class.config_class
+    lora = _lora(given)
+    options = config_options(given, config_class)
+    config = config_class(**options)
+    if config.world_size != world_size():
+        raise ValueError(
+            f"{world_size()} processes run, but training would use {config.world_size}: on a machine without GPUs add --use-cpu"
+        )
+    _say(config.describe(config.world_size))
+    pipe = load_pipeline(given, pipeline_class, device=config.device)
+    source = _source(given)
+    if given["max_rows"] is not None:
+        options["train_split"] = None
+    folder = Path(given["output_dir"])
+    try:
+        pipe.align(source, eval_dataset=given["eval_data"], peft_config=lora, **options)
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_go_on(method, words, folder)) from None
+    if not rank_prefix():
+        if given["full"] or given["save_pipeline"]:
+            pipe.save_pretrained(folder / "pipeline")
+        print(_farewell(given, folder, config))
+    return 0
+
+
+def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
+    found = _checkpoints(folder)
+    if not found:
+        return f"stopped before the first checkpoint in {folder} (--save-steps says how often one is written)"
+    kept = without_options(words, ["resume_from_checkpoint", "overwrite"])
+    again = command("mmalign", "train", method, *kept, "--resume-from-checkpoint", "latest")
+    return f"stopped; {found[-1]} is whole. Go on with:\n  {again}"
+
+
+def _farewell(given: Given, folder: Path, config: Any) -> str:
+    """Where everything was saved, and what to type next."""
+    lines = ["", f"saved in {folder}:"]
+    wanted = {
+        "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
+        "pipeline": f'the whole pipeline: DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
+        "smoothing.json": "the normaliser of the scorer's values",
+        "history.json": "everything that was logged",
+        "samples": "sample pictures",
+        "README.md": "the model card",
+    }
+    lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
+    lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
+    held = ["--trained-on", config.scorer] if config.comparison != "human" else []
+    model = (
+        ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
+    )
+    base = ["--base", given["model"]]
+    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "next:",
+            "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"),
+            "  " + command("mmalign", "evaluate", *model, *base, *prompts, *held),
+        ]
+    )
