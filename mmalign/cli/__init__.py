@@ -1,5 +1,5 @@
 """The command line: `mmalign VERB …`, or `python -m mmalign.cli VERB …` where a launcher wants a module."""
 
-from mmalign.cli.main import main
+from mmalign.cli.dispatch import main
 
 __all__ = ["main"]

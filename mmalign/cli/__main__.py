@@ -2,6 +2,6 @@
 
 import sys
 
-from mmalign.cli.main import main
+from mmalign.cli.dispatch import main
 
 sys.exit(main())

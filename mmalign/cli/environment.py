@@ -128,10 +128,10 @@ def torch_devices() -> tuple[dict[str, Any], list[str]]:
         found[f"GPU {index}"] = (
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, compute capability {capability}"
         )
+    if not torch.cuda.device_count():
+        found["GPU"] = "none"
     found["MPS"] = "available" if torch.backends.mps.is_available() else "not available"
-    found["bfloat16"] = (
-        "supported" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "on the CPU only"
-    )
+    found["bfloat16"] = "supported" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "on the CPU"
     return found, []
 
 
@@ -142,8 +142,8 @@ def torchaudio_state() -> tuple[dict[str, str], list[str]]:
     error = _fails("import torchaudio")
     if error is None:
         return {"torchaudio imports": "yes"}, []
-    wrong = f"torchaudio {version('torchaudio')} does not work with torch {version('torch')} ({error}), and transformers and diffusers import it"
-    return {"torchaudio imports": "no"}, [f"{wrong}: {AUDIO_FIX}"]
+    wrong = f"torchaudio {version('torchaudio')} does not work with torch {version('torch')} ({error})"
+    return {"torchaudio imports": "no"}, [f"{wrong}, and transformers and diffusers import it: {AUDIO_FIX}"]
 
 
 def xformers_state() -> tuple[dict[str, str], list[str]]:

@@ -47,8 +47,8 @@ VERB = Command(
         ),
         Option(
             name="scorers",
-            help="judge-A, judge-B and playground (the playground's own), pickscore, clip:<Hub id or folder>; the first one not trained "
-            "on makes the headline. none is judge-B and playground for its prompts, else pickscore",
+            help="judge-A, judge-B, playground (the playground's own), pickscore, clip:<Hub id or folder>. The first that was not "
+            "trained on makes the headline. none is judge-B and playground for the playground's prompts, else pickscore",
             metavar="NAME",
             many=True,
             group=_JUDGED,

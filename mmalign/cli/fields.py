@@ -24,8 +24,8 @@ _USUAL = """
     resume_from_checkpoint push_to_hub hub_model_id use_cpu
 """.split()
 
-# What DenoiserConfig spells as TRL does and so does not explain again.
-_LIKE_TRL = {
+# Where the docstrings say nothing, or say it for a whole family of fields, or transformers says it at length.
+_EXPLAINED = {
     "loss_type": "the link: any pair loss of mmalign.losses; several are summed with loss_weights",
     "loss_weights": "one weight for each loss_type",
     "label_smoothing": "share of flipped labels that the loss assumes, for losses that have it (robust, sigmoid, …)",
@@ -41,7 +41,44 @@ _LIKE_TRL = {
     "min_abs_strength": "leave out pairs that the scorer finds closer than this",
     "loss_space": "prediction space in which errors are taken; none is the model's own",
     "reference": "adapter off, a frozen copy, or whichever fits",
-    "cache_dir": "where encoded pairs are kept; none is `mmalign cache`'s own place",
+    "train_split": 'split of a Hub data set or of "playground"; none is train',
+    "eval_split": 'split of the evaluation data; none is train, and test for "playground"',
+    "resolution": "pixels of the short side and of the centre crop; none is the model's own",
+    "cache_dir": "where encoded pairs are kept; none is the place that `mmalign cache` shows",
+    "validation_prompts": "draw these every validation_steps into output_dir/samples, beside what the model drew before",
+    "validation_steps": "optimiser steps between sample pictures; 0 is never",
+    "validation_seed": "seed of the first sample picture; the next ones count up",
+    "validation_inference_steps": "sampling steps of the sample pictures",
+    "validation_guidance_scale": "guidance of the sample pictures",
+    "max_steps": "optimiser steps; -1 leaves it to num_train_epochs",
+    "num_train_epochs": "passes over the pairs",
+    "per_device_train_batch_size": "pairs a process takes at once",
+    "gradient_accumulation_steps": "batches that make one optimiser step",
+    "learning_rate": "for the whole step; not scaled by the batch (see --scale-lr)",
+    "lr_scheduler_type": "constant_with_warmup, constant, linear, cosine, …",
+    "warmup_steps": "optimiser steps until the full learning rate; below 1 a share of all steps",
+    "optim": "adamw_torch, adamw_torch_fused, adafactor, adamw_bnb_8bit (needs bitsandbytes), …",
+    "weight_decay": "of AdamW",
+    "bf16": "mixed precision in bfloat16",
+    "fp16": "mixed precision in float16, with loss scaling",
+    "tf32": "TF32 matrix products on Ampere and later",
+    "gradient_checkpointing": "compute activations twice to save memory",
+    "seed": "of the LoRA's start, the order of the pairs, and every draw",
+    "dataloader_num_workers": "processes that read pairs ahead",
+    "logging_steps": "optimiser steps between log lines",
+    "report_to": "trackers: tensorboard, wandb, trackio, …",
+    "run_name": "name of the run at a tracker",
+    "eval_strategy": "when --eval-data is measured",
+    "eval_steps": "optimiser steps between evaluations",
+    "per_device_eval_batch_size": "pairs a process takes at once in evaluation",
+    "save_steps": "optimiser steps between checkpoints",
+    "save_total_limit": "checkpoints that are kept",
+    "load_best_model_at_end": "end with the best checkpoint instead of the last",
+    "metric_for_best_model": "by which metric, such as eval_rewards/accuracies",
+    "resume_from_checkpoint": "a checkpoint folder, its name in output_dir, or latest",
+    "push_to_hub": "push to the Hub at every save",
+    "hub_model_id": "the repository to push to",
+    "use_cpu": "train on the CPU even if there is a GPU",
 }
 
 
@@ -58,7 +95,7 @@ def options_of(
             continue
         group = USUAL if item.name in _USUAL else OWN if item.name in own else OTHERS
         inherited = _first_sentence(str(item.metadata.get("help", "")))
-        explained = documented.get(item.name) or _LIKE_TRL.get(item.name) or inherited
+        explained = _EXPLAINED.get(item.name) or documented.get(item.name) or inherited
         made = option_of(item, hints[item.name], help=explained, group=group, hidden=group == OTHERS)
         if item.name in refused:
             made = dataclasses.replace(
@@ -86,7 +123,8 @@ def option_of(item: dataclasses.Field[Any], hint: Any, *, help: str, group: str,
     if isinstance(default, enum.Enum):
         default = default.value
     members = [part for part in _members(hint) if part is not type(None)]
-    nullable = len(members) < len(_members(hint)) or default is None
+    # `report_to` takes the word "none".
+    nullable = (len(members) < len(_members(hint)) or default is None) and default != "none"
     lists = [part for part in members if typing.get_origin(part) is list]
     if lists:
         members = list(typing.get_args(lists[0])) or [str]

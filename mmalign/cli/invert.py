@@ -87,10 +87,11 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
     import torch
 
     from mmalign import SmPOPipeline
-    from mmalign.data.images import to_pixels
+    from mmalign.data.images import fit, to_pixels
     from mmalign.denoisers import adapter_for
     from mmalign.evaluation import side_by_side
     from mmalign.evaluation.scorers import read_picture
+    from mmalign.training.prepare import native_size
 
     images = [read_picture(file) for file in files]
     pipe: Any = load_pipeline(given, SmPOPipeline, lora=given["lora"])
@@ -99,7 +100,7 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
         options["renoise_steps"] = 0
     trip = pipe.invert(images, prompts, timestep=given["timestep"], **options)
     denoiser = adapter_for(pipe)
-    pixels = torch.cat([to_pixels([image], _size(denoiser))[0] for image in images])
+    pixels = torch.stack([to_pixels(fit(image, *native_size(denoiser))[0]) for image in images])
     alone = denoiser.decode(denoiser.encode_image(pixels)).cpu()
     again = denoiser.decode(trip.reconstruction).cpu()
     shown = [[_picture(part[i]) for part in (pixels, alone, again)] for i in range(len(images))]
@@ -125,12 +126,6 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
     settings = {**options, "timestep": given["timestep"], "model": given["model"], "lora": given["lora"]}
     (folder / "inversion.json").write_text(json.dumps({"settings": settings, "pictures": rows}, indent=1))
     return rows
-
-
-def _size(denoiser: Any) -> Any:
-    from mmalign.training.prepare import native_size
-
-    return native_size(denoiser)
 
 
 def _picture(pixels: Any) -> Any:

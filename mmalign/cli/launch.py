@@ -18,7 +18,9 @@ _NOT_YET = "several GPUs run with plain data parallelism; sharded training is no
 
 
 def _option(name: str, help: str, convert: Any = text, metavar: str = "TEXT", hidden: bool = True) -> Option:
-    return Option(name=name, help=help, convert=convert, metavar=metavar, group=GROUP, nullable=True, hidden=hidden)
+    return Option(
+        name=name, help=help, convert=convert, metavar=metavar, group=GROUP, nullable=True, hidden=hidden, printed=False
+    )
 
 
 OPTIONS = [

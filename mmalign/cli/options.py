@@ -73,11 +73,16 @@ class Alias:
 
 @dataclass
 class Given:
-    """What a user asked for. values: option → value, defaults filled in; explicit: the names that the user wrote."""
+    """What a user asked for.
+
+    values: option → value, defaults filled in. explicit: the names that the user wrote. config: the file they came from.
+    note: for the head of a printed configuration.
+    """
 
     values: dict[str, Any]
     explicit: set[str] = field(default_factory=set)
     config: str | None = None
+    note: str = ""
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -239,7 +244,8 @@ class Command:
     def _expand(self, raw: dict[str, Any], label: str) -> dict[str, Any]:
         """Replaces aliases by our options; one option said twice in one source is an error."""
         where = f"{label}: " if label else ""
-        ours, said_by = {}, {}
+        ours: dict[str, Any] = {}
+        said_by: dict[str, str] = {}
         for name, value in raw.items():
             alias = self.alias_names.get(name)
             if alias is None and name not in self.by_name:
@@ -307,7 +313,7 @@ class Command:
         """Every option as YAML that `--config` reads back, group by group, without secrets."""
         import yaml
 
-        lines = [f"# {self.prog} --config THIS_FILE"]
+        lines = [f"# {self.prog} --config THIS_FILE" + (f"   ({given.note})" if given.note else "")]
         group = ""
         for option in self.options:
             if option.name == "hub_token" or not (option.printed or option.name in given.explicit):

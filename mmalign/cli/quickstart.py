@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from mmalign.cli.options import Command, Option, one_of, whole
+from mmalign.cli import evaluate, train
+from mmalign.cli.options import Command, Given, Option, UsageError, one_of, whole
 
 _WHAT = "what is done"
+# A second opinion for real models: SmPO's own reward is PickScore.
+_REAL_SCORERS = ("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "pickscore")
 VERB = Command(
     prog="mmalign quickstart",
     description="Aligns a model, draws what it draws before and after, has both judged, and writes a report. Without options: the "
@@ -16,17 +20,26 @@ VERB = Command(
         Option(
             name="method",
             help="which method",
-            convert=one_of("smpo", "inpo", "dpo", "sft"),
-            metavar="smpo|inpo|dpo|sft",
+            convert=one_of(*train.METHODS),
+            metavar="|".join(train.METHODS),
             default="smpo",
             group=_WHAT,
         ),
         Option(name="model", help="a Hub id, a diffusers folder, or playground", default="playground", group=_WHAT),
         Option(name="data", help="preference pairs, as in `mmalign train`", default="playground", group=_WHAT),
+        Option(
+            name="preset",
+            help="published settings for a real model, as in `mmalign train`",
+            convert=one_of("sd15", "sdxl"),
+            metavar="sd15|sdxl",
+            group=_WHAT,
+            nullable=True,
+        ),
+        Option(name="prompts", help="prompts to evaluate a real model on", metavar="FILE", group=_WHAT, nullable=True),
         Option(name="max_steps", help="optimiser steps", convert=whole, metavar="N", default=200, group=_WHAT),
         Option(
             name="num_prompts",
-            help="prompts of the evaluation; none is what the quickstart suggests",
+            help="prompts of the evaluation; none is 500 in the playground, else all",
             convert=whole,
             metavar="N",
             group=_WHAT,
@@ -39,15 +52,60 @@ VERB = Command(
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs it and prints where the report is."""
+    """Runs it and says where everything is."""
     given = VERB.read(argv)
     if given is None:
         return 0
+    if given["model"] == given["data"] == "playground":
+        return _playground(given)
+    if "playground" in (given["model"], given["data"]):
+        raise UsageError(
+            "the playground's model draws only what its pairs show: give both --model and --data, or neither"
+        )
+    return _real(given)
+
+
+def _playground(given: Given) -> int:
+    for name in ("preset", "prompts"):
+        if given[name] is not None:
+            raise UsageError(f"--{name} belongs to a real model (--model and --data); the playground has its own")
+    from mmalign.evaluation import headline
     from mmalign.playground import quickstart
 
-    options = {name: given[name] for name in ("method", "max_steps", "seed", "model", "data")}
-    if given["num_prompts"] is not None:
-        options["num_prompts"] = given["num_prompts"]
-    report = quickstart.run(given["output_dir"], **options)
-    print(f"report: {report}")
+    options = {} if given["num_prompts"] is None else {"num_prompts": given["num_prompts"]}
+    result, report = quickstart.run(
+        given["output_dir"], method=given["method"], max_steps=given["max_steps"], seed=given["seed"], **options
+    )
+    folder = Path(given["output_dir"])
+    print(f"\n{headline(result)}\n")
+    print(f"report       {report}")
+    print(f"side by side {folder / 'side_by_side.png'}")
+    print(f"LoRA         {folder / 'pytorch_lora_weights.safetensors'}")
+    print(f'pipeline     DiffusionPipeline.from_pretrained("{folder / "pipeline"}")')
     return 0
+
+
+def _real(given: Given) -> int:
+    """The same as two verbs: `mmalign train`, then `mmalign evaluate`."""
+    if given["prompts"] is None:
+        raise UsageError("--prompts is missing: a file of prompts to evaluate on, which the pairs do not hold")
+    folder = Path(given["output_dir"])
+    chosen = ["--preset", given["preset"]] if given["preset"] else []
+    words = [given["method"], "--model", given["model"], "--data", given["data"], "--output-dir", str(folder), *chosen]
+    code = train.run([*words, "--max-steps", str(given["max_steps"]), "--seed", str(given["seed"]), "--save-pipeline"])
+    if code:
+        return code
+    words = [
+        "--model",
+        given["model"],
+        "--lora",
+        str(folder),
+        "--prompts",
+        given["prompts"],
+        "--seed",
+        str(given["seed"]),
+    ]
+    if given["num_prompts"] is not None:
+        words += ["--num-prompts", str(given["num_prompts"])]
+    trained_on = ["--trained-on", "pickscore"] if given["method"] == "smpo" else []
+    return evaluate.run([*words, "--scorers", *_REAL_SCORERS, *trained_on, "--output-dir", str(folder / "evaluation")])

@@ -11,7 +11,7 @@ from typing import Any
 
 from mmalign.cli import launch
 from mmalign.cli.aliases import aliases
-from mmalign.cli.fields import options_of
+from mmalign.cli.fields import OWN, USUAL, options_of
 from mmalign.cli.models import load_pipeline, model_options
 from mmalign.cli.options import (
     Alias,
@@ -40,6 +40,13 @@ METHODS = {
     "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
 }
 _DATA = "model and data"
+_SCALE_LR = Option(
+    name="scale_lr",
+    help="multiply learning_rate by the pairs of one optimiser step, as diffusers' scripts do with this flag",
+    convert=switch,
+    default=False,
+    group=USUAL,
+)
 _LORA = "what is trained: a LoRA, or everything with --full"
 _HELP = """usage: mmalign train METHOD [options]
 
@@ -81,13 +88,19 @@ def make_command(method: str, config_class: Any) -> Command:
     from mmalign.training.inherited import REFUSED
 
     own = _run_options(method, config_class)
-    fields = options_of(config_class, refused=REFUSED, without={option.name for option in own})
+    fields = options_of(config_class, refused=REFUSED, without={option.name for option in own} | {"local_rank"})
     refused = [Alias(name, reason) for name, reason in launch.REFUSED.items()]
     return Command(
         prog=f"mmalign train {method}",
         description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
         example=f"mmalign train {method} --model playground --data playground --max-steps 200",
-        options=[*own, *fields, *launch.OPTIONS],
+        options=[
+            *own,
+            *(field for field in fields if field.group == OWN),
+            _SCALE_LR,
+            *(field for field in fields if field.group != OWN),
+            *launch.OPTIONS,
+        ],
         aliases=[*aliases(method), *refused],
         epilog=_EPILOG,
         complete=lambda given: _complete(given, config_class),
@@ -95,7 +108,7 @@ def make_command(method: str, config_class: Any) -> Command:
 
 
 def _run_options(method: str, config_class: Any) -> list[Option]:
-    lora = {"group": _LORA}
+    lora: dict[str, Any] = {"group": _LORA}
     return [
         *model_options(group=_DATA),
         Option(
@@ -134,13 +147,6 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
             metavar="|".join(config_class.presets),
             group=_DATA,
             nullable=True,
-        ),
-        Option(
-            name="scale_lr",
-            help="multiply learning_rate by the pairs of one optimiser step, as diffusers' scripts do with this flag",
-            convert=switch,
-            default=False,
-            group="training",
         ),
         Option(
             name="full",
@@ -198,7 +204,8 @@ def _complete(given: Given, config_class: Any) -> Given:
     added = {name: value for name, value in preset.items() if name not in given.explicit}
     # The preset is written out, so that a printed configuration stands on its own.
     values = given.values | added | {"preset": None}
-    return Given(values, (given.explicit | set(added)) - {"preset"}, given.config)
+    note = f"preset {given['preset']}, written out" if given["preset"] else ""
+    return Given(values, (given.explicit | set(added)) - {"preset"}, given.config, note)
 
 
 def config_options(given: Given, config_class: Any) -> dict[str, Any]:

@@ -16,7 +16,11 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How one model is trained. `ema` 0 keeps the last weights; the learning rate warms up and decays by a cosine to zero."""
+    """How one model is trained. `ema` 0 keeps the last weights.
+
+    The learning rate warms up, then decays by a cosine to zero; or stays, with `constant`, so that a finished run can go on to more
+    steps (the average of the weights does the decay's work).
+    """
 
     steps: int
     batch_size: int = 64
@@ -25,6 +29,7 @@ class FitConfig:
     weight_decay: float = 1e-4
     clip: float = 1.0
     ema: float = 0.0
+    constant: bool = False
     seed: int = 0
     save_every: int = 250
     curve_every: int = 25
@@ -58,7 +63,7 @@ def fit(
     start = 0
     if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
-        if state["config"] != asdict(config):
+        if _identity(state["config"]) != _identity(asdict(config)):
             raise ValueError(f"{checkpoint} belongs to other settings ({state['config']}); remove it or restore them")
         for parameter, saved in zip(parameters, state["parameters"], strict=True):
             parameter.data.copy_(saved)
@@ -111,8 +116,15 @@ def write_json(value: object, path: Path) -> None:
 def _learning_rate_factor(step: int, config: FitConfig) -> float:
     if step < config.warmup:
         return (step + 1) / config.warmup
+    if config.constant:
+        return 1.0
     share = (step - config.warmup) / max(1, config.steps - config.warmup)
     return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi))))
+
+
+def _identity(config: dict) -> dict:
+    """What must be equal for a checkpoint to be continued; the number of steps only where the learning rate depends on it."""
+    return {key: value for key, value in config.items() if key != "steps" or not config.get("constant")}
 
 
 def _save(state: dict, path: Path) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mmalign.evaluation import generate
 from mmalign.playground import judges, raters, world
-from mmalign.playground.settings import NUM_INFERENCE_STEPS
 from mmalign.playground.photographs import GARMENTS
+from mmalign.playground.settings import NUM_INFERENCE_STEPS
 
 NUM_TRAIN = 3000
 NUM_TEST = 400

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written aside, listed in a manifest with their hashes, renamed, and checked when read."""
+"""Files that are whole or absent: written aside, listed in a manifest with their hashes, renamed, and checked when read."""
 
 import errno
 import hashlib
@@ -12,12 +12,14 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 STAGING = ".unfinished-checkpoint"
+# Windows knows no quotas.
+_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     """Lists every file of `folder` with its size and sha256, beside `facts` about the run."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
@@ -29,9 +31,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
-            f"{folder} is not a finished mmalign checkpoint: it has no {MANIFEST}. Resume from an older checkpoint-* folder"
+            f"{folder} is not a finished mmalign checkpoint: it has no {MANIFEST}. Resume from a checkpoint-* folder that has one"
         )
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -48,8 +50,8 @@ def check_facts(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> Non
     for name, value in now.items():
         if saved.get(name) != value:
             raise ValueError(
-                f"{folder} was trained with another {name} ({saved.get(name)!r}; now {value!r}), so it would not continue that run. "
-                "Restore it, or start anew in another output_dir"
+                f"{folder} was trained with another {name} ({_shown(saved.get(name))}; now {_shown(value)}), so it would not continue "
+                "that run. Restore it, or start anew in another output_dir"
             )
 
 
@@ -60,11 +62,36 @@ def file_hash(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes to a temporary name, then renames."""
+    """The whole file or none: written under another name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into; its entries move to `folder` once the block ends, and none of it stays if the block raises."""
+    existed = folder.exists()
+    part = folder / f".unfinished-{os.getpid()}"
+    try:
+        with full_disk_explained(part):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            yield part
+    except BaseException:
+        shutil.rmtree(part if existed else folder, ignore_errors=True)
+        raise
+    for entry in sorted(part.iterdir()):
+        target = folder / entry.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    part.rmdir()
 
 
 @contextmanager
@@ -72,11 +99,27 @@ def full_disk_explained(folder: Path) -> Iterator[None]:
     """Turns 'no space left' while writing below `folder` into one line with the remedy, and removes what was begun there."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        code = _disk_full(error)
+        if code is None:
             raise
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
-            error.errno,
-            f"no space left on the disk that holds {folder}: free some, or choose another output_dir; nothing half-written remains",
+            code,
+            f"no space left on the disk that holds {folder.parent}: free some, or choose another folder; nothing half-written remains",
         ) from error
+
+
+def _disk_full(error: Exception) -> int | None:
+    """The error number if a disk or quota is full. safetensors and torch.save raise errors of their own, without one."""
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _DISK_FULL else None
+    told = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+    # What torch's zip writer says when a write comes back short.
+    cut_short = isinstance(error, RuntimeError) and "inline_container" in str(error)
+    return errno.ENOSPC if told or cut_short else None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -5,15 +5,18 @@ comparison  what a pair is worth: human label, relabelled by a reward, smoothed 
 loss_type   the link, any pair loss of `mmalign.losses`
 """
 
+import typing
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from transformers import TrainingArguments
 
 from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
-from mmalign.training.inherited import refuse_unsupported
+from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
 
 
 @dataclass
@@ -25,6 +28,7 @@ class DenoiserConfig(TrainingArguments):
     inversion_*        `mmalign.likelihood.config.InversionConfig`, for latents "ddim" and "renoise"
     inversion_model    whose path: the policy's (the papers) or the reference's
     scorer             reward for comparisons other than "human": "playground", "pickscore", "clip:<id or folder>"
+    reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
     smoothing_gamma    SmPO's γ: a pair counts γ · (2p − 1)
     prompt_dropout     share of pairs whose prompt becomes empty, for both sides at once
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
@@ -93,44 +97,106 @@ class DenoiserConfig(TrainingArguments):
     remove_unused_columns: bool | None = False  # type: ignore[assignment]
     logging_nan_inf_filter: bool = False
     optim: str = "adamw_torch"
+    hub_strategy: str = "end"  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if self.comparison == "human" and self.scorer == self._default("scorer"):
+            self.scorer = None
+        if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
+            # transformers' new name for it; with it, its warning about the old one stays away.
+            self.activation_checkpointing = self.gradient_checkpointing
         refuse_unsupported(self)
         super().__post_init__()
+        self._check_choices()
         self._check_axes()
+        self._check_losses()
         self.inversion()
 
+    @property
+    def place_model_on_device(self) -> bool:
+        """False: the trainer moves the network itself, and back when training is over."""
+        return False
+
+    def _default(self, name: str) -> Any:
+        return type(self).__dataclass_fields__[name].default
+
+    def _check_choices(self) -> None:
+        for name, allowed in _choices(type(self)).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+
     def _check_axes(self) -> None:
+        graded = self.comparison in ("smoothed", "bradley_terry")
         checks = {
-            "beta must be positive": self.beta <= 0,
+            "beta must be positive": not self.beta > 0,
             "prompt_dropout must lie in 0 … 1": not 0 <= self.prompt_dropout <= 1,
+            "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
+            "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
+            "resolution must be positive": self.resolution is not None and self.resolution < 1,
+            "validation_steps must be 0 or more": self.validation_steps < 0,
+            "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
             "inversion_model='reference' needs latents 'ddim' or 'renoise'": self.inversion_model == "reference"
             and self.latents == "forward",
             f"comparison={self.comparison!r} needs a scorer": self.comparison != "human" and self.scorer is None,
             "scorer has no effect with comparison='human'": self.comparison == "human" and self.scorer is not None,
             "keep_human_ties needs a comparison by a scorer": self.keep_human_ties and self.comparison == "human",
-            "min_abs_strength needs comparison 'smoothed' or 'bradley_terry'": self.min_abs_strength > 0
-            and self.comparison not in ("smoothed", "bradley_terry"),
+            "min_abs_strength needs comparison 'smoothed' or 'bradley_terry'": self.min_abs_strength > 0 and not graded,
+            "smoothing_normalizer='official' fits the cosines of scorer='pickscore' only": self.comparison == "smoothed"
+            and self.smoothing_normalizer == "official"
+            and self.scorer != "pickscore",
             "validation_steps needs validation_prompts": self.validation_steps > 0 and not self.validation_prompts,
-            "sdpo_mu belongs to loss_type='sdpo'": self.sdpo_mu is not None and "sdpo" not in self.loss_type,
+            "validation_prompts have no effect without validation_steps": self.validation_steps == 0
+            and bool(self.validation_prompts),
         }
         for message, violated in checks.items():
             if violated:
                 raise ValueError(message)
-        for name in _OPTIONS_OF_AXES:
-            defaults = type(self).__dataclass_fields__
-            used = self.latents in _OPTIONS_OF_AXES[name] or self.comparison in _OPTIONS_OF_AXES[name]
-            if not used and getattr(self, name) != defaults[name].default:
-                raise ValueError(
-                    f"{name} has no effect with latents={self.latents!r} and comparison={self.comparison!r}"
-                )
-        for key in self.loss_type:
-            info = losses.get(key)
+        for name, readers in _READ_BY.items():
+            read = self.latents in readers or self.comparison in readers or (self.validation_steps and not readers)
+            if not read and getattr(self, name) != self._default(name):
+                where = f"latents={self.latents!r} and comparison={self.comparison!r}" if readers else "validation_steps=0"
+                raise ValueError(f"{name} has no effect with {where}")
+
+    def _check_losses(self) -> None:
+        """Refuses, before any picture is encoded, what the losses would refuse at the first step."""
+        infos = [losses.get(key) for key in self.loss_type]
+        for info in infos:
             if info.unpaired:
-                raise ValueError(f"loss_type {key!r} reads single labelled samples, and this trainer has pairs")
+                raise ValueError(f"loss_type {info.key!r} reads single labelled samples, and this trainer has pairs")
+            if "denoiser" not in info.modalities:
+                raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not denoisers")
+        takes_beta = any("beta" in info.hyper for info in infos)
+        if not takes_beta and self.beta != self._default("beta"):
+            raise ValueError(f"beta has no effect with loss_type={'+'.join(self.loss_type)!r}")
+        self._check_beta_of_reference_free([info for info in infos if "beta" in info.hyper])
+        if self.is_reference_free and self.reference != "auto" and self.inversion_model == "policy":
+            raise ValueError(f"reference has no effect with loss_type={'+'.join(self.loss_type)!r}: it is reference-free")
+        if ("sdpo" in self.loss_type) != (self.sdpo_mu is not None):
+            raise ValueError("loss_type 'sdpo' and sdpo_mu go together; published: sdpo_mu=0.9 (SD 1.5), 0.6 (SDXL)")
+        if self.sdpo_mu is not None and not 0 <= self.sdpo_mu <= 1:
+            raise ValueError(f"sdpo_mu must lie in 0 … 1, got {self.sdpo_mu}")
+        one = torch.ones(2)
+        options = self.loss_options() | ({"rejected_scale": one} if self.sdpo_mu is not None else {})
+        if self.comparison in ("smoothed", "bradley_terry"):
+            options["strength"] = one
+        losses.compute(
+            self.loss_type, losses.PairLogProbs(-one, -one, -one, -one, one, one), loss_weights=self.loss_weights, **options
+        )
+
+    def _check_beta_of_reference_free(self, infos: list[Any]) -> None:
+        alone = [info for info in infos if info.reference_free]
+        if not alone:
+            return
+        published = f"set beta (published for it: {', '.join(f'{beta.here:g}' for beta in alone[0].betas) or 'none'})"
+        if len(alone) < len(infos):
+            raise ValueError(f"one beta cannot serve loss_type {alone[0].key!r}, which has no reference, and one that has: drop one")
+        if self.beta == self._default("beta"):
+            raise ValueError(
+                f"beta={self.beta:g} is a scale for log-ratios to a reference, and loss_type {alone[0].key!r} has none: {published}"
+            )
 
     @property
     def is_reference_free(self) -> bool:
@@ -183,30 +249,81 @@ class DenoiserConfig(TrainingArguments):
             raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(sorted(cls.presets))}")
         return cls(**{**cls.presets[name], **options})
 
-    def describe(self, num_processes: int = 1) -> str:
-        """The axes, the effective batch and learning rate, and the scale of β in both conventions."""
+    def identity(self) -> dict[str, Any]:
+        """Every option that a checkpoint's run and one that continues it must share, as JSON values."""
+        own = [name for name in type(self).__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__]
+        names = [name for name in own if name not in _NOT_THE_RUN] + list(RUN_OPTIONS)
+        return {name: _plain(getattr(self, name)) for name in names}
+
+    def objective(self) -> str:
+        """What is minimised, in one word or a sum of them."""
+        weights = self.loss_weights or [1.0] * len(self.loss_type)
+        return " + ".join(key if weight == 1 else f"{weight:g}·{key}" for key, weight in zip(self.loss_type, weights, strict=True))
+
+    def describe(self, num_processes: int = 1, *, elements: int | None = None) -> str:
+        """The axes, the effective batch and learning rate, and the scale of β in the conventions that are around.
+
+        `elements`: of one latent, to tell the β of papers that sum squared errors where this code takes their mean.
+        """
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
         lines = [
-            f"{self.method}: latents={self.latents}, comparison={self.comparison}, loss_type={'+'.join(self.loss_type)}",
+            f"{self.method}: latents={self.latents}, comparison={self.comparison}, loss={self.objective()}",
             f"batch {batch} pairs a step = {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} accumulated × "
-            f"{num_processes} process(es); learning rate {self.learning_rate:g}, not scaled by the batch",
+            f"{num_processes} process(es); effective learning rate {self.learning_rate:g} (not scaled by the batch), {self._schedule()}",
         ]
-        if self.needs_pairs:
-            lines.append(
-                f"beta {self.beta:g} multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.beta / 2:g}"
-            )
+        if self.needs_pairs and any("beta" in losses.get(key).hyper for key in self.loss_type):
+            lines.append(f"beta {self.beta:g} {self._convention(elements)}")
         inversion = self.inversion()
         if inversion is not None:
             lines.append(f"inversion by the {self.inversion_model}: {inversion}")
-        if self.comparison != "human":
+        if self.comparison == "smoothed":
             lines.append(
-                f"pairs compared by {self.scorer}; gamma {self.smoothing_gamma:g}, normaliser {self.smoothing_normalizer}"
+                f"strength γ(2p−1) from {self.scorer}: gamma {self.smoothing_gamma:g}, normaliser {self.smoothing_normalizer}"
             )
+        elif self.comparison != "human":
+            lines.append(f"pairs compared by {self.scorer}")
         return "\n".join(lines)
 
+    def _schedule(self) -> str:
+        warmup = f"{self.warmup_steps:g}" + (" of the steps" if 0 < self.warmup_steps < 1 else " steps")
+        return f"{_plain(self.lr_scheduler_type)}, warm-up {warmup}"
+
+    def _convention(self, elements: int | None) -> str:
+        if self.is_reference_free:
+            return "as the loss's own paper defines it"
+        text = f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.beta / 2:g}"
+        summed = "" if elements is None else f"; for errors summed over {elements:,} elements it is {self.beta / (2 * elements):.3g}"
+        return text + summed
+
+
+@cache
+def _choices(config_class: type) -> dict[str, tuple[Any, ...]]:
+    """Field → the values that its Literal type allows."""
+    result = {}
+    for name, hint in typing.get_type_hints(config_class).items():
+        parts = [hint, *typing.get_args(hint)]
+        allowed = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+        if allowed and name not in TrainingArguments.__dataclass_fields__:
+            result[name] = (*allowed, None) if type(None) in typing.get_args(hint) else tuple(allowed)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: enums by their value."""
+    return getattr(value, "value", value)
+
+
+# Options of ours that change neither losses nor weights, so that a resumed run may have others.
+_NOT_THE_RUN = frozenset(
+    """
+    train_split eval_split cache_dir scorer validation_prompts validation_steps validation_seed validation_inference_steps
+    validation_guidance_scale
+    """.split()
+)
 
 _INVERTED = ("ddim", "renoise")
-_OPTIONS_OF_AXES: dict[str, tuple[str, ...]] = {
+# Option → the latents or comparisons that read it; none: sample pictures do.
+_READ_BY: dict[str, tuple[str, ...]] = {
     "inversion_steps": _INVERTED,
     "inversion_renoise_steps": ("renoise",),
     "inversion_combine": ("renoise",),
@@ -218,4 +335,7 @@ _OPTIONS_OF_AXES: dict[str, tuple[str, ...]] = {
     "inversion_fp16_alphas": _INVERTED,
     "smoothing_gamma": ("smoothed",),
     "smoothing_normalizer": ("smoothed",),
+    "validation_seed": (),
+    "validation_inference_steps": (),
+    "validation_guidance_scale": (),
 }

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.denoisers import Schedule
@@ -17,25 +18,42 @@ from mmalign.training.measurement import Measurement, Pairs
 
 SATURATED = 4.0
 _TIME_BINS = 4
+# What is also shown for each quarter of the timesteps, and under which name.
+_BY_TIME = {"rewards/accuracies": "accuracy_by_time", "target/rms": "target/rms_by_time"}
 
 
 @torch.no_grad()
 def panel(
     measured: Measurement, pairs: Pairs, loss: Tensor, *, beta: float, schedule: Schedule
 ) -> dict[str, tuple[float, float]]:
-    """Metric name → (sum, weight), so that steps and processes average exactly."""
+    """Metric name → (sum, weight), so that steps and processes average exactly. Reads the device once."""
+    size = len(pairs.rows)
+    rms = measured.point.target.flatten(1).square().mean(1).sqrt()
     values: dict[str, Tensor] = {
         "loss": loss,
-        "errors/chosen": measured.policy_error[: len(pairs.rows)],
-        "target/rms": measured.point.target.flatten(1).square().mean(1).sqrt(),
+        "errors/chosen": measured.policy_error[:size],
+        "target/rms": rms,
         "target/path_mismatch": path_mismatch(measured.point, pairs.x0, schedule),
     }
     if measured.logps is not None:
         values |= _of_pairs(measured, measured.logps, pairs, loss)
     if measured.logps is not None and measured.reference_error is not None:
-        values |= _against_reference(measured.logps, measured.reference_error, measured.point, pairs, beta, schedule)
-    sums = torch.stack([value.double().sum() for value in values.values()]).tolist()
-    return {name: (total, float(value.numel())) for (name, value), total in zip(values.items(), sums, strict=True)}
+        values |= _against_reference(measured.logps, measured.reference_error, pairs, beta)
+    # MPS has no float64.
+    precision = torch.float32 if loss.device.type == "mps" else torch.float64
+    sums = [value.to(precision).sum() for value in values.values()]
+    weights = [float(value.numel()) for value in values.values()]
+    names = list(values)
+    quarter = F.one_hot(measured.drawn.timestep * _TIME_BINS // schedule.num_timesteps, _TIME_BINS)
+    share = quarter.to(loss.device, precision)
+    for name, metric in _BY_TIME.items():
+        if name in values:
+            repeated = share.repeat(len(values[name]) // size, 1)
+            sums += (repeated * values[name].to(precision)[:, None]).sum(0)
+            weights += (quarter.sum(0) * (len(values[name]) // size)).tolist()
+            names += [f"{metric}/{k + 1}_of_{_TIME_BINS}" for k in range(_TIME_BINS)]
+    totals = torch.stack(sums).tolist()
+    return {name: (total, weight) for name, total, weight in zip(names, totals, weights, strict=True) if weight}
 
 
 def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:
@@ -49,12 +67,12 @@ def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Te
 
 
 def _against_reference(
-    logps: PairLogProbs, reference_error: Tensor, point: DenoisingPoint, pairs: Pairs, beta: float, schedule: Schedule
+    logps: PairLogProbs, reference_error: Tensor, pairs: Pairs, beta: float
 ) -> dict[str, Tensor]:
     chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
     margin = beta * (chosen - rejected)
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    values = {
+    return {
         "excess/chosen": -2 * chosen,
         "excess/rejected": -2 * rejected,
         "excess/chosen_relative": -2 * chosen / reference_error[: len(chosen)].clamp(min=1e-8),
@@ -66,9 +84,6 @@ def _against_reference(
         "z/mean_square": (pairs.strength * margin).square(),
         "z/saturated": ((pairs.strength * margin).abs() > SATURATED).float(),
     }
-    bins = point.timestep[: len(chosen)] * _TIME_BINS // schedule.num_timesteps
-    by_time = {f"accuracy_by_time/{k + 1}_of_{_TIME_BINS}": accuracy[bins == k] for k in range(_TIME_BINS)}
-    return values | {name: part for name, part in by_time.items() if len(part)}
 
 
 def path_mismatch(point: DenoisingPoint, x0: Tensor, schedule: Schedule) -> Tensor:
@@ -98,8 +113,10 @@ def findings(history: list[dict[str, float]], *, window: int = 5) -> list[Findin
         return sum(entry[name] for entry in recent) / len(recent)
 
     found = []
-    rising = recent[-1]["excess/chosen"] > recent[0]["excess/chosen"] > 0
-    if rising and mean("rewards/accuracies") > 0.5:
+    early, late = recent[: window // 2], recent[-(window // 2) :]
+    worse = all(entry["excess/chosen"] > 0 for entry in recent) and mean("excess/rejected") > mean("excess/chosen")
+    rising = sum(entry["excess/chosen"] for entry in late) > sum(entry["excess/chosen"] for entry in early)
+    if worse and rising and mean("rewards/accuracies") > 0.5:
         found.append(
             Finding(
                 "both-worse",
@@ -125,7 +142,8 @@ def findings(history: list[dict[str, float]], *, window: int = 5) -> list[Findin
                 "latents and regression targets do not belong to the conditioning timestep (expected with inversion_compat)",
             )
         )
-    if all(entry["z/mean_square"] < 1e-6 for entry in recent):
+    warming_up = recent[-1].get("learning_rate", 0) > recent[0].get("learning_rate", 0)
+    if not warming_up and all(entry["z/mean_square"] < 1e-6 for entry in recent):
         found.append(
             Finding(
                 "no-signal",

@@ -13,8 +13,8 @@ ACTS = frozenset(
     """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 gradient_checkpointing
-    gradient_checkpointing_kwargs torch_empty_cache_steps logging_strategy logging_steps logging_first_step
+    gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 gradient_checkpointing activation_checkpointing
+    torch_empty_cache_steps logging_strategy logging_steps logging_first_step
     disable_tqdm eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model
     save_strategy save_steps save_total_limit load_best_model_at_end metric_for_best_model greater_is_better
     full_determinism seed data_seed use_cpu dataloader_drop_last dataloader_num_workers dataloader_pin_memory
@@ -27,7 +27,7 @@ PASSED = frozenset(
     """
     log_on_each_node log_level log_level_replica report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id save_on_each_node enable_jit_checkpoint push_to_hub hub_token hub_private_repo
-    hub_model_id hub_strategy hub_always_push hub_revision restore_callback_states_from_checkpoint
+    hub_model_id hub_revision restore_callback_states_from_checkpoint
     accelerator_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph
     ddp_backend ddp_timeout debug skip_memory_metrics local_rank
     """.split()
@@ -36,15 +36,17 @@ PASSED = frozenset(
 _NO_LABELS = "there are no class labels here; use label_smoothing with a loss_type that has it"
 _NO_TOKENS = "a denoiser has no tokens"
 _NO_OUTPUTS = "evaluation keeps metrics, not model outputs"
+_OWN_CHECKPOINTING = "diffusers' networks choose their own checkpointing function"
+_PUSHED_ONCE = "weights, card and history are pushed together, once, at the end"
 
 REFUSED: dict[str, str] = {
-    "activation_checkpointing": "use gradient_checkpointing",
-    "activation_checkpointing_kwargs": "use gradient_checkpointing_kwargs",
+    "activation_checkpointing_kwargs": _OWN_CHECKPOINTING,
     "auto_find_batch_size": "the batch size is part of the result: set per_device_train_batch_size and gradient_accumulation_steps",
     "average_tokens_across_devices": _NO_TOKENS,
     "batch_eval_metrics": _NO_OUTPUTS,
     "bf16_full_eval": "it would cast the policy that is being trained; bf16=True covers evaluation too",
     "deepspeed": "not supported yet; several GPUs run with plain data parallelism",
+    "do_eval": "say when to evaluate: eval_strategy='steps' with eval_steps",
     "do_predict": "there is nothing to predict; call the pipeline",
     "do_train": "it has no effect in a trainer; call trainer.train()",
     "eval_accumulation_steps": _NO_OUTPUTS,
@@ -53,6 +55,9 @@ REFUSED: dict[str, str] = {
     "fp16_full_eval": "it would cast the policy that is being trained; fp16=True covers evaluation too",
     "fsdp": "not supported yet; several GPUs run with plain data parallelism",
     "fsdp_config": "not supported yet; several GPUs run with plain data parallelism",
+    "gradient_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "hub_always_push": _PUSHED_ONCE,
+    "hub_strategy": _PUSHED_ONCE,
     "ignore_data_skip": "a resumed run would see other rows than the uninterrupted one",
     "include_for_metrics": _NO_OUTPUTS,
     "include_num_input_tokens_seen": _NO_TOKENS,
@@ -75,7 +80,15 @@ REFUSED: dict[str, str] = {
 }
 
 # Options whose neutral value is not transformers' default.
-_NEUTRAL: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False}
+_NEUTRAL: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_filter": False, "hub_strategy": "end"}
+
+# Inherited options of which a continued run must have the same; the rest may change between a stop and a start.
+RUN_OPTIONS = tuple(
+    """
+    seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
+    adam_epsilon max_grad_norm bf16 fp16 dataloader_drop_last
+    """.split()
+)
 
 
 def refuse_unsupported(args: Any) -> None:
@@ -83,7 +96,9 @@ def refuse_unsupported(args: Any) -> None:
     defaults = defaults_of(TrainingArguments) | _NEUTRAL
     for name, reason in REFUSED.items():
         value = getattr(args, name)
-        if value != defaults[name]:
+        # transformers sets do_eval by itself, so a copy of options that evaluate has it.
+        implied = name == "do_eval" and args.eval_strategy != "no"
+        if value != defaults[name] and not implied:
             raise ValueError(f"{name}={value!r} is refused: {reason}")
 
 

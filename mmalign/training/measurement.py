@@ -3,16 +3,16 @@
 Shapes: B pairs; S sides, laid out [chosen…, rejected…] (or [chosen…] alone, for supervised fine-tuning), S·B rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmalign.denoisers import Conditioning, Denoiser
+from mmalign.denoisers import Conditioning, Denoiser, Schedule
+from mmalign.denoisers.schedule import LossSpace
 from mmalign.likelihood import draws
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.denoising import (
@@ -25,6 +25,7 @@ from mmalign.likelihood.denoising import (
 from mmalign.likelihood.inversion import invert
 from mmalign.likelihood.reference import Reference
 from mmalign.losses import PairLogProbs
+from mmalign.training.devices import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,7 @@ class Pairs:
 
     x0: Float[Tensor, "S*B C h w"]
     conditioning: Conditioning
-    rows: Int[Tensor, "B"]
+    rows: list[int]
     strength: Float[Tensor, "B"]
 
     @property
@@ -44,7 +45,7 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The keyed draws of a batch: timesteps (B,) and what generates noise for each side, preferred sides first."""
+    """The keyed draws of a batch, on the CPU: timesteps (B,) and what generates noise for each side, preferred sides first."""
 
     timestep: Int[Tensor, "B"]
     noise: list[torch.Generator]
@@ -59,26 +60,47 @@ class Measurement:
     policy_error: Float[Tensor, "S*B"]
     reference_error: Float[Tensor, "S*B"] | None
     point: DenoisingPoint
+    drawn: Draws
     rejected_scale: Float[Tensor, "B"] | None
 
 
 def draw(
-    rows: Int[Tensor, "B"], *, seed: int, epoch: int, max_timestep: int, share_noise: bool, share_eta_noise: bool
+    rows: list[int],
+    *,
+    seed: int,
+    epoch: int,
+    max_timestep: int,
+    share_noise: bool,
+    share_eta_noise: bool,
+    one_timestep: bool = False,
 ) -> Draws:
-    """Timesteps and generators keyed by (seed, epoch, row); both sides of a pair share the timestep."""
-    ids = rows.tolist()
-    timestep = draws.randint(draws.row_generators(seed, epoch, ids, "timestep"), 0, max_timestep + 1)
+    """Timesteps and generators keyed by (seed, epoch, row); both sides of a pair share the timestep.
+
+    `one_timestep`: the whole batch takes that of its lowest row, for losses that sort the batch, which must not mix noise levels.
+    """
+    keyed = [min(rows)] if one_timestep else rows
+    timestep = draws.randint(draws.row_generators(seed, epoch, keyed, "timestep"), 0, max_timestep + 1)
     second = "noise" if share_noise else "noise of the rejected side"
-    noise = draws.row_generators(seed, epoch, ids, "noise") + draws.row_generators(seed, epoch, ids, second)
-    inversion = draws.row_generators(seed, epoch, ids, "inversion")
+    noise = draws.row_generators(seed, epoch, rows, "noise") + draws.row_generators(seed, epoch, rows, second)
+    inversion = draws.row_generators(seed, epoch, rows, "inversion")
     if not share_eta_noise:
-        inversion = inversion + draws.row_generators(seed, epoch, ids, "inversion of the rejected side")
-    return Draws(timestep, noise, inversion)
+        inversion = inversion + draws.row_generators(seed, epoch, rows, "inversion of the rejected side")
+    return Draws(timestep.expand(len(rows)), noise, inversion)
 
 
-def dropped_prompts(rows: Int[Tensor, "B"], *, seed: int, epoch: int, share: float) -> Tensor:
+def dropped_prompts(rows: list[int], *, seed: int, epoch: int, share: float) -> Tensor:
     """Which pairs lose their prompt (B,), one decision a pair."""
-    return draws.rand(draws.row_generators(seed, epoch, rows.tolist(), "prompt dropout")) < share
+    return draws.rand(draws.row_generators(seed, epoch, rows, "prompt dropout")) < share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How log-ratios are measured: latents by forward noise or an inversion (by policy or reference), the space of the error."""
+
+    inversion: InversionConfig | None
+    inversion_by_reference: bool = False
+    loss_space: LossSpace | None = None
+    sdpo_mu: float | None = None
 
 
 def measure(
@@ -88,20 +110,24 @@ def measure(
     reference: Reference,
     pairs: Pairs,
     drawn: Draws,
+    method: Method,
     *,
-    inversion: InversionConfig | None,
-    inversion_by_reference: bool = False,
-    loss_space: Any = None,
-    sdpo_mu: float | None = None,
+    schedule: Schedule | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Measurement:
     """Noises or inverts every side to the drawn timesteps and compares policy and reference on the same points.
 
-    `policy(x_t, t, conditioning)` carries gradient (and may be wrapped for several processes); `network` is the bare module
-    behind it, called without gradient for inversion. Policy and reference run in the same dtype and autocast context.
+    `policy(x_t, t, conditioning)` carries gradient (and may be wrapped for several processes); `network` is the bare module behind it,
+    called without gradient for inversion. Policy and reference run in the same dtype and autocast context. `schedule`: the denoiser's,
+    with its tables on the device of the latents, which spares a copy at every use.
     """
+    schedule = schedule or denoiser.schedule
     t = drawn.timestep.repeat(pairs.sides).to(pairs.x0.device)
-    point = _points(denoiser, network, reference, pairs, t, drawn, inversion, inversion_by_reference, autocast)
+    if method.inversion is None:
+        noise = draws.randn(drawn.noise[: len(pairs.x0)], pairs.x0.shape[1:], pairs.x0.dtype, pairs.x0.device)
+        point = forward_points(schedule, pairs.x0, t, noise)
+    else:
+        point = _inverted(denoiser, network, reference, pairs, drawn, method, method.inversion, autocast)
     reference_prediction = None
     if reference.kind != "none":
         with reference.model(network) as frozen, autocast():
@@ -110,39 +136,45 @@ def measure(
         prediction = policy(point.x_t, t, pairs.conditioning)
 
     def error(output: Tensor) -> Tensor:
-        return prediction_error(output, point.x_t, point.target, t, denoiser.schedule, loss_space)
+        return prediction_error(output, point.x_t, point.target, t, schedule, method.loss_space)
 
     policy_error = error(prediction)
     reference_error = None if reference_prediction is None else error(reference_prediction)
     scale = None
-    if sdpo_mu is not None:
+    if method.sdpo_mu is not None:
         scale = output_space_scale(
-            prediction, point.x_t, point.target, t, denoiser.schedule, mu=sdpo_mu, loss_space=loss_space
+            prediction, point.x_t, point.target, t, schedule, mu=method.sdpo_mu, loss_space=method.loss_space
         )
-    logps = pair_log_probs(policy_error, reference_error) if pairs.sides == 2 else None
-    return Measurement(logps, policy_error, reference_error, point, scale)
+    logps = _log_probs(policy_error, reference_error) if pairs.sides == 2 else None
+    return Measurement(logps, policy_error, reference_error, point, drawn, scale)
+
+
+def _log_probs(policy_error: Tensor, reference_error: Tensor | None) -> PairLogProbs:
+    """With lengths of one: an error that is a mean over the latent is per element already, as losses per token want it."""
+    logps = pair_log_probs(policy_error, reference_error)
+    one = torch.ones_like(logps.policy_chosen, requires_grad=False)
+    return replace(logps, chosen_length=one, rejected_length=one)
 
 
 @torch.no_grad()
-def _points(
+def _inverted(
     denoiser: Denoiser,
     network: nn.Module,
     reference: Reference,
     pairs: Pairs,
-    t: Tensor,
     drawn: Draws,
-    inversion: InversionConfig | None,
-    by_reference: bool,
+    method: Method,
+    config: InversionConfig,
     autocast: Callable[[], AbstractContextManager],
 ) -> DenoisingPoint:
-    if inversion is None:
-        noise = draws.randn(drawn.noise[: len(pairs.x0)], pairs.x0.shape[1:], pairs.x0.dtype, pairs.x0.device)
-        return forward_points(denoiser.schedule, pairs.x0, t, noise)
-    with reference.model(network) if by_reference else nullcontext(network) as inverter, autocast():
+    generators = drawn.inversion[: len(pairs.x0)] if config.eta > 0 else None
+    # Grids are made on the CPU, so timesteps and tables stay there: nothing is read back from the device.
+    t = drawn.timestep.repeat(pairs.sides)
+    inverting = reference.model(network) if method.inversion_by_reference else nullcontext(network)
+    with inverting as inverter, evaluating([inverter]), autocast():
 
         def predict(x: Tensor, time: Tensor, active: Tensor) -> Tensor:
             return denoiser.predict(inverter, x, time, pairs.conditioning[active])
 
-        generators: Sequence[torch.Generator] | None = drawn.inversion[: len(pairs.x0)] if inversion.eta > 0 else None
-        inverted = invert(predict, denoiser.schedule, pairs.x0, t, inversion, generators)
-    return DenoisingPoint(inverted.x_t, inverted.target, t)
+        inverted = invert(predict, denoiser.schedule, pairs.x0, t, config, generators)
+    return DenoisingPoint(inverted.x_t, inverted.target, inverted.timestep)

@@ -2,21 +2,26 @@
 
 import hashlib
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.utils.data import Sampler
 
 from mmalign.data import (
     EncodedPairs,
     Normalizer,
     PreferenceDataset,
+    PreferenceItem,
+    collate,
     compare,
     default_cache_dir,
     encode_pairs,
     load_pairs,
     score_pairs,
 )
-from mmalign.data.records import summarise
 from mmalign.denoisers import Denoiser
 from mmalign.rewards import scorer
 from mmalign.training.config import DenoiserConfig
@@ -28,6 +33,7 @@ logger = logging.getLogger("mmalign")
 class Prepared:
     """Encoded pairs, the rows that are trained on, and the normaliser that the smoothing was fitted with."""
 
+    name: str
     encoded: EncodedPairs
     dataset: PreferenceDataset
     normalizer: Normalizer | None
@@ -37,7 +43,8 @@ class Prepared:
 def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepared | None = None) -> Prepared:
     """Encodes `data` (or finds it in the cache) and compares its pairs as `args.comparison` says.
 
-    `like`: for evaluation data, the training data, whose normaliser must serve both.
+    `like`: for evaluation data, the training data, whose normaliser must serve both. The parts of the denoiser's pipeline should stand
+    on the training device.
     """
     source = load_pairs(data, split=args.train_split if like is None else args.eval_split)
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
@@ -46,7 +53,7 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     encoded = encode_pairs(source, denoiser, resolution=resolution, cache_dir=cache_dir, progress=progress)
     scores, normalizer, fitted = None, None, {}
     if args.comparison != "human":
-        reward = scorer(args.scorer or "")
+        reward = scorer(args.scorer or "", device=args.device)
         scores = score_pairs(source, reward, cache_dir=cache_dir, progress=progress)[encoded.rows]
         if args.comparison == "smoothed":
             normalizer = like.normalizer if like else _normalizer(args, scores, reward)
@@ -54,17 +61,28 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
         if args.comparison == "bradley_terry":
             fitted = {"logit_scale": reward.logit_scale}
     compared = compare(encoded.labels, scores, args.comparison_config(**fitted))
-    if encoded.bad_rows:
-        logger.warning(summarise(encoded.bad_rows, len(source)))
     if encoded.num_truncated_prompts:
         logger.warning("%d prompts are longer than the text encoder reads and were cut", encoded.num_truncated_prompts)
     logger.info("%s: %s", source.name, compared)
     if not len(compared):
-        raise ValueError(f"no usable pair in {data!r}: {len(encoded.bad_rows)} bad rows; {compared}")
+        raise ValueError(f"no usable pair in {source.name}: {len(encoded.bad_rows)} bad rows; {compared}")
     digest = hashlib.sha256(encoded.key.encode())
     for column in (compared.kept, compared.first, compared.strength):
         digest.update(column.contiguous().numpy().tobytes())
-    return Prepared(encoded, PreferenceDataset(encoded, compared), normalizer, digest.hexdigest())
+    return Prepared(source.name, encoded, PreferenceDataset(encoded, compared), normalizer, digest.hexdigest())
+
+
+def check_held_out(train: Prepared, evaluated: Prepared) -> None:
+    """ValueError if the evaluation data are the training data; a warning if they share prompts."""
+    if evaluated.encoded.key == train.encoded.key:
+        raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
+    shared = set(train.encoded.prompts) & set(evaluated.encoded.prompts)
+    if shared:
+        logger.warning(
+            "%d of %d evaluation prompts also occur in training: accuracy on them may be memory, not preference",
+            len(shared),
+            len(evaluated.encoded.prompts),
+        )
 
 
 def native_size(denoiser: Denoiser) -> tuple[int, int]:
@@ -74,9 +92,35 @@ def native_size(denoiser: Denoiser) -> tuple[int, int]:
     return height * factor, width * factor
 
 
-def _normalizer(args: DenoiserConfig, scores: Any, scorer: Any) -> Normalizer:
+def batch_of(items: list[PreferenceItem]) -> dict[str, Any]:
+    """`collate`, with what is looked up on the CPU as plain numbers, which no loader sends to a device and back."""
+    batch = collate(items)
+    return {**batch, "row": batch["row"].tolist(), "prompt_index": batch["prompt_index"].tolist()}
+
+
+class Shuffled(Sampler[int]):
+    """All rows in an order drawn from (seed, epoch), whatever became of the process's own random state.
+
+    The epoch is asked for when it begins: accelerate does not tell a resumed, sharded loader which one it is.
+    """
+
+    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        digest = hashlib.sha256(f"{self.seed}/{self.epoch()}/row order".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+def _normalizer(args: DenoiserConfig, scores: torch.Tensor, reward: Any) -> Normalizer:
     if args.smoothing_normalizer == "official":
-        return Normalizer.official(scores)
+        normalizer = Normalizer.official()
+        normalizer.check_scorer(reward.name, reward.fingerprint)
+        return normalizer
     return Normalizer.fit(
-        scores, args.smoothing_normalizer, scorer_name=scorer.name, scorer_fingerprint=scorer.fingerprint
+        scores, args.smoothing_normalizer, scorer_name=reward.name, scorer_fingerprint=reward.fingerprint
     )

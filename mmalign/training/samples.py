@@ -1,53 +1,93 @@
 """Sample pictures during training: the same prompts and seeds every time, so that a row of pictures shows what changed."""
 
-import io
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
-from mmalign.evaluation.files import write_atomically
-from mmalign.evaluation.generate import generate
-from mmalign.evaluation.grid import side_by_side
+from mmalign.training.checkpoints import staged
 from mmalign.training.config import DenoiserConfig
+from mmalign.training.devices import evaluating, networks, on_device
 
 logger = logging.getLogger("mmalign")
+_MARGIN, _LINE = 8, 16
 
 
 class SamplePictures(TrainerCallback):
-    """Draws `validation_prompts` before the first step and every `validation_steps` steps into `samples/step-*.png`."""
+    """Draws `validation_prompts` before the first step and every `validation_steps` steps into `samples/step-*.png`.
+
+    A sheet has a row a prompt: what the model drew when this run was started, and what it draws now.
+    """
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._first: list[Any] | None = None
+        self._first: tuple[int, list[Image.Image]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws what the model draws before training (or where it is resumed)."""
-        if args.validation_steps and state.is_world_process_zero:
-            self._draw(args, state.global_step)
+        if state.is_world_process_zero:
+            self._save(args, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draws every `validation_steps` steps."""
-        if args.validation_steps and state.global_step % args.validation_steps == 0 and state.is_world_process_zero:
-            self._draw(args, state.global_step)
+        if state.is_world_process_zero and state.global_step % args.validation_steps == 0:
+            self._save(args, state.global_step)
 
-    def _draw(self, args: DenoiserConfig, step: int) -> None:
-        prompts = args.validation_prompts
-        guidance = args.validation_guidance_scale
-        images = generate(
-            self.pipe,
-            prompts,
-            [args.validation_seed + i for i in range(len(prompts))],
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=7.5 if guidance is None else guidance,
-            progress=False,
-        )
-        self._first = self._first or images
-        rows = [[before, now] for before, now in zip(self._first, images, strict=True)]
-        buffer = io.BytesIO()
-        side_by_side(rows, prompts, ["start", f"step {step}"]).save(buffer, "PNG")
+    def _save(self, args: DenoiserConfig, step: int) -> None:
+        images = draw(self.pipe, args)
+        self._first = self._first or (step, images)
+        before, first = self._first
+        titles = [f"step {before}"] if step == before else [f"step {before}", f"step {step}"]
+        picture = sheet([first, images][: len(titles)], titles, args.validation_prompts)
         folder = Path(args.output_dir or ".") / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = write_atomically(folder / f"step-{step:06d}.png", buffer.getvalue())
-        logger.info("sample pictures: %s", path)
+        with staged(folder) as part:
+            picture.save(part / f"step-{step:06d}.png")
+        logger.info("sample pictures: %s", folder / f"step-{step:06d}.png")
+
+
+def draw(pipe: Any, args: DenoiserConfig) -> list[Image.Image]:
+    """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set."""
+    parts = list(networks(pipe).values())
+    bar = dict(vars(pipe).get("_progress_bar_config", {}))
+    guidance = args.validation_guidance_scale
+    if guidance is None:
+        guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        with on_device(parts, args.device), evaluating(parts):
+            return [
+                pipe(
+                    prompt,
+                    generator=torch.Generator().manual_seed(args.validation_seed + i),
+                    num_inference_steps=args.validation_inference_steps,
+                    guidance_scale=guidance,
+                ).images[0]
+                for i, prompt in enumerate(args.validation_prompts)
+            ]
+    finally:
+        pipe.set_progress_bar_config(**bar)
+
+
+def sheet(columns: list[list[Image.Image]], titles: list[str], captions: list[str]) -> Image.Image:
+    """Pictures side by side, a row a caption; small ones are enlarged by a whole factor."""
+    size = columns[0][0].size
+    factor = max(1, 128 // max(size))
+    width, height = size[0] * factor, size[1] * factor
+    total = (_MARGIN + len(columns) * (width + _MARGIN), _LINE + len(captions) * (height + _LINE + _MARGIN))
+    paper = Image.new("RGB", total, "white")
+    pen = ImageDraw.Draw(paper)
+    for at, (title, column) in enumerate(zip(titles, columns, strict=True)):
+        left = _MARGIN + at * (width + _MARGIN)
+        pen.text((left, 2), title, "black")
+        for row, image in enumerate(column):
+            top = _LINE + row * (height + _LINE + _MARGIN)
+            paper.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
+    for row, caption in enumerate(captions):
+        # Pillow's built-in bitmap font knows Latin-1 only.
+        shown = caption.encode("latin-1", "replace").decode("latin-1")
+        pen.text((_MARGIN, _LINE + row * (height + _LINE + _MARGIN) + height), shown[: max(8, total[0] // 6)], "black")
+    return paper

@@ -1,27 +1,47 @@
-"""The trained weights of a network on disk: a LoRA in diffusers' file, or the whole network in its own folder."""
+"""The trained weights of a network: which they are, and how they lie on disk: a LoRA in diffusers' file, or the whole network."""
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def add_adapter(network: nn.Module, peft_config: Any) -> None:
-    """Puts a LoRA on the network, its weights in float32 whatever the base's precision."""
-    existing = list(getattr(network, "peft_config", {}))
-    if existing:
-        raise ValueError(
-            f"the pipeline already carries adapter(s) {', '.join(existing)}: fuse (fuse_lora, then unload_lora_weights) or unload them "
-            "before training a new one"
-        )
-    network.add_adapter(peft_config, adapter_name=ADAPTER)  # type: ignore[operator]
+@contextmanager
+def made_trainable(network: nn.Module, peft_config: Any, seed: int) -> Iterator[None]:
+    """Puts a LoRA on the network, or makes all its weights trainable; undone where the block raises."""
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    if peft_config is not None:
+        _check_adapter(network, peft_config)
+    try:
+        network.requires_grad_(peft_config is None)
+        if peft_config is not None:
+            add_adapter(network, peft_config, seed)
+        _check_precision(network)
+        yield
+    except BaseException:
+        if peft_config is not None and has_adapter(network):
+            network.unload_lora()  # type: ignore[operator]
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def add_adapter(network: nn.Module, peft_config: Any, seed: int = 0) -> None:
+    """Puts a LoRA on the network, drawn from `seed`, its weights in float32 at least, whatever the base's precision."""
+    _check_adapter(network, peft_config)
+    device = next(network.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        network.add_adapter(peft_config, adapter_name=ADAPTER)  # type: ignore[operator]
     for parameter in network.parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.requires_grad and parameter.dtype in _HALF:
             parameter.data = parameter.data.float()
 
 
@@ -30,13 +50,19 @@ def has_adapter(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
+def adapter_config(network: nn.Module) -> dict[str, Any]:
+    """The LoRA's configuration as JSON values; what only says by which library it was made is left out."""
+    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, operator, index]
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
 def component_name(pipe: Any, network: nn.Module) -> str:
     """Under which name the pipeline holds the network: "unet" or "transformer"."""
     return next(name for name, part in pipe.components.items() if part is network)
 
 
 def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:
-    """Writes what training changed: `pytorch_lora_weights.safetensors`, or the network's folder. Renamed when whole."""
+    """Writes what training changed: `pytorch_lora_weights.safetensors`, or the network's own folder."""
     folder.mkdir(parents=True, exist_ok=True)
     name = component_name(pipe, network)
     if not has_adapter(network):
@@ -46,13 +72,8 @@ def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
 
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name=ADAPTER))
-    part = folder / f"{LORA_FILE}.part"
-    type(pipe).save_lora_weights(
-        folder,
-        weight_name=part.name,
-        **{f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": _metadata(network)},
-    )
-    os.replace(part, folder / LORA_FILE)
+    metadata = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": adapter_config(network)}
+    type(pipe).save_lora_weights(folder, weight_name=LORA_FILE, **metadata)
 
 
 def load_trained(network: nn.Module, folder: Path) -> None:
@@ -60,22 +81,51 @@ def load_trained(network: nn.Module, folder: Path) -> None:
     from safetensors.torch import load_file
 
     if not has_adapter(network):
-        file = next(iter(sorted(folder.glob("*/diffusion_pytorch_model.safetensors"))), None)
-        if file is None:
+        files = sorted(folder.glob("*/diffusion_pytorch_model*.safetensors"))
+        if not files:
             raise ValueError(f"{folder} holds no network folder; it was saved by a run with another peft_config")
-        network.load_state_dict(load_file(file))
+        # A large network is saved in several files.
+        _load_all(network, {name: value for file in files for name, value in load_file(file).items()})
         return
     if not (folder / LORA_FILE).is_file():
         raise ValueError(f"{folder} holds no {LORA_FILE}; it was saved by a run without a peft_config")
     from peft.utils import set_peft_model_state_dict
 
-    state = load_file(folder / LORA_FILE)
-    state = {key.partition(".")[2]: value for key, value in state.items()}
+    state = {key.partition(".")[2]: value for key, value in load_file(folder / LORA_FILE).items()}
     result = set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
-    if result.unexpected_keys:
-        raise ValueError(f"{folder / LORA_FILE} does not fit the adapter: it also holds {result.unexpected_keys[0]}")
+    lacking = [name for name in result.missing_keys if f".{ADAPTER}." in name]
+    if result.unexpected_keys or lacking:
+        strange = (list(result.unexpected_keys) + lacking)[0]
+        raise ValueError(f"{folder / LORA_FILE} does not fit the adapter: see {strange}")
 
 
-def _metadata(network: nn.Module) -> dict[str, Any]:
-    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, operator, index]
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+def _load_all(network: nn.Module, state: dict[str, Tensor]) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"the saved network does not fit this one: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _check_adapter(network: nn.Module, peft_config: Any) -> None:
+    from peft import LoraConfig
+
+    if not isinstance(peft_config, LoraConfig):
+        raise ValueError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
+    existing = list(getattr(network, "peft_config", {}))
+    if existing:
+        raise ValueError(
+            f"the pipeline already carries adapter(s) {', '.join(existing)}: fuse (fuse_lora, then unload_lora_weights) or unload them "
+            "before training a new one"
+        )
+    for option in ("bias", "modules_to_save"):
+        if getattr(peft_config, option) not in (None, "none"):
+            raise ValueError(f"peft_config.{option} is refused: a LoRA file of diffusers holds low-rank weights only")
+
+
+def _check_precision(network: nn.Module) -> None:
+    half = [name for name, p in network.named_parameters() if p.requires_grad and p.dtype in _HALF]
+    if half:
+        raise ValueError(
+            f"{len(half)} trained weights are in half precision ({half[0]}, …) and would round small steps away: load the pipeline "
+            "with dtype=torch.float32 and train with bf16=True, or pass a peft_config"
+        )

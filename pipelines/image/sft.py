@@ -13,6 +13,11 @@ from mmalign.training.measurement import Measurement, Pairs
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
 
+_COMPARES_NOTHING = (
+    "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha sdpo_mu "
+    "reference share_noise inversion_model inversion_share_eta_noise"
+).split()
+
 
 @dataclass
 class DiffusionSFTConfig(DenoiserConfig):
@@ -27,17 +32,21 @@ class DiffusionSFTConfig(DenoiserConfig):
         },
     }  # fmt: skip
 
-    def _check_axes(self) -> None:
-        super()._check_axes()
-        fields = type(self).__dataclass_fields__
-        for name in ("beta", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "discopop_tau",
-                     "simpo_gamma", "cpo_alpha", "sdpo_mu", "reference", "share_noise", "inversion_model"):  # fmt: skip
-            if getattr(self, name) != fields[name].default:
+    def _check_losses(self) -> None:
+        for name in _COMPARES_NOTHING:
+            default = ["sigmoid"] if name == "loss_type" else self._default(name)
+            if getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect on supervised fine-tuning, which compares nothing")
-        if self.loss_type != ["sigmoid"] or self.comparison in ("smoothed", "bradley_terry"):
-            raise ValueError(
-                "supervised fine-tuning has no link and no strength: leave loss_type, and use comparison 'human' or 'relabel'"
-            )
+        if self.comparison in ("smoothed", "bradley_terry"):
+            raise ValueError("supervised fine-tuning has no strength: use comparison 'human' or 'relabel'")
+
+    def objective(self) -> str:
+        """The denoising error of the preferred side."""
+        return "denoising error"
+
+    def loss_options(self) -> dict[str, Any]:
+        """None: there is no pair loss."""
+        return {}
 
 
 class DiffusionSFTTrainer(DenoiserTrainer):

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,22 @@ def test_an_interrupted_build_goes_on_where_it_was(
     assert torch.equal(encoded.latents(torch.arange(6)), whole) and _folders(root) == [""]
     assert not [file for file in root.rglob("*") if "tmp" in file.name or "partial" in file.name]
     encoded.verify()
+
+
+def test_two_at_once_build_once(
+    encode: Callable[..., EncodedPairs], denoiser: Denoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, calls = type(denoiser).encode_image, []
+
+    def count(self: Denoiser, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return genuine(self, *arguments)
+
+    monkeypatch.setattr(type(denoiser), "encode_image", count)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: encode(), range(2))
+    assert len(calls) == 4 and _folders(tmp_path) == [""]
+    assert torch.equal(one.latents(torch.arange(6)), other.latents(torch.arange(6)))
 
 
 class _FullDisk:

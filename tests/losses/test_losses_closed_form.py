@@ -219,6 +219,20 @@ def test_mapo_of_a_perfect_prediction():
     assert policy[0].grad.item() == pytest.approx(-3.0) and policy[1].grad.item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_mapo_score_and_its_slope_on_both_sides_of_its_series(dtype, tolerance):
+    """g(x) = x/(e^x − 1) for either sign; g′ = −½ + x/6 − x³/180 near 0, where the quotient rule would cancel."""
+    from mmalign.losses.diffusion import _bose
+
+    x = torch.tensor([-40.0, -3.0, -0.021, -0.019, -1e-4, 1e-4, 0.019, 0.021, 3.0, 40.0], dtype=torch.float64)
+    values = _bose(x.to(dtype)).double()
+    torch.testing.assert_close(values, x / torch.expm1(x), rtol=tolerance, atol=0)
+    near = torch.tensor([-0.019, -1e-4, 0.0, 1e-4, 0.019], dtype=dtype, requires_grad=True)
+    (slope,) = torch.autograd.grad(_bose(near).sum(), near)
+    expected = -0.5 + near.detach() / 6 - near.detach() ** 3 / 180
+    torch.testing.assert_close(slope, expected, rtol=0, atol=max(tolerance, 1e-11))
+
+
 def test_orpo_by_hand():
     p_w, p_l, n_w, n_l = 0.6, 0.3, 4, 2
     logps = losses.PairLogProbs(
