@@ -148,3 +148,5 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.WARNING if rank_prefix() else logging.INFO)
+    # Its six lines about a compiled part that does not load come with every import of diffusers; `mmalign env` has them.
+    logging.getLogger("xformers").setLevel(logging.ERROR)

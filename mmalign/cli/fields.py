@@ -129,6 +129,8 @@ def option_of(item: dataclasses.Field[Any], hint: Any, *, help: str, group: str,
     if lists:
         members = list(typing.get_args(lists[0])) or [str]
     convert, metavar = _conversion(members, default)
+    if lists and isinstance(default, str):
+        default = [default]
     return Option(
         name=item.name,
         help=help,
@@ -139,6 +141,7 @@ def option_of(item: dataclasses.Field[Any], hint: Any, *, help: str, group: str,
         many=bool(lists),
         nullable=nullable,
         hidden=hidden,
+        printed=default != "",
     )
 
 

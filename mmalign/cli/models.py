@@ -148,13 +148,12 @@ def load_pipeline(
         if given["vae"] is not None:
             from diffusers import AutoencoderKL
 
-            options["vae"] = AutoencoderKL.from_pretrained(given["vae"], torch_dtype=dtype, use_safetensors=True)
+            options["vae"] = AutoencoderKL.from_pretrained(given["vae"], dtype=dtype, use_safetensors=True)
     if str(name).endswith((".safetensors", ".ckpt", ".pt")):
         if pipeline_class is None:
             from mmalign import SmPOPipeline
 
             pipeline_class = SmPOPipeline
-        options["torch_dtype"] = options.pop("dtype")
         pipe = pipeline_class.from_single_file(name, base=given["base_class"], **options)
     else:
         if "base_class" in given.explicit:

@@ -79,7 +79,7 @@ class EncodedPairs:
         folder = Path(folder)
         try:
             fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            columns = {name: Column(**fields.pop(name)) for name in ("latents", "prompts")}
+            columns: dict[str, Any] = {name: Column(**fields.pop(name)) for name in ("latents", "prompts")}
             manifest = Manifest(**fields, **columns)
         except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder} holds no finished cache of this version: delete it and encode again") from error

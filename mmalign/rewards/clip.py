@@ -56,8 +56,9 @@ class ClipScorer:
 
         if processor is None and processor_revision is not None:
             raise ValueError("processor_revision has no effect without processor; leave it out")
-        source, at = (model, revision) if processor is None else (processor, processor_revision)
-        loaded = CLIPModel.from_pretrained(model, revision=revision, dtype=dtype, use_safetensors=True)
+        at = (revision if processor is None else processor_revision) or "main"
+        source = model if processor is None else processor
+        loaded: Any = CLIPModel.from_pretrained(model, revision=revision or "main", dtype=dtype, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
         images = CLIPImageProcessorPil.from_pretrained(source, revision=at)
         label = name or f"clip:{model}" + (f" with {processor}" if processor else "")

@@ -30,7 +30,7 @@ def module_hash(module: nn.Module, name: str = "module") -> str:
                 f"{name}.{key} is offloaded and cannot be read: switch sequential offload off for this step"
             )
         sha.update(f"|{key}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     sha.update(text_hash(_adapter_state(module)).encode())
     return sha.hexdigest()
 
@@ -64,8 +64,10 @@ def _adapter_state(module: nn.Module) -> list[Any]:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [
-        [key, layer.active_adapters, layer.disable_adapters, layer.merged_adapters, sorted(layer.scaling.items())]
-        for key, layer in module.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-    ]
+    state: list[Any] = []
+    for key, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            # LoRA layers have a scale each, other kinds have none.
+            scaling = sorted(vars(layer).get("scaling", {}).items())
+            state.append([key, layer.active_adapters, layer.disable_adapters, layer.merged_adapters, scaling])
+    return state

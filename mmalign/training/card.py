@@ -1,9 +1,11 @@
 """The model card of a run: what was aligned, from what, with which settings, and what was measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from mmalign.training.checkpoints import write_text
 from mmalign.training.config import DenoiserConfig
 
 _PAPERS = {
@@ -12,6 +14,18 @@ _PAPERS = {
     "dpo": ("Diffusion-DPO", "2311.12908"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def public_name(name: object) -> str:
+    """A model's or a data set's name as a card may tell it: a Hub id as it is, of a path on this machine only its last part."""
+    text = str(name or "unknown")
+    return text if is_hub_id(text) else Path(text).name or "unknown"
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is spelled as one on the Hub and is no folder here."""
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def write_card(
@@ -21,39 +35,36 @@ def write_card(
     base_model: str,
     data: str,
     metrics: dict[str, Any],
-    is_lora: bool,
-    license: str | None,
+    trained: tuple[str, str] | None,
 ) -> None:
-    """Writes README.md with the Hub's metadata. The licence is the base model's, or left out where it is not known."""
-    name, arxiv = _PAPERS[args.method]
-    tags = ["mmalign", args.method, "text-to-image", "diffusers-training", "diffusers", *(["lora"] if is_lora else [])]
-    header: dict[str, Any] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "base_model": base_model,
-        "base_model_relation": "adapter" if is_lora else "finetune",
-        "datasets": [data],
-        "tags": tags,
-    }
-    if license:
-        header["license"] = license
+    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
+
+    No licence is stated: it is the base model's and the data's, which are not known here.
+    """
+    is_lora = trained is None
+    name, arxiv = _PAPERS.get(args.method, (args.method, None))
+    base, data_name = public_name(base_model), public_name(data.partition("[")[0])
+    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if is_hub_id(base_model):
+        header |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
+    if is_hub_id(data):
+        header["datasets"] = [data_name]
+    header["tags"] = ["mmalign", args.method, "text-to-image", "diffusers-training", "diffusers"]
+    header["tags"] += ["lora", "template:sd-lora"] if is_lora else []
     import yaml
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
-    load = "pipe.load_lora_weights(FOLDER)" if is_lora else "pipe = DiffusionPipeline.from_pretrained(FOLDER)"
-    settings = {"axes": [args.latents, args.comparison, "+".join(args.loss_type)], **args.loss_options()}
+    settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **args.loss_options()}
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {base_model} aligned by {name}
+# {base} aligned by {name}
 
-Trained with [mmalign](https://pypi.org/project/mmalign) by {name}{paper} on `{data}`.
+Trained with [mmalign](https://pypi.org/project/mmalign) by {name}{paper} on `{data_name}`.
+The licences of the base model and of the data apply.
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained({base_model!r})
-{load}
+{_usage(base, trained)}
 ```
 
 ## Training
@@ -61,17 +72,34 @@ pipe = DiffusionPipeline.from_pretrained({base_model!r})
 {args.describe(args.world_size)}
 
 ```json
-{json.dumps(settings | {"max_steps": args.max_steps, "seed": args.seed}, indent=1)}
+{_json(settings | {"max_steps": args.max_steps, "seed": args.seed})}
 ```
 
 ## Measured while training
 
 ```json
-{json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}, indent=1)}
+{_json(metrics)}
 ```
 
-These numbers come from the training pairs. Whether the pictures got better is for a held-out judge: `mmalign evaluate`.
+These numbers come from the training pairs (`eval_*`: from held-out pairs). Whether the pictures got better is for a held-out judge:
+`mmalign evaluate`.
 """
-    from mmalign.training.checkpoints import write_text
-
     write_text(folder / "README.md", text)
+
+
+def _usage(base: str, trained: tuple[str, str] | None) -> str:
+    """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
+    if trained is None:
+        return f"""from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base!r})
+pipe.load_lora_weights(FOLDER)"""
+    name, kind = trained
+    return f"""from diffusers import DiffusionPipeline, {kind}
+
+{name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
+pipe = DiffusionPipeline.from_pretrained({base!r}, {name}={name})"""
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}, indent=1)

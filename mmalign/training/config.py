@@ -119,6 +119,11 @@ class DenoiserConfig(TrainingArguments):
         """False: the trainer moves the network itself, and back when training is over."""
         return False
 
+    @property
+    def pairs_per_step(self) -> int:
+        """Pairs of one optimiser step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
     def _default(self, name: str) -> Any:
         return type(self).__dataclass_fields__[name].default
 
@@ -157,7 +162,9 @@ class DenoiserConfig(TrainingArguments):
         for name, readers in _READ_BY.items():
             read = self.latents in readers or self.comparison in readers or (self.validation_steps and not readers)
             if not read and getattr(self, name) != self._default(name):
-                where = f"latents={self.latents!r} and comparison={self.comparison!r}" if readers else "validation_steps=0"
+                where = (
+                    f"latents={self.latents!r} and comparison={self.comparison!r}" if readers else "validation_steps=0"
+                )
                 raise ValueError(f"{name} has no effect with {where}")
 
     def _check_losses(self) -> None:
@@ -173,7 +180,9 @@ class DenoiserConfig(TrainingArguments):
             raise ValueError(f"beta has no effect with loss_type={'+'.join(self.loss_type)!r}")
         self._check_beta_of_reference_free([info for info in infos if "beta" in info.hyper])
         if self.is_reference_free and self.reference != "auto" and self.inversion_model == "policy":
-            raise ValueError(f"reference has no effect with loss_type={'+'.join(self.loss_type)!r}: it is reference-free")
+            raise ValueError(
+                f"reference has no effect with loss_type={'+'.join(self.loss_type)!r}: it is reference-free"
+            )
         if ("sdpo" in self.loss_type) != (self.sdpo_mu is not None):
             raise ValueError("loss_type 'sdpo' and sdpo_mu go together; published: sdpo_mu=0.9 (SD 1.5), 0.6 (SDXL)")
         if self.sdpo_mu is not None and not 0 <= self.sdpo_mu <= 1:
@@ -183,7 +192,10 @@ class DenoiserConfig(TrainingArguments):
         if self.comparison in ("smoothed", "bradley_terry"):
             options["strength"] = one
         losses.compute(
-            self.loss_type, losses.PairLogProbs(-one, -one, -one, -one, one, one), loss_weights=self.loss_weights, **options
+            self.loss_type,
+            losses.PairLogProbs(-one, -one, -one, -one, one, one),
+            loss_weights=self.loss_weights,
+            **options,
         )
 
     def _check_beta_of_reference_free(self, infos: list[Any]) -> None:
@@ -192,7 +204,9 @@ class DenoiserConfig(TrainingArguments):
             return
         published = f"set beta (published for it: {', '.join(f'{beta.here:g}' for beta in alone[0].betas) or 'none'})"
         if len(alone) < len(infos):
-            raise ValueError(f"one beta cannot serve loss_type {alone[0].key!r}, which has no reference, and one that has: drop one")
+            raise ValueError(
+                f"one beta cannot serve loss_type {alone[0].key!r}, which has no reference, and one that has: drop one"
+            )
         if self.beta == self._default("beta"):
             raise ValueError(
                 f"beta={self.beta:g} is a scale for log-ratios to a reference, and loss_type {alone[0].key!r} has none: {published}"
@@ -258,7 +272,9 @@ class DenoiserConfig(TrainingArguments):
     def objective(self) -> str:
         """What is minimised, in one word or a sum of them."""
         weights = self.loss_weights or [1.0] * len(self.loss_type)
-        return " + ".join(key if weight == 1 else f"{weight:g}·{key}" for key, weight in zip(self.loss_type, weights, strict=True))
+        return " + ".join(
+            key if weight == 1 else f"{weight:g}·{key}" for key, weight in zip(self.loss_type, weights, strict=True)
+        )
 
     def describe(self, num_processes: int = 1, *, elements: int | None = None) -> str:
         """The axes, the effective batch and learning rate, and the scale of β in the conventions that are around.
@@ -269,7 +285,8 @@ class DenoiserConfig(TrainingArguments):
         lines = [
             f"{self.method}: latents={self.latents}, comparison={self.comparison}, loss={self.objective()}",
             f"batch {batch} pairs a step = {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} accumulated × "
-            f"{num_processes} process(es); effective learning rate {self.learning_rate:g} (not scaled by the batch), {self._schedule()}",
+            f"{num_processes} process(es); effective learning rate {self.learning_rate:g} (the batch does not scale it), "
+            f"{self._schedule()}",
         ]
         if self.needs_pairs and any("beta" in losses.get(key).hyper for key in self.loss_type):
             lines.append(f"beta {self.beta:g} {self._convention(elements)}")
@@ -292,7 +309,11 @@ class DenoiserConfig(TrainingArguments):
         if self.is_reference_free:
             return "as the loss's own paper defines it"
         text = f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.beta / 2:g}"
-        summed = "" if elements is None else f"; for errors summed over {elements:,} elements it is {self.beta / (2 * elements):.3g}"
+        summed = (
+            ""
+            if elements is None
+            else f"; for errors summed over {elements:,} elements it is {self.beta / (2 * elements):.3g}"
+        )
         return text + summed
 
 

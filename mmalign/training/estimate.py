@@ -1,15 +1,20 @@
 """What a run will take, told before its first step: memory that is certain to be held, and time from one timed forward pass."""
 
+import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from mmalign.denoisers import Schedule
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.grids import make_grid
 
+logger = logging.getLogger("mmalign")
 # Bytes of optimiser state for a trained float32 weight; Adam's two moments unless named here.
 _STATE_BYTES = {"adafactor": 0, "sgd": 0, "adagrad": 4, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1}
 _ADAM_BYTES = 8
@@ -66,16 +71,51 @@ def forward_equivalents(
     return total + calls * moves.double().mean().item()
 
 
-def timed(forward: "nn.Module | object", device: torch.device) -> float:
+def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call; the first one, which sets up kernels, is not counted."""
-    assert callable(forward)
-    with torch.no_grad():
-        for _ in range(2):
-            _wait(device)
-            start = time.perf_counter()
-            forward()
-            _wait(device)
+    start = 0.0
+    for _ in range(2):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
     return time.perf_counter() - start
+
+
+class Announcement(TrainerCallback):
+    """Says before the first step what will be trained, and, where a bar is wanted, what memory and time that takes."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs the settings; times one forward pass unless `disable_tqdm` is set."""
+        if not state.is_world_process_zero:
+            return
+        logger.info(args.describe(args.world_size, elements=self.trainer.elements))
+        if not args.disable_tqdm and logger.isEnabledFor(logging.INFO):
+            logger.info(estimate(self.trainer, state.max_steps - state.global_step))
+
+
+def estimate(trainer: Any, steps: int) -> str:
+    """Memory and time of the next `steps` optimiser steps, in two lines."""
+    args, frozen = trainer.args, trainer.reference
+    copied = frozen.module if frozen.kind == "copy" else None
+    memory = memory_of(trainer.network, copied, args.optim.value)
+    forwards = forward_equivalents(
+        trainer.denoiser.schedule,
+        args.inversion(),
+        has_reference=frozen.kind != "none",
+        recomputes=bool(args.gradient_checkpointing),
+    )
+    seconds = timed(trainer.one_forward(), args.device) * forwards * args.gradient_accumulation_steps
+    room = ""
+    if args.device.type == "cuda":
+        room = f" of {_size(torch.cuda.mem_get_info(args.device)[1])} on {args.device}"
+    return (
+        f"memory: at least {memory}{room}\ntime: about {duration(seconds * steps)} for {steps} steps of {seconds:.3g} s "
+        f"({forwards:.1f} forward passes a batch; sample pictures, evaluation and saving come on top)"
+    )
 
 
 def duration(seconds: float) -> str:

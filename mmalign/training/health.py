@@ -66,9 +66,7 @@ def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Te
     }
 
 
-def _against_reference(
-    logps: PairLogProbs, reference_error: Tensor, pairs: Pairs, beta: float
-) -> dict[str, Tensor]:
+def _against_reference(logps: PairLogProbs, reference_error: Tensor, pairs: Pairs, beta: float) -> dict[str, Tensor]:
     chosen, rejected = logps.chosen_logratio, logps.rejected_logratio
     margin = beta * (chosen - rejected)
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()

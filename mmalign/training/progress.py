@@ -67,4 +67,8 @@ class LastStep(TrainerCallback):
             return
         summary = state.log_history[-1]
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
-        logger.info("trained in %s: %s", duration(summary.get("train_runtime", 0)), line(last, state.global_step, state.max_steps))
+        logger.info(
+            "trained in %s: %s",
+            duration(summary.get("train_runtime", 0)),
+            line(last, state.global_step, state.max_steps),
+        )

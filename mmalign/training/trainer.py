@@ -1,45 +1,43 @@
 """The trainer of every denoiser method: `transformers.Trainer` around one measurement and one loss of `mmalign.losses`."""
 
-import json
 import logging
 import math
 import os
-import shutil
+import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from torch.utils.data import DataLoader, Sampler, Subset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
-from mmalign.data import EncodedPairs, collate
 from mmalign.denoisers import Denoiser, adapter_for
-from mmalign.likelihood.reference import make_reference
+from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
-from mmalign.training.checkpoints import (
-    STAGING,
-    check_facts,
-    full_disk_explained,
-    read_manifest,
-    write_manifest,
-    write_text,
-)
 from mmalign.training.config import DenoiserConfig
-from mmalign.training.measurement import Measurement, Pairs, draw, dropped_prompts, measure
-from mmalign.training.prepare import Prepared, prepare
-from mmalign.training.weights import add_adapter, load_trained, save_trained
+from mmalign.training.devices import evaluating, networks, on_device, refuse_offloading, storable
+from mmalign.training.estimate import Announcement
+from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
+from mmalign.training.prepare import Prepared, Shuffled, batch_of, check_held_out, prepare
+from mmalign.training.progress import Bar, LastStep, Lines
+from mmalign.training.samples import SamplePictures
+from mmalign.training.saving import SavingTrainer
+from mmalign.training.weights import made_trainable
 
 logger = logging.getLogger("mmalign")
 _EVAL_EPOCH = -1
 
 
 class PolicyModule(nn.Module):
-    """The network that is aligned, behind the forward that several processes wrap; maps transformers' checkpointing verbs."""
+    """The network that is aligned, behind the forward that several processes wrap; maps transformers' checkpointing verb."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -50,16 +48,12 @@ class PolicyModule(nn.Module):
         """The raw output of the network, as `Denoiser.predict`."""
         return self._predict(self.network, x_t, t, conditioning)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """diffusers' own verb; it takes no options."""
-        if gradient_checkpointing_kwargs:
-            raise ValueError(
-                "gradient_checkpointing_kwargs is refused: diffusers' networks choose their own checkpointing function"
-            )
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """diffusers' own verb; it takes no options, and `inherited.py` refuses any."""
         cast(Any, self.network).enable_gradient_checkpointing()
 
 
-class DenoiserTrainer(Trainer):
+class DenoiserTrainer(SavingTrainer):
     """Aligns a diffusers pipeline on pairs. SmPO, InPO, Diffusion-DPO and SFT differ only in the defaults of their configs.
 
     Args:
@@ -67,10 +61,11 @@ class DenoiserTrainer(Trainer):
         args: the method's config.
         train_dataset, eval_dataset: whatever `mmalign.data.load_pairs` reads.
         peft_config: a `peft.LoraConfig`; None trains every weight of the network.
-        ref_model: another network to compare with; None takes the policy with its adapter off, or a frozen copy.
+        ref_model: another network (or pipeline) to compare with; None takes the policy with its adapter off, or a frozen copy.
         callbacks: as in transformers.
 
-    Raises ValueError for half-precision weights that would be trained without an adapter, and for rows that cannot be used.
+    Raises ValueError for half-precision weights that would be trained without an adapter, and for rows that cannot be used. Where it
+    raises, the pipeline is as it was.
     """
 
     config_class: type[DenoiserConfig] = DenoiserConfig
@@ -82,94 +77,166 @@ class DenoiserTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         peft_config: Any = None,
-        ref_model: nn.Module | None = None,
+        ref_model: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
-            from mmalign.training.pipeline import load_base
+            from mmalign.training.loading import load_base
 
             model = load_base(model)
-        self.pipe = model
-        self.denoiser = adapter_for(model)
-        self.denoiser.module.requires_grad_(peft_config is None)
-        if peft_config is not None:
-            add_adapter(self.denoiser.module, peft_config)
-        self._check_precision()
+        self.pipe, self.denoiser = model, adapter_for(model)
+        self._check_arguments(args, train_dataset, eval_dataset, peft_config)
+        with on_device(list(networks(model).values()), args.device):
+            self._train = prepare(train_dataset, self.denoiser, args)
+            self._eval = None if eval_dataset is None else prepare(eval_dataset, self.denoiser, args, like=self._train)
+        if self._eval is not None:
+            check_held_out(self._train, self._eval)
+        if len(self._train.dataset) < args.per_device_train_batch_size * args.world_size and args.dataloader_drop_last:
+            raise ValueError(
+                f"{len(self._train.dataset)} usable pairs do not fill one batch of {args.per_device_train_batch_size} in each of "
+                f"{args.world_size} process(es): lower per_device_train_batch_size"
+            )
+        # One process drives one device; more of them are started by `accelerate launch`.
+        args._n_gpu = min(1, args.n_gpu)
+        # Every trained weight of a denoiser gets a gradient in every step.
+        args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
+        with made_trainable(self.network, peft_config, args.seed):
+            super().__init__(
+                model=PolicyModule(self.denoiser),
+                args=args,
+                data_collator=batch_of,
+                train_dataset=self._train.dataset,
+                eval_dataset=None if self._eval is None else self._eval.dataset,
+                callbacks=callbacks,
+            )
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    "the launcher asked for DeepSpeed or FSDP, which are not supported yet: launch plain data parallelism"
+                )
+            self.reference = self._make_reference(ref_model)
+        self.args: DenoiserConfig = args
+        # Grids are made on the CPU, losses on the device: each has the tables where it works.
+        self.denoiser.schedule = storable(self.denoiser.schedule, args.device)
+        self._schedule = self.denoiser.schedule.to(args.device)
+        self._max_timestep = self.denoiser.schedule.max_timestep
+        self._method = Method(
+            inversion=args.inversion(),
+            inversion_by_reference=args.inversion_model == "reference",
+            loss_space=args.loss_space,
+            sdpo_mu=args.sdpo_mu,
+        )
+        self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
+        self._warned: set[str] = set()
+        self._pairs_in_step = 0
+        self._logged_at: tuple[int, float] | None = None
+        self._add_our_callbacks()
+
+    def _check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
+        refuse_offloading(self.pipe)
         if train_dataset is None:
             raise ValueError("train_dataset is missing: a hub id, a folder, a parquet file, rows, or 'playground'")
-        train = prepare(train_dataset, self.denoiser, args)
-        evaluated = None if eval_dataset is None else prepare(eval_dataset, self.denoiser, args, like=train)
-        if evaluated is not None and evaluated.encoded.key == train.encoded.key:
-            raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
-        self._train, self._eval = train, evaluated
-        super().__init__(
-            model=PolicyModule(self.denoiser),
-            args=args,
-            data_collator=collate,
-            train_dataset=train.dataset,
-            eval_dataset=None if evaluated is None else evaluated.dataset,
-            callbacks=callbacks,
-        )
-        self.args: DenoiserConfig = args
-        self.denoiser.schedule = self.denoiser.schedule.to(args.device)
+        if eval_dataset is None and args.eval_split is not None:
+            raise ValueError("eval_split has no effect without an eval_dataset")
+        if args.reference == "adapter" and peft_config is None:
+            raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
+
+    def _make_reference(self, ref_model: Any) -> Reference:
+        args = self.args
         needed = args.needs_pairs and (not args.is_reference_free or args.inversion_model == "reference")
-        kind = args.reference if needed else "none"
-        self.reference = make_reference(self.denoiser.module, ref_model, kind=kind)
-        self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
-        self._step_seconds: list[float] = []
-        if len(train.dataset) < args.train_batch_size and args.dataloader_drop_last:
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            ref_model = adapter_for(ref_model).module
+        if ref_model is not None and next(ref_model.parameters()).dtype != next(self.network.parameters()).dtype:
             raise ValueError(
-                f"{len(train.dataset)} usable pairs do not fill one batch of {args.train_batch_size}: lower per_device_train_batch_size"
+                "ref_model has another dtype than the policy, and rounding would look like preference: load both alike"
             )
+        return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
+
+    def _add_our_callbacks(self) -> None:
+        for kind in (ProgressCallback, PrinterCallback):
+            self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if type(c) is not kind]
+        self.add_callback(Announcement(self))
+        self.add_callback(Lines() if self.args.disable_tqdm else Bar())
+        self.add_callback(LastStep())
+        if self.args.validation_steps:
+            self.add_callback(SamplePictures(self.pipe))
 
     @property
     def network(self) -> nn.Module:
         """The bare network that is trained."""
         return self.denoiser.module
 
-    def _check_precision(self) -> None:
-        half = [
-            n
-            for n, p in self.network.named_parameters()
-            if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)
-        ]
-        if half:
-            raise ValueError(
-                f"{len(half)} trained weights are in half precision ({half[0]}, …) and would round small steps away: load the pipeline "
-                "with dtype=torch.float32 and train with bf16=True, or pass a peft_config"
-            )
+    @property
+    def elements(self) -> int:
+        """Numbers in one latent."""
+        return self._train.dataset[0]["chosen"].numel()
+
+    # A run.
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As in transformers; True or "latest" resumes from the newest checkpoint in `output_dir`, if there is one.
+
+        `args.resume_from_checkpoint` acts where nothing is passed. Afterwards the network is where it was, in eval mode.
+        """
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        if resume is True or str(resume).lower() in ("latest", "true"):
+            resume = get_last_checkpoint(self.args.output_dir) if Path(str(self.args.output_dir)).is_dir() else None
+            if resume is None:
+                logger.info("no checkpoint in %s yet: starting at step 0", self.args.output_dir)
+        try:
+            with self._at_work():
+                return super().train(resume_from_checkpoint=resume or None, **options)
+        finally:
+            self.network.eval()
+            if self.args.gradient_checkpointing:
+                cast(Any, self.network).disable_gradient_checkpointing()
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        frozen = [self.reference.module] if self.reference.kind == "copy" and self.reference.module is not None else []
+        with on_device([self.network, *frozen], self.args.device):
+            yield
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Shuffled(len(self._train.dataset), seed, lambda: self._epoch)
+
+    @property
+    def _epoch(self) -> int:
+        # transformers counts k + (batches done)/(batches in all), which at the end of an epoch is a whole number.
+        return math.floor(self.state.epoch or 0)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of one optimiser step, counted, so that a short one does not weigh more than its pairs."""
+        samples, number = super().get_batch_samples(*args, **kwargs)
+        self._pairs_in_step = sum(len(batch["row"]) for batch in samples)
+        return samples, number
 
     # One batch.
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean of the per-pair losses of one batch; raises FloatingPointError, naming rows, where one is not finite."""
-        mode = "train" if model.training else "eval"
-        epoch = math.floor((self.state.epoch or 0) + 1e-6) if mode == "train" else _EVAL_EPOCH
-        loss, measured, pairs = self.pair_losses(model, inputs, epoch=epoch)
-        wrong = ~torch.isfinite(loss)
-        if wrong.any():
-            rows = pairs.rows[wrong.cpu()].tolist()[:5]
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.state.global_step + 1} for rows {rows}: lower the learning rate or beta; with "
-                "float16, train in bf16 or float32"
-            )
-        self._record(mode, measured, pairs, loss.detach())
-        return (loss.mean(), {"losses": loss.detach()}) if return_outputs else loss.mean()
+        """Mean of the per-pair losses of one micro-batch; raises FloatingPointError, naming rows, where one is not finite."""
+        loss, measured, pairs = self.pair_losses(model, inputs, epoch=self._epoch)
+        self._record("train", measured, pairs, loss.detach())
+        mean = loss.mean()
+        if self._pairs_in_step:
+            mean = mean * (len(loss) * self.current_gradient_accumulation_steps / self._pairs_in_step)
+        return (mean, {"losses": loss.detach()}) if return_outputs else mean
 
-    def pair_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int) -> tuple[Tensor, Measurement, Pairs]:
-        """The per-pair losses (B,) of a batch, before any mean, with what they were made of."""
-        prepared = self._train if epoch != _EVAL_EPOCH else cast(Prepared, self._eval)
-        pairs = self._pairs(prepared.encoded, inputs, epoch)
-        args = self.args
+    def pair_losses(
+        self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Prepared | None = None
+    ) -> tuple[Tensor, Measurement, Pairs]:
+        """The per-pair losses (B,) of a batch, before any mean, with what they were made of; `data`: not the training's."""
+        args, pairs = self.args, self._pairs(data or self._train, inputs, epoch)
         drawn = draw(
             pairs.rows,
             seed=args.seed,
             epoch=epoch,
-            max_timestep=self.denoiser.schedule.max_timestep,
+            max_timestep=self._max_timestep,
             share_noise=args.share_noise,
             share_eta_noise=args.inversion_share_eta_noise,
+            one_timestep=self._is_batch_coupled,
         )
         measured = measure(
             self.denoiser,
@@ -178,13 +245,15 @@ class DenoiserTrainer(Trainer):
             self.reference,
             pairs,
             drawn,
-            inversion=args.inversion(),
-            inversion_by_reference=args.inversion_model == "reference",
-            loss_space=args.loss_space,
-            sdpo_mu=args.sdpo_mu,
+            self._method,
+            schedule=self._schedule,
             autocast=self.accelerator.autocast,
         )
         return self._loss_of(measured, pairs), measured, pairs
+
+    @cached_property
+    def _is_batch_coupled(self) -> bool:
+        return self.args.needs_pairs and any(losses.get(key).batch_coupled for key in self.args.loss_type)
 
     def _loss_of(self, measured: Measurement, pairs: Pairs) -> Tensor:
         assert measured.logps is not None
@@ -195,154 +264,106 @@ class DenoiserTrainer(Trainer):
             options["rejected_scale"] = measured.rejected_scale
         return losses.compute(self.args.loss_type, measured.logps, loss_weights=self.args.loss_weights, **options)
 
-    def _pairs(self, encoded: EncodedPairs, inputs: dict[str, Any], epoch: int) -> Pairs:
-        device = self.args.device
+    def _pairs(self, data: Prepared, inputs: dict[str, Any], epoch: int) -> Pairs:
+        device, encoded = self.args.device, data.encoded
         dtype = torch.float64 if next(self.network.parameters()).dtype == torch.float64 else torch.float32
-        rows = inputs["row"].cpu()
-        conditioning = encoded.conditioning(inputs["prompt_index"].cpu()).to(device)
+        rows: list[int] = inputs["row"]
         share = self.args.prompt_dropout if epoch != _EVAL_EPOCH else 0.0
         dropped = dropped_prompts(rows, seed=self.args.seed, epoch=epoch, share=share)
-        conditioning = conditioning.where(~dropped, encoded.empty.to(device))
+        text = encoded.conditioning(torch.tensor(inputs["prompt_index"])).where(~dropped, encoded.empty).to(device)
         sides = ("chosen", "rejected") if self.args.needs_pairs else ("chosen",)
         sizes = torch.cat([inputs[f"size_{side}"] for side in sides])
         return Pairs(
             x0=torch.cat([inputs[side] for side in sides]).to(device, dtype),
-            conditioning=self.denoiser.with_sizes(
-                conditioning.repeat_pair() if len(sides) == 2 else conditioning, sizes
-            ),
+            conditioning=self.denoiser.with_sizes(text.repeat_pair() if len(sides) == 2 else text, sizes),
             rows=rows,
             strength=inputs["strength"].to(device, dtype),
         )
 
+    def one_forward(self) -> Callable[[], Tensor]:
+        """A call that runs the network once on a training batch, to be timed."""
+        size = min(self.args.per_device_train_batch_size, len(self._train.dataset))
+        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in range(size)]))
+        pairs = self._pairs(self._train, inputs, epoch=0)
+        t = torch.zeros(len(pairs.x0), dtype=torch.long, device=pairs.x0.device)
+
+        def forward() -> Tensor:
+            with torch.no_grad(), evaluating([self.network]), self.accelerator.autocast():
+                return self.denoiser.predict(self.network, pairs.x0, t, pairs.conditioning)
+
+        return forward
+
     # Metrics.
 
     def _record(self, mode: str, measured: Measurement, pairs: Pairs, loss: Tensor) -> None:
-        for name, (total, weight) in health.panel(
-            measured, pairs, loss, beta=self.args.beta, schedule=self.denoiser.schedule
-        ).items():
+        panel = health.panel(measured, pairs, loss, beta=self.args.beta, schedule=self._schedule)
+        if not math.isfinite(panel["loss"][0]):
+            rows = [row for row, value in zip(pairs.rows, loss.tolist(), strict=True) if not math.isfinite(value)]
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.state.global_step + 1} for rows {rows[:5]}: lower the learning rate or beta; "
+                "with float16, train in bf16 or float32"
+            )
+        for name, (total, weight) in panel.items():
             self._sums[mode][name][0] += total
             self._sums[mode][name][1] += weight
 
     def _drain(self, mode: str) -> dict[str, float]:
-        sums, self._sums[mode] = self._sums[mode], defaultdict(_zero)
-        names = sorted(sums)
-        if self.accelerator.num_processes > 1:
-            gathered: list[dict[str, list[float]]] = [{} for _ in range(self.accelerator.num_processes)]
-            torch.distributed.all_gather_object(gathered, dict(sums))
-            names = sorted({name for part in gathered for name in part})
-            sums = {n: [sum(part.get(n, [0.0, 0.0])[k] for part in gathered) for k in (0, 1)] for n in names}  # type: ignore[assignment]
-        return {name: sums[name][0] / sums[name][1] for name in names}
+        sums, self._sums[mode] = dict(self._sums[mode]), defaultdict(_zero)
+        parts = [sums]
+        if self.args.world_size > 1:
+            parts = [{}] * self.args.world_size
+            torch.distributed.all_gather_object(parts, sums)
+        names = sorted({name for part in parts for name in part})
+        totals = {name: [sum(part.get(name, _zero())[k] for part in parts) for k in (0, 1)] for name in names}
+        return {name: total / weight for name, (total, weight) in totals.items()}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the health panel to transformers' own numbers, and prints named warnings once each."""
         if "loss" in logs:
             logs.update({name: value for name, value in self._drain("train").items() if name != "loss"})
+            logs.update(self._speed(start_time))
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             for finding in health.findings(self.state.log_history):
-                if finding.name not in self._said:
-                    self._said.add(finding.name)
+                if finding.name not in self._warned:
+                    self._warned.add(finding.name)
                     logger.warning("step %d, %s: %s", self.state.global_step, finding.name, finding.message)
 
-    @cached_property
-    def _said(self) -> set[str]:
-        return set()
+    def _speed(self, start_time: float | None) -> dict[str, float]:
+        step, now = self.state.global_step, time.time()
+        before = self._logged_at or (self._initial_global_step, start_time)
+        self._logged_at = step, now
+        if before[1] is None or step <= before[0] or now <= before[1]:
+            return {}
+        return {"pairs_per_second": (step - before[0]) * self.args.pairs_per_step / (now - before[1])}
 
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """Loss and health panel on every evaluation pair, at fixed (pair, t, noise), so that steps can be compared."""
-        if self._eval is None:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and health panel on every evaluation pair, at fixed (pair, t, noise), so that steps can be compared.
+
+        `eval_dataset`: other pairs than the trainer was made with, in any form that `load_pairs` reads.
+        """
+        if ignore_keys:
+            raise ValueError("ignore_keys has no effect: evaluation keeps metrics, not model outputs")
+        data = self._eval
+        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
+            with on_device(list(networks(self.pipe).values()), self.args.device):
+                data = prepare(eval_dataset, self.denoiser, self.args, like=self._train)
+        if data is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        rank, world = self.args.process_index, self.args.world_size
-        mine = Subset(self._eval.dataset, range(rank, len(self._eval.dataset), world))
-        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=collate)
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
+        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
+        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
+        with torch.no_grad(), self._at_work(), evaluating([self.network]):
             for inputs in loader:
-                self.compute_loss(self.model, inputs)
-        self.model.train(was_training)
+                loss, measured, pairs = self.pair_losses(
+                    self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data
+                )
+                self._record("eval", measured, pairs, loss)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain("eval").items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    # Checkpoints.
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to continue a run."""
-        args = self.args
-        return {
-            "method": args.method,
-            "reference": self.reference.fingerprint(),
-            "data": self._train.fingerprint,
-            "seed": args.seed,
-            "batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "axes": json.loads(
-                json.dumps([args.latents, args.comparison, args.loss_type, args.loss_options(), repr(args.inversion())])
-            ),
-        }
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or cast(str, self.args.output_dir))
-        if self.args.should_save:
-            save_trained(self.pipe, self.network, folder)
-            if self._train.normalizer is not None:
-                self._train.normalizer.save(folder / "smoothing.json")
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        final = Path(cast(str, self.args.output_dir))
-        name = f"checkpoint-{self.state.global_step}"
-        staging = final / STAGING
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self._run_dir, limit = str(staging), self.args.save_total_limit
-        self.args.save_total_limit = None
-        try:
-            with full_disk_explained(staging):
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._finish_checkpoint(staging / name, final / name)
-        finally:
-            self._run_dir, self.args.save_total_limit = None, limit
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(final),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
-        best = self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{best}")
-        self.state.save_to_json(str(staged / "trainer_state.json"))
-        write_manifest(staged, self.facts)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staged, final)
-        shutil.rmtree(staged.parent, ignore_errors=True)
-
-    _run_dir: str | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._run_dir or super()._get_output_dir(trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        check_facts(read_manifest(folder), self.facts, folder)
-        load_trained(self.network, folder)
-
-    def _load_best_model(self) -> None:
-        load_trained(self.network, Path(cast(str, self.state.best_model_checkpoint)))
-
-    def write_history(self) -> None:
-        """Writes every logged entry to `history.json` in the output folder."""
-        write_text(Path(cast(str, self.args.output_dir)) / "history.json", json.dumps(self.state.log_history, indent=1))
 
 
 def _zero() -> list[float]:

@@ -35,17 +35,16 @@ def options(method, *words):
 def test_help_shows_the_method_before_the_inherited_options(method, capsys):
     assert cli.main(["train", method, "--help"]) == 0
     shown = capsys.readouterr().out
-    places = [shown.index(text) for text in ("--model", "--lora-r", "--beta", "--max-steps", "--num-processes")]
+    places = [shown.index(f"\n  {text} ") for text in ("--model", "--lora-r", "--beta", "--max-steps", "--num-processes")]
     assert places == sorted(places) and f"example: mmalign train {method}" in shown
     assert "--neftune-noise-alpha" not in shown and "--adam-beta1" not in shown
 
 
 def test_help_without_a_method_lists_them(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    assert all(f"  {method} " in capsys.readouterr().out or True for method in CONFIGS)
-    assert cli.main(["train"]) == 0
-    shown = capsys.readouterr().out
-    assert "arXiv:2506.02698" in shown and "mmalign train smpo --help" in shown
+    for words in (["train", "--help"], ["train"]):
+        assert cli.main(words) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {method} " in shown for method in CONFIGS) and "mmalign train smpo --help" in shown
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -143,7 +142,7 @@ def test_what_has_no_counterpart_is_refused_with_its_reason(name, capsys):
         (["--preset", "sd3"], "--preset takes one of sd15, sdxl, not 'sd3'"),
         (["--neftune-noise-alpha", "5"], "neftune_noise_alpha=5.0 is refused: it perturbs token embeddings"),
         (["--beta", "-1"], "beta must be positive"),
-        (["--comparison", "human"], "scorer has no effect with comparison='human'"),
+        (["--comparison", "human", "--scorer", "playground"], "scorer has no effect with comparison='human'"),
         (["--optim", "adamm"], "adamm is not a valid OptimizerNames"),
         (["--full", "--lora-r", "4"], "--full trains every weight, so lora_r has no effect"),
         (["--resume-from-checkpoint", "checkpoint-7"], "no checkpoint checkpoint-7; runs/none holds none"),
@@ -203,7 +202,7 @@ def test_yaml_under_the_command_line(tmp_path):
 
 
 def test_scale_lr_multiplies_and_says_so(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train, "world_size", lambda: 2)
     words = ["--scale_lr", "--learning-rate", "1e-8", "--train_batch_size", "4", "--gradient_accumulation_steps", "8"]
     assert options("dpo", *words)["learning_rate"] == pytest.approx(64e-8)
     assert "learning rate 1e-08 × 64 pairs a step = 6.4e-07 (--scale-lr)" in capsys.readouterr().out

@@ -157,3 +157,17 @@ def test_imports_are_light() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fingerprint_follows_active_adapters(folder: Path) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from mmalign.rewards.fingerprints import module_hash
+
+    clip = ClipScorer.from_pretrained(folder)
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), clip.model)
+    layers = [layer for layer in model.modules() if type(layer).__name__ == "Linear" and "lora_A" in dir(layer)]
+    on = module_hash(model)
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert layers and module_hash(model) != on

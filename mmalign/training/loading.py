@@ -1,0 +1,110 @@
+"""Pipelines from folders, the Hub and single files: what is wrong with them is said in one line, with the remedy."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mmalign.training.weights import LORA_FILE
+
+PLAYGROUND = "playground"
+_PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def plain_class(kind: type) -> Any:
+    """The diffusers class behind one of our pipeline classes; any other class itself."""
+    return getattr(kind, "_plain_class", kind)
+
+
+def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
+    """A diffusers pipeline from a hub id, a folder, or "playground". Weights must be safetensors unless asked otherwise."""
+    from diffusers import DiffusionPipeline
+
+    options.setdefault("use_safetensors", True)
+    name = str(name_or_path)
+    folder = playground_folder() if name == PLAYGROUND else Path(name).expanduser()
+    local = name == PLAYGROUND or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local:
+        check_folder(folder, options)
+    if "dtype" in options:
+        options["torch_dtype"] = options.pop("dtype")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder if local else name, **options)
+    except (OSError, ValueError) as error:
+        where = str(folder) if local else f"{name!r} is no folder here, and the Hub's model"
+        raise ValueError(f"{where} could not be loaded: {' '.join(str(error).split())}") from error
+    if name == PLAYGROUND:
+        pipe.register_to_config(_name_or_path=PLAYGROUND)
+    return pipe
+
+
+def single_file(link_or_path: str, base: str, **options: Any) -> Any:
+    """A pipeline of class `base` from one .safetensors file; a pickled one can run code when it is read, and is refused."""
+    import diffusers
+
+    name = str(link_or_path)
+    if not name.endswith(".safetensors"):
+        raise ValueError(
+            f"{name} is no .safetensors file; pickled checkpoints can run code when they are read. Convert it to safetensors first"
+        )
+    kind = getattr(diffusers, base, None)
+    if kind is None or not callable(getattr(kind, "from_single_file", None)):
+        raise ValueError(
+            f"base={base!r} names no pipeline of diffusers that reads single files; try 'StableDiffusionXLPipeline'"
+        )
+    if "://" not in name and not Path(name).expanduser().is_file():
+        raise ValueError(f"{name}: no such file")
+    if "dtype" in options:
+        options["torch_dtype"] = options.pop("dtype")
+    return kind.from_single_file(name, **options)
+
+
+def playground_folder() -> Path:
+    """Where the embedded Stable Diffusion lies."""
+    from importlib.resources import files
+
+    return Path(str(files("mmalign"))) / "assets" / "stable-diffusion"
+
+
+def check_folder(folder: Path, options: dict[str, Any] | None = None) -> None:
+    """ValueError, in one line with the remedy, for a folder that is no diffusers pipeline, or not a whole one.
+
+    `options`: of from_pretrained; components that are passed in need not be there.
+    """
+    options = options or {}
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(_no_pipeline(folder))
+    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry[-1] or options.get(name, "") != "":
+            continue
+        part = folder / name
+        inside = [path.name for path in part.iterdir()] if part.is_dir() else []
+        if not inside:
+            raise ValueError(
+                f"{folder} lacks the component {name}/ that its model_index.json lists: copy it there, or pass {name}=…"
+            )
+        pickled = [file for file in inside if file.endswith(_PICKLED)]
+        if (
+            pickled
+            and options.get("use_safetensors") is True
+            and not any(file.endswith(".safetensors") for file in inside)
+        ):
+            raise ValueError(
+                f"{part} holds pickled weights only ({pickled[0]}), which can run code when they are read: convert them to "
+                "safetensors, or pass use_safetensors=None if you trust them"
+            )
+
+
+def _no_pipeline(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}: no such folder. Name one that holds model_index.json, a Hub id, or 'playground'"
+    if (folder / LORA_FILE).is_file():
+        return (
+            f"{folder} holds a LoRA, not a pipeline: load its base model, then pipe.load_lora_weights({str(folder)!r})"
+        )
+    inside = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    return (
+        f"{folder} is no diffusers pipeline: it has no model_index.json (found: {inside}). Name the folder that holds unet/, vae/ and "
+        "text_encoder/; for one .safetensors file use from_single_file"
+    )

@@ -1,0 +1,152 @@
+"""How a run is kept: checkpoints that are whole or absent, that continue exactly or are refused, and the final folder."""
+
+import json
+import logging
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from mmalign.likelihood.reference import Reference
+from mmalign.training.card import write_card
+from mmalign.training.checkpoints import (
+    STAGING,
+    check_facts,
+    full_disk_explained,
+    read_manifest,
+    staged,
+    write_manifest,
+    write_text,
+)
+from mmalign.training.config import DenoiserConfig
+from mmalign.training.prepare import Prepared
+from mmalign.training.weights import adapter_config, component_name, has_adapter, load_trained, save_trained
+
+logger = logging.getLogger("mmalign")
+# Facts about the library that made an adapter, not about the run.
+_VOLATILE = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")
+
+
+class SavingTrainer(Trainer):
+    """`transformers.Trainer` with checkpoints staged, listed in a manifest and renamed; what they hold is the trained part only."""
+
+    pipe: Any
+    network: nn.Module
+    reference: Reference
+    args: DenoiserConfig
+    _train: Prepared
+    _run_dir: str | None = None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to continue a run."""
+        adapted = has_adapter(self.network)
+        # A run without a reference still starts from a base, and a LoRA fits that base only.
+        base = Reference("adapter", self.network) if adapted and self.reference.kind == "none" else self.reference
+        adapter = {k: v for k, v in adapter_config(self.network).items() if k not in _VOLATILE} if adapted else None
+        facts = {
+            "method": self.args.method,
+            "reference": base.fingerprint(),
+            "data": self._train.fingerprint,
+            "batch": self.args.pairs_per_step,
+            "peft_config": adapter,
+            **self.args.identity(),
+        }
+        return cast(dict[str, Any], json.loads(json.dumps(facts)))
+
+    def last_metrics(self) -> dict[str, float]:
+        """The last logged training entry and the last evaluation."""
+        history = self.state.log_history
+        last = next((entry for entry in reversed(history) if "loss" in entry), {})
+        return last | next((entry for entry in reversed(history) if "eval_loss" in entry), {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        if not self.args.should_save:
+            return
+        if self._run_dir is not None:
+            self._write(folder)
+            return
+        with staged(folder) as part:
+            self._write(part)
+            self._write_card(part)
+            write_text(part / "history.json", json.dumps(self.state.log_history, indent=1))
+
+    def _write(self, folder: Path) -> None:
+        save_trained(self.pipe, self.network, folder)
+        if self._train.normalizer is not None:
+            self._train.normalizer.save(folder / "smoothing.json")
+
+    def _write_card(self, folder: Path) -> None:
+        whole = (component_name(self.pipe, self.network), type(self.network).__name__)
+        write_card(
+            folder,
+            self.args,
+            base_model=str(self.pipe.config.get("_name_or_path") or "unknown"),
+            data=self._train.name,
+            metrics=self.last_metrics(),
+            trained=None if has_adapter(self.network) else whole,
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do: `README.md` is written together with the weights."""
+
+    def write_history(self) -> None:
+        """Writes every logged entry to `history.json` in the output folder."""
+        write_text(Path(cast(str, self.args.output_dir)) / "history.json", json.dumps(self.state.log_history, indent=1))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run = Path(cast(str, self.args.output_dir))
+        name = f"checkpoint-{self.state.global_step}"
+        staging = run / STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        # super() rotates in the folder it writes to, which is not the one that older checkpoints lie in.
+        self._run_dir, limit, self.args.save_total_limit = str(staging), self.args.save_total_limit, None
+        try:
+            with full_disk_explained(staging):
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(run / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.state.save_to_json(str(staging / name / "trainer_state.json"))
+                    write_manifest(staging / name, self.facts)
+        finally:
+            self._run_dir, self.args.save_total_limit = None, limit
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(staging / name, run / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        check_facts(read_manifest(folder), self.facts, folder)
+        if not (folder / "optimizer.pt").is_file():
+            raise ValueError(
+                f"{folder} was saved with save_only_model and cannot be continued: load its weights into a pipeline and start anew"
+            )
+        load_trained(self.network, folder)
+
+    def _load_best_model(self) -> None:
+        best = Path(cast(str, self.state.best_model_checkpoint))
+        read_manifest(best)
+        load_trained(self.network, best)
+        logger.info("best checkpoint: %s (%s = %g)", best, self.args.metric_for_best_model, self.state.best_metric or 0)
