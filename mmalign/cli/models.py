@@ -138,7 +138,7 @@ def load_pipeline(
     """The pipeline that was asked for, on its device. pipeline_class: one of ours; plain diffusers without it."""
     import torch
 
-    from mmalign.training.pipeline import AlignPipeline, load_base
+    from mmalign.training.loading import load_base, single_file
 
     name = model or given["model"]
     dtype = getattr(torch, given["dtype"])
@@ -150,16 +150,15 @@ def load_pipeline(
 
             options["vae"] = AutoencoderKL.from_pretrained(given["vae"], dtype=dtype, use_safetensors=True)
     if str(name).endswith((".safetensors", ".ckpt", ".pt")):
-        if pipeline_class is None:
-            from mmalign import SmPOPipeline
-
-            pipeline_class = SmPOPipeline
-        pipe = pipeline_class.from_single_file(name, base=given["base_class"], **options)
+        load, options["base"] = (
+            single_file if pipeline_class is None else pipeline_class.from_single_file,
+            given["base_class"],
+        )
+    elif "base_class" in given.explicit:
+        raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
-        if "base_class" in given.explicit:
-            raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
-        pipe = load_base(name, **options) if pipeline_class is None else pipeline_class.from_pretrained(name, **options)
-    assert pipeline_class is None or isinstance(pipe, AlignPipeline)
+        load = load_base if pipeline_class is None else pipeline_class.from_pretrained
+    pipe = load(name, **options)
     if lora is not None:
         pipe.load_lora_weights(_lora_folder(lora), adapter_name="aligned")
         if given["lora_scale"] != 1:

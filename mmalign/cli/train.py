@@ -252,24 +252,20 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _resume_from(given: Given) -> str | None:
-    """The checkpoint folder to go on from: a path, a bare checkpoint-N, or the newest one for "latest"."""
+    """What the trainer resumes from: a folder, or "latest". An earlier run's checkpoints are never mixed with a new one's."""
     folder, asked = Path(given["output_dir"]), given["resume_from_checkpoint"]
     found = _checkpoints(folder)
-    if asked is None:
-        if found and given["overwrite"]:
-            if not rank_prefix():
-                for path in found:
-                    shutil.rmtree(path)
-            return None
-        if found:
+    if asked is None and found:
+        if not given["overwrite"]:
             raise ValueError(
                 f"{folder} already holds {found[-1].name}: go on with --resume-from-checkpoint latest, remove the earlier "
                 "checkpoints with --overwrite, or choose another --output-dir"
             )
-        return None
-    if str(asked).lower() in ("latest", "true"):
-        _say(f"resuming from {found[-1]}" if found else f"{folder} holds no checkpoint yet: starting at step 0")
-        return str(found[-1]) if found else None
+        if not rank_prefix():
+            for path in found:
+                shutil.rmtree(path)
+    if asked is None or str(asked).lower() in ("latest", "true"):
+        return asked
     for path in (Path(asked), folder / asked):
         if path.is_dir():
             return str(path)
@@ -313,8 +309,8 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
         raise ValueError(
             f"{world_size()} processes run, but training would use {config.world_size}: on a machine without GPUs add --use-cpu"
         )
-    _say(config.describe(config.world_size))
-    pipe = load_pipeline(given, pipeline_class, device=config.device)
+    # The trainer brings each part to its device while it is needed there.
+    pipe = load_pipeline(given, pipeline_class, device="cpu")
     source = _source(given)
     if given["max_rows"] is not None:
         options["train_split"] = None

@@ -74,7 +74,18 @@ def test_train_starts_itself_again(started):
     assert not more and environment["MMALIGN_LAUNCHED"] == "1"
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     at = command.index("mmalign.cli")
-    assert command[at - 1 :] == ["-m", "mmalign.cli", "train", "smpo", "--model", "m", "--data", "d", "--max-steps", "3"]
+    assert command[at - 1 :] == [
+        "-m",
+        "mmalign.cli",
+        "train",
+        "smpo",
+        "--model",
+        "m",
+        "--data",
+        "d",
+        "--max-steps",
+        "3",
+    ]
     launch_command_parser().parse_args(command[3:])
 
 

@@ -27,7 +27,9 @@ def fails(monkeypatch):
 def test_the_overview_has_an_example_for_every_verb(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"$ {verb.example}" in shown and verb.example.startswith(f"mmalign {verb.name}") for verb in cli.VERBS.values())
+    assert all(
+        f"$ {verb.example}" in shown and verb.example.startswith(f"mmalign {verb.name}") for verb in cli.VERBS.values()
+    )
     assert cli.main([]) == 0
 
 
@@ -121,7 +123,13 @@ def test_the_module_runs_as_the_command_does():
 
 
 def test_sizes_are_readable():
-    assert [size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**40)] == ["0 B", "1023 B", "1.0 KiB", "5.0 MiB", "3072.0 GiB"]
+    assert [size(n) for n in (0, 1023, 1024, 5 * 2**20, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+        "3072.0 GiB",
+    ]
 
 
 def test_dropping_options_drops_their_values_in_either_spelling():

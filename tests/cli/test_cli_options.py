@@ -179,7 +179,9 @@ def test_required_options_say_what_they_want():
         needs.read([])
 
 
-@pytest.mark.parametrize(("value", "expected"), [("12", 12), ("1e3", 1000), (4.0, 4), ("-1", -1), ("12345678901234567", 12345678901234567)])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("12", 12), ("1e3", 1000), (4.0, 4), ("-1", -1), ("12345678901234567", 12345678901234567)]
+)
 def test_whole_numbers_are_exact(value, expected):
     assert whole(value) == expected
 

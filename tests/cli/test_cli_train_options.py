@@ -35,7 +35,9 @@ def options(method, *words):
 def test_help_shows_the_method_before_the_inherited_options(method, capsys):
     assert cli.main(["train", method, "--help"]) == 0
     shown = capsys.readouterr().out
-    places = [shown.index(f"\n  {text} ") for text in ("--model", "--lora-r", "--beta", "--max-steps", "--num-processes")]
+    places = [
+        shown.index(f"\n  {text} ") for text in ("--model", "--lora-r", "--beta", "--max-steps", "--num-processes")
+    ]
     assert places == sorted(places) and f"example: mmalign train {method}" in shown
     assert "--neftune-noise-alpha" not in shown and "--adam-beta1" not in shown
 
@@ -211,7 +213,7 @@ def test_scale_lr_multiplies_and_says_so(capsys, monkeypatch):
 def test_lora_options():
     lora = train._lora(read("smpo", "--rank", "8"))
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 8, 0.0)
-    assert lora.target_modules == {"to_q", "to_k", "to_v", "to_out.0"} or set(lora.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert set(lora.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
     lora = train._lora(read("smpo", "--lora-alpha", "4", "--lora-target-modules", "to_q", "to_k"))
     assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (16, 4, {"to_q", "to_k"})
     assert train._lora(read("smpo", "--lora-target-modules", "all-linear")).target_modules == "all-linear"
@@ -243,17 +245,16 @@ def test_evaluation_of_the_playground_is_on_its_held_out_pairs():
     assert read("smpo", "--eval-data", "d")["eval_split"] is None
 
 
-def test_resume_finds_the_newest_and_protects_an_earlier_run(tmp_path, capsys):
+def test_resume_finds_the_newest_and_protects_an_earlier_run(tmp_path):
     def resume(*words):
         return train._resume_from(read("smpo", "--output-dir", str(tmp_path), *words))
 
     assert resume() is None
-    assert resume("--resume_from_checkpoint", "latest") is None
-    assert "starting at step 0" in capsys.readouterr().out
+    assert resume("--resume_from_checkpoint", "latest") == "latest"
     for step in (9, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-best").mkdir()
-    assert resume("--resume_from_checkpoint", "latest") == str(tmp_path / "checkpoint-100")
+    assert resume("--resume_from_checkpoint", "latest") == "latest"
     assert resume("--resume_from_checkpoint", "checkpoint-9") == str(tmp_path / "checkpoint-9")
     assert resume("--resume_from_checkpoint", str(tmp_path / "checkpoint-10")) == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match="already holds checkpoint-100: go on with --resume-from-checkpoint latest"):

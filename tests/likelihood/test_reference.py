@@ -69,7 +69,8 @@ def test_the_reference_runs_in_eval_mode_without_gradients(policy: Any) -> None:
     for reference in (make_reference(policy), make_reference(policy, kind="copy")):
         with reference.model(policy) as ref:
             assert not any(part.training for part in ref.modules())
-            assert not run(ref).requires_grad
+            tracked = inputs() | dict(sample=inputs()["sample"].requires_grad_())
+            assert not ref(**tracked).sample.requires_grad
         assert all(part.training for part in policy.modules())
 
 

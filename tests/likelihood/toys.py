@@ -86,3 +86,7 @@ def wavy(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
     """Elementwise, nonlinear, different for every timestep and every row of the batch."""
     shape = (-1,) + (1,) * (x.ndim - 1)
     return torch.sin(x * 1.3 + t.to(x.dtype).view(shape) / 200 + rows.to(x.dtype).view(shape) * 0.7) + 0.2 * x
+
+
+def latents(rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(rows, 2, 3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
