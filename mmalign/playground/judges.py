@@ -58,13 +58,13 @@ class Judge(nn.Module):
 
     def __init__(self, name: Half) -> None:
         super().__init__()
-        self.half = name
+        self.learned_from = name
         self.body = _plain_network() if name == "A" else _patch_network()
 
     @property
     def name(self) -> str:
         """The scorer's name in reports."""
-        return f"judge-{self.half}"
+        return f"judge-{self.learned_from}"
 
     @property
     def fingerprint(self) -> str:
@@ -153,7 +153,7 @@ def train(name: Half, checkpoint: Path | None = None) -> tuple[Judge, list[dict[
 def save(judge: Judge, folder: Path = JUDGES) -> None:
     """Writes the weights where `load` finds them."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / f"judge-{judge.half}.safetensors")
+    save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / f"{judge.name}.safetensors")
 
 
 def damaged(images: Float[Tensor, "B 3 H W"], generator: torch.Generator) -> tuple[Tensor, Float[Tensor, "B"]]:

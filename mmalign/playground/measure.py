@@ -54,16 +54,16 @@ def reward_on_photographs(number: int = 2000) -> dict[str, Any]:
     pictures = [Image.fromarray((image.movedim(0, -1) * 255).round().byte().numpy()) for image in images]
     true = scorer.score(pictures, scenes.captions())
     result: dict[str, Any] = {"pictures": number}
-    shown = (scenes.garment, scenes.colour, scenes.background)
+    shown = torch.stack([scenes.garment, scenes.colour, scenes.background], 1)
     for part, name in enumerate(("garment", "colour", "background")):
-        wrong = [int(values[i]) for values in shown for i in range(number)]
         captions = []
         for i in range(number):
-            asked = [wrong[i], wrong[number + i], wrong[2 * number + i]]
+            asked = shown[i].clone()
             asked[part] = (asked[part] + 1 + i % 6) % 8
             if asked[1] == asked[2]:
                 asked[part] = (asked[part] + 1) % 8
-            captions.append(world.caption(*asked, int(scenes.template[i])))
+            garment, colour, background = asked.tolist()
+            captions.append(world.caption(garment, colour, background, int(scenes.template[i])))
         changed = torch.tensor([c != t for c, t in zip(captions, scenes.captions(), strict=True)])
         result[f"prefers_true_{name}"] = _share((true > scorer.score(pictures, captions))[changed])
     return result

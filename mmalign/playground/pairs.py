@@ -41,11 +41,11 @@ def prompts(test_share: float = 0.25, seed: int = _SEED) -> Prompts:
     ]
     order = np.random.default_rng(seed).permutation(len(asked))
     cut = round(test_share * len(asked))
-    parts = [
-        [world.caption(*asked[i], template) for i in part for template in range(5)]
-        for part in (order[cut:], order[:cut])
-    ]
-    return Prompts(train=parts[0], test=parts[1])
+
+    def worded(part: np.ndarray) -> list[str]:
+        return [world.caption(*asked[i], template=template) for i in part for template in range(world.NUM_TEMPLATES)]
+
+    return Prompts(train=worded(order[cut:]), test=worded(order[:cut]))
 
 
 def draw(

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from mmalign.playground.photographs import GARMENTS
-from mmalign.playground.world import COLOURS, caption
+from mmalign.playground.world import COLOURS, NUM_TEMPLATES, caption
 
 MAX_LENGTH = 24
 
@@ -18,7 +18,7 @@ def build() -> CLIPTokenizer:
         for g in range(len(GARMENTS))
         for c in range(len(COLOURS))
         for b in range(len(COLOURS))
-        for t in range(5)
+        for t in range(NUM_TEMPLATES)
         if b != c
     ]
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

@@ -23,6 +23,7 @@ _TEMPLATES = (
     "{colour} {garment}, {background} background",
     "a {background} background with {article} {colour} {garment} on it",
 )
+NUM_TEMPLATES = len(_TEMPLATES)
 _BLOCK = 1000
 
 
@@ -88,7 +89,7 @@ def draw_scenes(labels: np.ndarray, rows: Int[Tensor, "B"], *, seed: int) -> Sce
         garment=garment,
         colour=colour,
         background=background,
-        template=(draws[:, 2] * len(_TEMPLATES)).long(),
+        template=(draws[:, 2] * NUM_TEMPLATES).long(),
         hue_jitter=(draws[:, 3:5] - 0.5) * (10 / 360),
         saturation=0.55 + 0.45 * draws[:, 5:7],
         value=0.65 + 0.35 * draws[:, 7:9],
