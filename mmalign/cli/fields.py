@@ -141,7 +141,7 @@ def option_of(item: dataclasses.Field[Any], hint: Any, *, help: str, group: str,
         many=bool(lists),
         nullable=nullable,
         hidden=hidden,
-        printed=default != "",
+        printed=default not in ("", [""]),
     )
 
 

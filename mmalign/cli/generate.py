@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     if given is None:
         return 0
     prompts = read_prompts(given)
-    if given["seeds"] and "seed" in given.explicit:
+    if given["seeds"] and given["seed"] != 0:
         raise UsageError("--seed and --seeds both say which pictures; give one of them")
     # Without --seeds every prompt has a seed of its own, as evaluation does it.
     seeds = given["seeds"] or None

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmalign.cli.options import Given, Option, UsageError, number, one_of, whole
 
+BASE_CLASS = "StableDiffusionPipeline"
 DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLING = "how pictures are drawn"
 
@@ -49,7 +50,7 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
         Option(
             name="base_class",
             help="diffusers class of a .safetensors file",
-            default="StableDiffusionPipeline",
+            default=BASE_CLASS,
             group=group,
             hidden=True,
         ),
@@ -154,7 +155,7 @@ def load_pipeline(
             single_file if pipeline_class is None else pipeline_class.from_single_file,
             given["base_class"],
         )
-    elif "base_class" in given.explicit:
+    elif given["base_class"] != BASE_CLASS:
         raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained

@@ -20,6 +20,7 @@ from mmalign.cli.options import (
     Option,
     UsageError,
     config_path,
+    flag,
     nearest,
     number,
     one_of,
@@ -275,9 +276,11 @@ def _resume_from(given: Given) -> str | None:
 def _lora(given: Given) -> Any:
     """The LoRA that is trained; None with --full."""
     if given["full"]:
-        touched = sorted(given.explicit & {"lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"})
+        # A printed configuration states the defaults too.
+        stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
+        touched = [name for name, default in stated.items() if given[name] != default]
         if touched:
-            raise UsageError(f"--full trains every weight, so {touched[0]} has no effect; drop one of the two")
+            raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
     from mmalign.training.pipeline import default_lora
 

@@ -15,7 +15,7 @@ from mmalign.playground import pairs as preference_pairs
 from mmalign.playground.paths import CURVES, PAIRS
 
 _TEST_STREAM = 901
-GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 def test_pictures(number: int) -> tuple[torch.Tensor, world.Scenes]:
@@ -70,12 +70,12 @@ def reward_on_photographs(number: int = 2000) -> dict[str, Any]:
 
 
 def base_accuracy(
-    pipe: StableDiffusionPipeline, prompts: list[str], guidance_scale: float, seed: int
+    pipe: StableDiffusionPipeline, prompts: list[str], guidance_scale: float, seed: int, judge: photographs.Half
 ) -> dict[str, float]:
-    """By judge B: how often the pipeline draws what was asked, and how clean its pictures are."""
+    """How often the pipeline draws what was asked, and how clean its pictures are."""
     seeds = list(range(seed, seed + len(prompts)))
     images = preference_pairs.draw(pipe, prompts, seeds, guidance_scale)
-    reading = judges.load("B").read(judges.to_tensor(images))
+    reading = judges.load(judge).read(judges.to_tensor(images))
     matched = judges.match(reading, prompts)
     parts = {
         "garment": matched.garment,
@@ -90,13 +90,18 @@ def base_accuracy(
     return {name: _share(part) for name, part in parts.items()} | clean
 
 
-def choose_guidance(pipe: StableDiffusionPipeline, number: int = 512) -> dict[str, Any]:
-    """Sweeps guidance on training prompts, takes the best mean score, and measures that scale on test prompts."""
+def choose_guidance(pipe: StableDiffusionPipeline, number: int = 256) -> dict[str, Any]:
+    """Sweeps guidance on training prompts, takes judge A's best mean score, and has B measure that scale on test prompts."""
     prompts = preference_pairs.prompts()
-    sweep = {str(scale): base_accuracy(pipe, prompts.train[:number], scale, 10_000) for scale in GUIDANCE_SCALES}
+    train, test = prompts.train[:: len(prompts.train) // number][:number], prompts.test
+    sweep = {str(scale): base_accuracy(pipe, train, scale, 10_000, "A") for scale in GUIDANCE_SCALES}
     best = max(sweep, key=lambda scale: sweep[scale]["score"])
-    test = base_accuracy(pipe, prompts.test[:number], float(best), 20_000)
-    return {"judge": "B", "prompts": number, "sweep": sweep, "guidance_scale": float(best), "test": test}
+    measured = base_accuracy(pipe, test, float(best), 20_000, "B")
+    return {
+        "guidance_scale": float(best),
+        "sweep": {"judge": "A", "prompts": len(train), "by_scale": sweep},
+        "test": {"judge": "B", "prompts": len(test), **measured},
+    }
 
 
 def chosen_guidance() -> float:

@@ -16,8 +16,8 @@ from mmalign.playground import judges, raters, world
 from mmalign.playground.photographs import GARMENTS
 from mmalign.playground.settings import NUM_INFERENCE_STEPS
 
-NUM_TRAIN = 3000
-NUM_TEST = 400
+NUM_TRAIN = 1800
+NUM_TEST = 200
 JPEG_QUALITY = 92
 _SEED = 501
 

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from mmalign.playground import photographs, tokenizer, world
 from mmalign.playground.fit import FitConfig, fit
 
-FIT = FitConfig(steps=3000, batch_size=128, learning_rate=1e-3, warmup=200, weight_decay=1e-2, ema=0.99, seed=14)
+FIT = FitConfig(steps=1500, batch_size=128, learning_rate=1e-3, warmup=200, weight_decay=1e-2, ema=0.99, seed=14)
 STREAM = 401
 
 

@@ -152,6 +152,8 @@ class DenoiserConfig(TrainingArguments):
             "smoothing_normalizer='official' fits the cosines of scorer='pickscore' only": self.comparison == "smoothed"
             and self.smoothing_normalizer == "official"
             and self.scorer != "pickscore",
+            "f_alpha_divergence_coef belongs to f_divergence_type='alpha_divergence'": self.f_alpha_divergence_coef is not None
+            and self.f_divergence_type != "alpha_divergence",
             "validation_steps needs validation_prompts": self.validation_steps > 0 and not self.validation_prompts,
             "validation_prompts have no effect without validation_steps": self.validation_steps == 0
             and bool(self.validation_prompts),

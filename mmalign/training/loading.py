@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmalign.training.weights import LORA_FILE
 
 PLAYGROUND = "playground"
@@ -28,6 +30,9 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         check_folder(folder, options)
     if "dtype" in options:
         options["torch_dtype"] = options.pop("dtype")
+    if name == PLAYGROUND:
+        # Its weights are stored in half precision to keep the package small, and work in single.
+        options.setdefault("torch_dtype", torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder if local else name, **options)
     except (OSError, ValueError) as error:

@@ -51,7 +51,7 @@ class SavingTrainer(Trainer):
         adapter = {k: v for k, v in adapter_config(self.network).items() if k not in _VOLATILE} if adapted else None
         facts = {
             "method": self.args.method,
-            "reference": base.fingerprint(),
+            "reference model": base.fingerprint(),
             "data": self._train.fingerprint,
             "batch": self.args.pairs_per_step,
             "peft_config": adapter,

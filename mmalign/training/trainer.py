@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.config import DenoiserConfig
@@ -238,18 +239,34 @@ class DenoiserTrainer(SavingTrainer):
             share_eta_noise=args.inversion_share_eta_noise,
             one_timestep=self._is_batch_coupled,
         )
-        measured = measure(
-            self.denoiser,
-            model,
-            self.network,
-            self.reference,
-            pairs,
-            drawn,
-            self._method,
-            schedule=self._schedule,
-            autocast=self.accelerator.autocast,
-        )
+        with self._dropout_keyed(pairs.rows, epoch):
+            measured = measure(
+                self.denoiser,
+                model,
+                self.network,
+                self.reference,
+                pairs,
+                drawn,
+                self._method,
+                schedule=self._schedule,
+                autocast=self.accelerator.autocast,
+            )
         return self._loss_of(measured, pairs), measured, pairs
+
+    @contextmanager
+    def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:
+        """Dropout, which draws from the process's own random state, drawn like everything else: keyed by (seed, epoch, row)."""
+        if not self._has_dropout:
+            yield
+            return
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(row_generators(self.args.seed, epoch, rows[:1], "dropout")[0].initial_seed())
+            yield
+
+    @cached_property
+    def _has_dropout(self) -> bool:
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.network.modules())
 
     @cached_property
     def _is_batch_coupled(self) -> bool:

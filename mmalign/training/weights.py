@@ -89,10 +89,11 @@ def load_trained(network: nn.Module, folder: Path) -> None:
         return
     if not (folder / LORA_FILE).is_file():
         raise ValueError(f"{folder} holds no {LORA_FILE}; it was saved by a run without a peft_config")
+    from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import set_peft_model_state_dict
 
     state = {key.partition(".")[2]: value for key, value in load_file(folder / LORA_FILE).items()}
-    result = set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
+    result = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(state), adapter_name=ADAPTER)
     lacking = [name for name in result.missing_keys if f".{ADAPTER}." in name]
     if result.unexpected_keys or lacking:
         strange = (list(result.unexpected_keys) + lacking)[0]

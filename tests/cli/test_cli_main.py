@@ -111,7 +111,8 @@ def test_help_is_light():
     """`mmalign --help` loads neither torch nor YAML: it answers at once."""
     program = (
         "import sys; from mmalign.cli import main; main(['--help']);"
-        "heavy = {'torch', 'numpy', 'yaml', 'transformers', 'diffusers', 'PIL'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "heavy = {'torch', 'numpy', 'yaml', 'transformers', 'diffusers', 'PIL'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -146,7 +146,7 @@ def test_what_has_no_counterpart_is_refused_with_its_reason(name, capsys):
         (["--beta", "-1"], "beta must be positive"),
         (["--comparison", "human", "--scorer", "playground"], "scorer has no effect with comparison='human'"),
         (["--optim", "adamm"], "adamm is not a valid OptimizerNames"),
-        (["--full", "--lora-r", "4"], "--full trains every weight, so lora_r has no effect"),
+        (["--full", "--lora-r", "4"], "--full trains every weight, so --lora-r has no effect"),
         (["--resume-from-checkpoint", "checkpoint-7"], "no checkpoint checkpoint-7; runs/none holds none"),
         (["--vae", "x", "--base-class", "StableDiffusionXLPipeline"], "--base-class belongs to a single"),
     ],

@@ -19,6 +19,10 @@ import mmalign.pipelines.image.sft
 import mmalign.pipelines.image.smpo
 
 PRELOADED = (diffusers.UNet2DConditionModel, diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL)
+# The server is started without this process's sys.path.
+_TESTS = str(Path(__file__).parents[1])
+if _TESTS not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_TESTS, os.environ.get("PYTHONPATH")]))
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["training.worker"])
 
