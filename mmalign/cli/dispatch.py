@@ -98,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except KeyboardInterrupt as stop:
-        print(f"\nmmalign: {stop if isinstance(stop, Interrupted) else 'stopped'}", file=sys.stderr)
+        if not rank_prefix():
+            print(f"\nmmalign: {stop if isinstance(stop, Interrupted) else 'stopped'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone, as with `mmalign env | head`.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmalign.cli.options import Option, UsageError, flag, switch, text, whole
-from mmalign.cli.terminal import without_options
+from mmalign.cli.terminal import command, without_options
 
 GROUP = "several processes: handed to `accelerate launch`"
 _LAUNCHED = "MMALIGN_LAUNCHED"
@@ -68,16 +69,36 @@ def relaunch(argv: Sequence[str], chosen: Mapping[str, Any]) -> int | None:
         raise UsageError(
             f"{names}: a launcher has already started these processes; give the option to that launcher instead"
         )
-    # accelerate's module loads torch; its options were checked above, so that errors come fast and in one line.
-    words = [sys.executable, "-m", "accelerate.commands.launch", *launch_words(chosen)]
-    words += ["-m", "mmalign.cli", "train", *without_options(argv, NAMES)]
-    process = subprocess.Popen(words, env=os.environ | {_LAUNCHED: "1"})
+    words = [*launch_words(chosen), "-m", "mmalign.cli", "train", *without_options(argv, NAMES)]
+    os.environ[_LAUNCHED] = command(*argv)
+    return start(words)
+
+
+def typed(words: Sequence[str]) -> list[str]:
+    """What the user typed after `mmalign train`: `words`, or, in a process that `relaunch` started, what that one was given."""
+    launched = os.environ.get(_LAUNCHED)
+    return shlex.split(launched) if launched else list(words)
+
+
+def start(words: Sequence[str]) -> int:
+    """`accelerate launch words`; the exit code of the process that failed first, which has said why on the terminal."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Says at length that a process has failed, after the process has said why.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The terminal sent it to the workers too; the first of them says how to go on.
-        process.wait()
+        launch_command(launch_command_parser().parse_args(list(words)))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return int(failure.exitcode) if failure.exitcode > 0 else 1
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode) if error.returncode > 0 else 1
+    except (SignalException, KeyboardInterrupt):
+        # It went to the processes too; the first of them says how to go on.
         return 130
+    return 0
 
 
 def launch_words(chosen: Mapping[str, Any]) -> list[str]:

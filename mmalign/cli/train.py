@@ -333,8 +333,8 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
     found = _checkpoints(folder)
     if not found:
         return f"stopped before the first checkpoint in {folder} (--save-steps says how often one is written)"
-    kept = without_options(words, ["resume_from_checkpoint", "overwrite"])
-    again = command("mmalign", "train", method, *kept, "--resume-from-checkpoint", "latest")
+    kept = without_options(launch.typed([method, *words]), ["resume_from_checkpoint", "overwrite"])
+    again = command("mmalign", "train", *kept, "--resume-from-checkpoint", "latest")
     return f"stopped; {found[-1]} is whole. Go on with:\n  {again}"
 
 

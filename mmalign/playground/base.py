@@ -12,7 +12,7 @@ from mmalign.playground import photographs, tokenizer, world
 from mmalign.playground.fit import FitConfig, fit
 
 FIT = FitConfig(
-    steps=6_000, batch_size=64, learning_rate=8e-4, warmup=200, weight_decay=1e-3, ema=0.999, constant=True, seed=12
+    steps=1_450, batch_size=64, learning_rate=8e-4, warmup=200, weight_decay=1e-3, ema=0.999, constant=True, seed=12
 )
 STREAM = 201
 NUM_ROWS = 128_000

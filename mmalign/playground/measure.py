@@ -90,7 +90,7 @@ def base_accuracy(
     return {name: _share(part) for name, part in parts.items()} | clean
 
 
-def choose_guidance(pipe: StableDiffusionPipeline, number: int = 256) -> dict[str, Any]:
+def choose_guidance(pipe: StableDiffusionPipeline, number: int = 128) -> dict[str, Any]:
     """Sweeps guidance on training prompts, takes judge A's best mean score, and has B measure that scale on test prompts."""
     prompts = preference_pairs.prompts()
     train, test = prompts.train[:: len(prompts.train) // number][:number], prompts.test

@@ -16,8 +16,8 @@ from mmalign.playground import judges, raters, world
 from mmalign.playground.photographs import GARMENTS
 from mmalign.playground.settings import NUM_INFERENCE_STEPS
 
-NUM_TRAIN = 1800
-NUM_TEST = 200
+NUM_TRAIN = 1200
+NUM_TEST = 150
 JPEG_QUALITY = 92
 _SEED = 501
 

@@ -110,6 +110,7 @@ class DenoiserConfig(TrainingArguments):
         refuse_unsupported(self)
         super().__post_init__()
         self._check_choices()
+        self._check_inherited()
         self._check_axes()
         self._check_losses()
         self.inversion()
@@ -131,6 +132,16 @@ class DenoiserConfig(TrainingArguments):
         for name, allowed in _choices(type(self)).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+
+    def _check_inherited(self) -> None:
+        """What accelerate and transformers would ignore without a word."""
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 has no effect on a CPU: use bf16=True there, or fp16=False")
+        optim = _plain(self.optim)
+        if not any(kind in optim for kind in ("adam", "lion", "lamb")):
+            for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+                if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name} has no effect with optim={optim!r}")
 
     def _check_axes(self) -> None:
         graded = self.comparison in ("smoothed", "bradley_terry")

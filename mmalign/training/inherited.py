@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 ACTS = frozenset(
     """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
-    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    lr_scheduler_kwargs warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
     gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 gradient_checkpointing activation_checkpointing
     torch_empty_cache_steps logging_strategy logging_steps logging_first_step
     disable_tqdm eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start save_only_model
@@ -67,6 +67,7 @@ REFUSED: dict[str, str] = {
     "liger_kernel_config": "Liger's kernels are for language models",
     "logging_nan_inf_filter": "a non-finite loss stops the run instead of being logged as an average",
     "neftune_noise_alpha": "it perturbs token embeddings, and a denoiser has none",
+    "optim_args": "most optimisers of transformers ignore it; set adam_beta1, adam_beta2, adam_epsilon, weight_decay",
     "optim_target_modules": "it belongs to GaLore-like optimisers; choose the trained part with peft_config",
     "parallelism_config": "not supported yet; several GPUs run with plain data parallelism",
     "prediction_loss_only": _NO_OUTPUTS,
@@ -85,7 +86,7 @@ _NEUTRAL: dict[str, Any] = {"remove_unused_columns": False, "logging_nan_inf_fil
 # Inherited options of which a continued run must have the same; the rest may change between a stop and a start.
 RUN_OPTIONS = tuple(
     """
-    seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
+    seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim weight_decay adam_beta1 adam_beta2
     adam_epsilon max_grad_norm bf16 fp16 dataloader_drop_last
     """.split()
 )

@@ -1,6 +1,6 @@
 """Several processes: the words that `accelerate launch` gets, and when this process trains by itself."""
 
-import sys
+import os
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
@@ -15,16 +15,15 @@ def started(monkeypatch):
     """Catches what would be started."""
     calls = []
 
-    class Process:
-        def __init__(self, words, env):
-            calls.append((words, env))
+    def start(words):
+        calls.append((words, os.environ["MMALIGN_LAUNCHED"]))
+        return 7
 
-        def wait(self):
-            return 7
-
-    monkeypatch.setattr(launch.subprocess, "Popen", Process)
+    monkeypatch.setattr(launch, "start", start)
     for name in ("WORLD_SIZE", "MMALIGN_LAUNCHED"):
-        monkeypatch.delenv(name, raising=False)
+        # Set first, so that what the test sets is undone.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return calls
 
 
@@ -68,25 +67,16 @@ def test_configurations_that_are_refused(name, message):
 
 
 def test_train_starts_itself_again(started):
-    words = ["train", "--num_processes", "2", "smpo", "--model", "m", "--data", "d", "--max-steps", "3"]
-    assert cli.main(words) == 7
-    (command, environment), *more = started
-    assert not more and environment["MMALIGN_LAUNCHED"] == "1"
-    assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    words = ["--model", "m", "--data", "d", "--max-steps", "3"]
+    assert cli.main(["train", "--num_processes", "2", "smpo", *words]) == 7
+    (command, launched), *more = started
+    assert not more
+    # For the line that says how to go on after a stop.
+    assert launched == "smpo --num_processes 2 --model m --data d --max-steps 3"
+    assert launch.typed(["other"]) == launched.split()
     at = command.index("mmalign.cli")
-    assert command[at - 1 :] == [
-        "-m",
-        "mmalign.cli",
-        "train",
-        "smpo",
-        "--model",
-        "m",
-        "--data",
-        "d",
-        "--max-steps",
-        "3",
-    ]
-    launch_command_parser().parse_args(command[3:])
+    assert command[at - 1 :] == ["-m", "mmalign.cli", "train", "smpo", *words]
+    launch_command_parser().parse_args(command)
 
 
 def test_launch_options_may_stand_in_yaml(started, tmp_path):
@@ -109,3 +99,23 @@ def test_a_started_process_trains_and_another_launchers_processes_refuse(started
     monkeypatch.setenv("MMALIGN_LAUNCHED", "1")
     assert launch.relaunch(["smpo"], {"num_processes": 2}) is None
     assert not started
+
+
+@pytest.mark.parametrize("code", [0, 2, 130])
+def test_the_exit_code_of_the_process_that_failed_is_ours(code, monkeypatch, capfd):
+    """One process, started for real, that does nothing but end."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
+    assert launch.start([*words, "--no_python", "bash", "-c", f"echo why >&2; exit {code}"]) == code
+    shown = capfd.readouterr()
+    assert "why" in shown.err and "Traceback" not in shown.err
