@@ -51,13 +51,12 @@ class Option:
     def read(self, value: Any) -> Any:
         """The value in its type; UsageError that names the option where it has none."""
         try:
-            if self.nullable and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            alone = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if self.nullable and (alone is None or (isinstance(alone, str) and alone.lower() in ("none", "null"))):
                 return None
             if self.many:
                 return [self.convert(item) for item in (value if isinstance(value, list) else [value])]
-            if isinstance(value, list) and len(value) == 1:
-                value = value[0]
-            return self.convert(value)
+            return self.convert(alone)
         except ValueError as error:
             raise UsageError(f"{flag(self.name)} {error}") from error
 
@@ -169,9 +168,9 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" with the closest names, or nothing."""
+    """ " (did you mean …?)" with the closest names, or nothing."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _hyphened(word: str) -> str:
@@ -250,7 +249,7 @@ class Command:
             alias = self.alias_names.get(name)
             if alias is None and name not in self.by_name:
                 known = [*self.by_name, *self.alias_names]
-                raise UsageError(f"{where}unknown key {name!r}{nearest(name, known)} (see {self.prog} --help)")
+                raise UsageError(f"{where}unknown key {name!r}{nearest(name, known)}; see {self.prog} --help")
             if alias is not None and alias.expand is None:
                 raise UsageError(f"{where}{flag(name)} is refused: {alias.help}")
             try:
@@ -271,10 +270,9 @@ class Command:
         word = words[0]
         if not word.startswith("--"):
             raise UsageError(f"unexpected {word!r}: options start with -- (see {self.prog} --help)")
-        name = word[2:].split("=")[0]
-        known = [option.replace("_", "-") for option in [*self.by_name, *self.alias_names]]
-        close = nearest(name, known).replace("mean ", "mean --").replace(" or ", " or --")
-        raise UsageError(f"unknown option --{name}{close} (see {self.prog} --help)")
+        said = word.split("=")[0]
+        known = [flag(name) for name in (*self.by_name, *self.alias_names)]
+        raise UsageError(f"unknown option {said}{nearest(said, known)}; see {self.prog} --help")
 
     def _check_required(self, given: Given) -> None:
         for option in self.options:
@@ -287,12 +285,16 @@ class Command:
         """The help text; `everything` also shows the rarely used options."""
         return self._parser(everything).format_help()
 
+    def _closing(self) -> str:
+        rest = "--help-all shows every option.\n" if any(option.hidden for option in self.options) else ""
+        return rest + self.epilog
+
     def _parser(self, everything: bool) -> _Parser:
         parser = _Parser(
             prog=self.prog,
             usage=f"{self.prog} [options]\n\nexample: {self.example}",
             description=self.description,
-            epilog=self.epilog or None,
+            epilog=self._closing(),
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,

@@ -58,7 +58,7 @@ One GPU:              mmalign train smpo --model stabilityai/stable-diffusion-xl
 Two GPUs:             mmalign train smpo --num-processes 2 --config run.yaml
 Go on after a stop:   mmalign train smpo --config run.yaml --resume-from-checkpoint latest
 """
-_EPILOG = """--help-all shows every option. Spellings of diffusers' and Salesforce's DPO scripts work too:
+_EPILOG = """Spellings of diffusers' and Salesforce's DPO scripts work too:
 --pretrained_model_name_or_path, --dataset_name, --train_batch_size, --max_train_steps, --beta_dpo, --mixed_precision, …
 """
 
@@ -94,7 +94,8 @@ def make_command(method: str, config_class: Any) -> Command:
     return Command(
         prog=f"mmalign train {method}",
         description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
-        example=f"mmalign train {method} --model playground --data playground --max-steps 200",
+        example=f"mmalign train {method} --model playground --data playground --max-steps 200"
+        + (" --scorer playground" if method == "smpo" else ""),
         options=[
             *own,
             *(field for field in fields if field.group == OWN),
@@ -333,7 +334,7 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
     found = _checkpoints(folder)
     if not found:
         return f"stopped before the first checkpoint in {folder} (--save-steps says how often one is written)"
-    kept = without_options(launch.typed([method, *words]), ["resume_from_checkpoint", "overwrite"])
+    kept = without_options(launch.typed([method, *words]), ["resume_from_checkpoint", "overwrite", "hub_token"])
     again = command("mmalign", "train", *kept, "--resume-from-checkpoint", "latest")
     return f"stopped; {found[-1]} is whole. Go on with:\n  {again}"
 

@@ -88,23 +88,23 @@ class DenoiserConfig(TrainingArguments):
     validation_guidance_scale: float | None = None
 
     learning_rate: float = 1e-5
-    lr_scheduler_type: str = "constant_with_warmup"  # type: ignore[assignment]
+    lr_scheduler_type: str = "constant_with_warmup"
     per_device_train_batch_size: int = 4
     weight_decay: float = 1e-2
     logging_steps: float = 10
     save_steps: float = 100
     dataloader_drop_last: bool = True
-    remove_unused_columns: bool | None = False  # type: ignore[assignment]
+    remove_unused_columns: bool | None = False
     logging_nan_inf_filter: bool = False
     optim: str = "adamw_torch"
-    hub_strategy: str = "end"  # type: ignore[assignment]
+    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if self.comparison == "human" and self.scorer == self._default("scorer"):
             self.scorer = None
-        if self.gradient_checkpointing is not None and self.activation_checkpointing is None:
+        if self.gradient_checkpointing is not None and self.activation_checkpointing is None:  # type: ignore[has-type]
             # transformers' new name for it; with it, its warning about the old one stays away.
             self.activation_checkpointing = self.gradient_checkpointing
         refuse_unsupported(self)
@@ -129,7 +129,7 @@ class DenoiserConfig(TrainingArguments):
         return type(self).__dataclass_fields__[name].default
 
     def _check_choices(self) -> None:
-        for name, allowed in _choices(type(self)).items():
+        for name, allowed in _choices(type(self)).items():  # type: ignore[arg-type]
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
 
@@ -163,7 +163,8 @@ class DenoiserConfig(TrainingArguments):
             "smoothing_normalizer='official' fits the cosines of scorer='pickscore' only": self.comparison == "smoothed"
             and self.smoothing_normalizer == "official"
             and self.scorer != "pickscore",
-            "f_alpha_divergence_coef belongs to f_divergence_type='alpha_divergence'": self.f_alpha_divergence_coef is not None
+            "f_alpha_divergence_coef belongs to f_divergence_type='alpha_divergence'": self.f_alpha_divergence_coef
+            is not None
             and self.f_divergence_type != "alpha_divergence",
             "validation_steps needs validation_prompts": self.validation_steps > 0 and not self.validation_prompts,
             "validation_prompts have no effect without validation_steps": self.validation_steps == 0

@@ -28,8 +28,6 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
     local = name == PLAYGROUND or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local:
         check_folder(folder, options)
-    if "dtype" in options:
-        options["torch_dtype"] = options.pop("dtype")
     if name == PLAYGROUND:
         # Its weights are stored in half precision to keep the package small, and work in single.
         options.setdefault("torch_dtype", torch.float32)
@@ -59,8 +57,6 @@ def single_file(link_or_path: str, base: str, **options: Any) -> Any:
         )
     if "://" not in name and not Path(name).expanduser().is_file():
         raise ValueError(f"{name}: no such file")
-    if "dtype" in options:
-        options["torch_dtype"] = options.pop("dtype")
     return kind.from_single_file(name, **options)
 
 

@@ -50,7 +50,7 @@ class AlignPipeline:
         from mmalign.denoisers import adapter_for
 
         adapter_for(pipe)
-        pipe.__class__ = _class_for(cls, plain_class(type(pipe)))
+        pipe.__class__ = _class_for(cls, plain_class(type(pipe)))  # type: ignore[arg-type]
         return pipe
 
     def align(
@@ -100,7 +100,7 @@ class AlignPipeline:
                 merged.fuse_lora()  # type: ignore[operator]
                 merged.unload_lora()  # type: ignore[operator]
                 components[component_name(self, network)] = merged
-            plain_class(type(self))(**components, **_flags(self)).save_pretrained(part, **options)
+            plain_class(type(self))(**components, **_flags(self)).save_pretrained(str(part), **options)
 
     @torch.no_grad()
     def invert(

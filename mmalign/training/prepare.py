@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Sampler
@@ -51,7 +51,8 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     progress = not args.disable_tqdm
     resolution = args.resolution or native_size(denoiser)
     encoded = encode_pairs(source, denoiser, resolution=resolution, cache_dir=cache_dir, progress=progress)
-    scores, normalizer, fitted = None, None, {}
+    scores, normalizer = None, None
+    fitted: dict[str, Any] = {}
     if args.comparison != "human":
         reward = scorer(args.scorer or "", device=args.device)
         scores = score_pairs(source, reward, cache_dir=cache_dir, progress=progress)[encoded.rows]
@@ -88,7 +89,7 @@ def check_held_out(train: Prepared, evaluated: Prepared) -> None:
 def native_size(denoiser: Denoiser) -> tuple[int, int]:
     """(height, width) in pixels that the network was trained at, by its config."""
     size, factor = denoiser.module.config.sample_size, denoiser.pipe.vae_scale_factor  # type: ignore[union-attr]
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
     return height * factor, width * factor
 
 

@@ -66,7 +66,7 @@ class LastStep(TrainerCallback):
         if not state.is_world_process_zero or not state.log_history:
             return
         summary = state.log_history[-1]
-        last = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
+        last: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "loss" in entry), {})
         logger.info(
             "trained in %s: %s",
             duration(summary.get("train_runtime", 0)),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from mmalign.denoisers import Denoiser
 from mmalign.likelihood.reference import Reference
 from mmalign.training.card import write_card
 from mmalign.training.checkpoints import (
@@ -36,11 +37,16 @@ class SavingTrainer(Trainer):
     """`transformers.Trainer` with checkpoints staged, listed in a manifest and renamed; what they hold is the trained part only."""
 
     pipe: Any
-    network: nn.Module
+    denoiser: Denoiser
     reference: Reference
     args: DenoiserConfig
     _train: Prepared
     _run_dir: str | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        """The bare network that is trained."""
+        return self.denoiser.module
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -62,7 +68,7 @@ class SavingTrainer(Trainer):
     def last_metrics(self) -> dict[str, float]:
         """The last logged training entry and the last evaluation."""
         history = self.state.log_history
-        last = next((entry for entry in reversed(history) if "loss" in entry), {})
+        last: dict[str, float] = next((entry for entry in reversed(history) if "loss" in entry), {})
         return last | next((entry for entry in reversed(history) if "eval_loss" in entry), {})
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -162,11 +162,6 @@ class DenoiserTrainer(SavingTrainer):
             self.add_callback(SamplePictures(self.pipe))
 
     @property
-    def network(self) -> nn.Module:
-        """The bare network that is trained."""
-        return self.denoiser.module
-
-    @property
     def elements(self) -> int:
         """Numbers in one latent."""
         return self._train.dataset[0]["chosen"].numel()
@@ -379,7 +374,7 @@ class DenoiserTrainer(SavingTrainer):
                 self._record("eval", measured, pairs, loss)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain("eval").items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
 

@@ -76,6 +76,11 @@ def test_none_and_null(tmp_path):
         verb().read(["--beta", "none"])
 
 
+def test_none_for_a_list():
+    names = Option(name="names", many=True, nullable=True)
+    assert names.read(["none"]) is None and names.read("none") is None and names.read(["none", "b"]) == ["none", "b"]
+
+
 def test_lists(tmp_path):
     assert verb().read(["--loss-type", "a", "b", "--loss-type", "c"])["loss_type"] == ["a", "b", "c"]
     assert verb().read(["--config", write(tmp_path, "loss_type: [a, b]\n")])["loss_type"] == ["a", "b"]
@@ -93,12 +98,12 @@ def test_yaml_traps(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("bta: 2\n", r"run.yaml: unknown key 'bta'; did you mean beta"),
+        ("bta: 2\n", r"run.yaml: unknown key 'bta' \(did you mean beta\?\)"),
         ("beta: [1, 2]\n", r"--beta takes a number, not \[1, 2\]"),
         ("max_steps: 2.5\n", "--max-steps takes a whole number, not 2.5"),
         ("max_steps: true\n", "--max-steps takes a whole number, not True"),
         ("bf16: maybe\n", "--bf16 takes true or false, not 'maybe'"),
-        ("strategy: step\n", "--strategy takes one of no, steps, not 'step'; did you mean steps"),
+        ("strategy: step\n", r"--strategy takes one of no, steps, not 'step' \(did you mean steps\?\)"),
         ("beta: 1\nbeta: 2\n", "run.yaml: 'beta' is written twice"),
         ("- beta\n", "write one `option: value` a line"),
         ("beta: {\n", "is not valid YAML"),
@@ -120,8 +125,8 @@ def test_a_missing_file_is_an_os_error():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max-step", "3"], "unknown option --max-step; did you mean --max-steps"),
-        (["--nonsense"], r"unknown option --nonsense \(see mmalign verb --help\)"),
+        (["--max-step", "3"], r"unknown option --max-step \(did you mean --max-steps"),
+        (["--nonsense"], r"unknown option --nonsense; see mmalign verb --help"),
         (["beta"], "unexpected 'beta'"),
         (["--beta"], "expected one argument"),
         (["--random_crop"], "--random-crop is refused"),

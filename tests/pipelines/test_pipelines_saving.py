@@ -188,7 +188,9 @@ def test_a_trainer_pushes_weights_card_and_history_once(tmp_path: Path, monkeypa
     run.train()
     assert pushed == []
     run.save_model()
-    assert len(pushed) == 1 and {"README.md", "history.json", "pytorch_lora_weights.safetensors"} <= set(pushed[0]["names"])
+    assert len(pushed) == 1 and {"README.md", "history.json", "pytorch_lora_weights.safetensors"} <= set(
+        pushed[0]["names"]
+    )
     assert "training_args.bin" not in pushed[0]["names"] and "checkpoint-*" in pushed[0]["ignore_patterns"]
     assert "aligned by Diffusion-DPO" in (tmp_path / "README.md").read_text()
 

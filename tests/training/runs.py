@@ -104,7 +104,9 @@ def losses(run: Any, items: Any = (0, 1), epoch: int = 0) -> Tensor:
 
 def gradients(run: Any) -> dict[str, Tensor]:
     """Gradients of everything that is trained."""
-    return {name: p.grad.clone() for name, p in run.network.named_parameters() if p.requires_grad and p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in run.network.named_parameters() if p.requires_grad and p.grad is not None
+    }
 
 
 def history(run: Any, name: str = "loss") -> list[float]:

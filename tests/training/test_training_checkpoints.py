@@ -44,7 +44,9 @@ def test_a_whole_checkpoint_is_continued(checkpoint: Path) -> None:
     assert len(history(resume(checkpoint))) == 3
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "pytorch_lora_weights.safetensors", "trainer_state.json", "rng_state.pth"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "pytorch_lora_weights.safetensors", "trainer_state.json", "rng_state.pth"]
+)
 def test_a_missing_file_is_named(name: str, checkpoint: Path) -> None:
     (checkpoint / name).unlink()
     with pytest.raises(ValueError, match=f"lacks {name}.*another checkpoint"):
@@ -96,7 +98,9 @@ def test_a_checkpoint_of_another_run_is_refused(options: dict[str, Any], fact: s
 
 
 def test_what_a_resumed_run_may_change(checkpoint: Path) -> None:
-    assert len(history(resume(checkpoint, logging_steps=1, save_steps=1, dataloader_num_workers=0, report_to="none"))) == 3
+    assert (
+        len(history(resume(checkpoint, logging_steps=1, save_steps=1, dataloader_num_workers=0, report_to="none"))) == 3
+    )
 
 
 def test_weights_alone_cannot_be_continued(tmp_path: Path) -> None:
@@ -113,7 +117,13 @@ def test_every_checkpoint_loads_into_plain_diffusers(checkpoint: Path) -> None:
 
 
 def test_the_oldest_go_and_the_best_stays(tmp_path: Path) -> None:
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "eval_strategy": "steps"}
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "eval_strategy": "steps",
+    }
     run = trainer(
         tmp_path,
         eval_dataset=pairs(4, seed=7),
@@ -132,7 +142,9 @@ def test_the_oldest_go_and_the_best_stays(tmp_path: Path) -> None:
     assert run.evaluate()["eval_rewards/margins"] == pytest.approx(max(margins), rel=1e-5)
 
 
-@pytest.mark.parametrize(("peft_config", "rate", "greater"), [("lora", 1e-3, False), (None, 1e-6, True)], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("peft_config", "rate", "greater"), [("lora", 1e-3, False), (None, 1e-6, True)], ids=["lora", "full"]
+)
 def test_the_best_weights_are_those_that_are_kept(peft_config: Any, rate: float, greater: bool, tmp_path: Path) -> None:
     run = trainer(
         tmp_path,
@@ -188,7 +200,9 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(
         return fail() if (tmp_path / STAGING).exists() else plain(*args, **kwargs)
 
     monkeypatch.setattr(*where, failing)
-    with pytest.raises(OSError, match="no space left on the disk that holds .*free some, or choose another folder") as caught:
+    with pytest.raises(
+        OSError, match="no space left on the disk that holds .*free some, or choose another folder"
+    ) as caught:
         run.train()
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

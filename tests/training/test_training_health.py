@@ -123,7 +123,8 @@ def test_ties_count_half(tmp_path: Path) -> None:
 
 def test_the_official_landing_shows_in_the_panel(tmp_path: Path) -> None:
     exact, official = (
-        trainer(tmp_path, "inpo", max_steps=1, inversion_eta=0.0, inversion_compat=compat) for compat in (None, "official-0.20")
+        trainer(tmp_path, "inpo", max_steps=1, inversion_eta=0.0, inversion_compat=compat)
+        for compat in (None, "official-0.20")
     )
     exact.train()
     official.train()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import tiny_pipeline
 from torch import Tensor
-from training.runs import METHODS, batch, gradients, history, losses, lora, moved_lora, pairs, trainer
+from training.runs import METHODS, batch, gradients, history, lora, losses, moved_lora, pairs, trainer
 
 from mmalign.likelihood import draws
 from mmalign.training.measurement import draw, dropped_prompts
@@ -55,7 +55,9 @@ def test_every_method_trains_a_step_on_every_family(method: str, kind: str, tmp_
     ],
     ids=["dpo", "inpo", "smpo", "sft", "sdpo"],
 )
-def test_a_batch_is_the_mean_of_its_pairs(method: str, options: dict[str, Any], tmp_path: Path, brightness: Any) -> None:
+def test_a_batch_is_the_mean_of_its_pairs(
+    method: str, options: dict[str, Any], tmp_path: Path, brightness: Any
+) -> None:
     run = trainer(tmp_path, method, dtype=torch.float64, peft_config=moved_lora(), **options)
     items = (0, 2, 5)
     loss = losses(run, items)
@@ -174,7 +176,9 @@ def test_sft_reads_the_chosen_side_only_and_equals_a_bare_loop(tmp_path: Path) -
         {"loss_type": "robust", "label_smoothing": 0.2},
         {"loss_type": "sigmoid_norm"},
     ],
-    ids=lambda options: "+".join([options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]),
+    ids=lambda options: "+".join(
+        [options["loss_type"]] if isinstance(options["loss_type"], str) else options["loss_type"]
+    ),
 )
 def test_other_losses_train(options: dict[str, Any], tmp_path: Path) -> None:
     run = trainer(tmp_path, **options)

@@ -51,7 +51,9 @@ def test_killed_at_a_step_and_resumed_is_the_same_run(uninterrupted: dict[str, A
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill", [{"kill_at": 1}, {"kill_at": 4}, {"kill_at": 7}, {"kill_in": "write_manifest"}], ids=str)
+@pytest.mark.parametrize(
+    "kill", [{"kill_at": 1}, {"kill_at": 4}, {"kill_at": 7}, {"kill_in": "write_manifest"}], ids=str
+)
 def test_killed_anywhere_and_resumed_is_the_same_run(
     kill: dict[str, Any], uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -174,7 +176,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone.train()
     seen = [row for rank in ranks for row in rank["rows"] if row[0] >= 0]
     assert {row[:2] for row in ranks[0]["rows"]}.isdisjoint(row[:2] for row in ranks[1]["rows"])
-    same(({row[:2]: row[2] for row in seen}, ranks[0]["gradients"][0]), ({row[:2]: row[2] for row in rows}, watch.gradients[0]))
+    same(
+        ({row[:2]: row[2] for row in seen}, ranks[0]["gradients"][0]),
+        ({row[:2]: row[2] for row in rows}, watch.gradients[0]),
+    )
     same(({}, ranks[1]["gradients"][0]), ({}, watch.gradients[0]))
     for entry, other in zip(ranks[0]["history"][:2], alone.state.log_history[:2], strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-6)
@@ -185,7 +190,12 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_resume_in_a_later_epoch(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 1}
+    options: dict[str, Any] = {
+        "max_steps": 5,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "per_device_train_batch_size": 1,
+    }
     whole = worker.together(2, tmp_path, options)
     again = worker.together(2, tmp_path, options, resume=str(tmp_path / "checkpoint-4"))
     for before, after in zip(whole, again, strict=True):

@@ -1,4 +1,4 @@
-"""Runs in other processes: killed ones, and several that share a step. They are forked from a server that has imported everything once."""
+"""Runs in other processes: killed ones, and several that share a step; forked from a server that imports everything once."""
 
 import json
 import multiprocessing
@@ -13,12 +13,14 @@ import torch
 from training.runs import Watch, trainer
 from transformers import TrainerCallback
 
-import mmalign.pipelines.image.dpo
-import mmalign.pipelines.image.inpo
-import mmalign.pipelines.image.sft
-import mmalign.pipelines.image.smpo
+from mmalign import DiffusionDPOTrainer
 
-PRELOADED = (diffusers.UNet2DConditionModel, diffusers.StableDiffusionPipeline, diffusers.AutoencoderKL)
+PRELOADED = (
+    DiffusionDPOTrainer,
+    diffusers.UNet2DConditionModel,
+    diffusers.StableDiffusionPipeline,
+    diffusers.AutoencoderKL,
+)
 # The server is started without this process's sys.path.
 _TESTS = str(Path(__file__).parents[1])
 if _TESTS not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
@@ -55,7 +57,9 @@ def read(journal: Path) -> dict[int, float]:
     return dict(map(json.loads, journal.read_text().splitlines())) if journal.exists() else {}
 
 
-def train(folder: str, journal: str, options: dict[str, Any], *, kill_at: int = 0, kill_in: str = "", resume: Any = None) -> None:
+def train(
+    folder: str, journal: str, options: dict[str, Any], *, kill_at: int = 0, kill_in: str = "", resume: Any = None
+) -> None:
     """A run that may kill itself: at the end of step `kill_at`, or when it first calls `kill_in` of the saving module."""
     torch.set_num_threads(1)
     if kill_in:
