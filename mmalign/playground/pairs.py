@@ -32,7 +32,7 @@ class Prompts:
 
 def prompts(test_share: float = 0.25, seed: int = _SEED) -> Prompts:
     """Every (garment, colour, background) in all five wordings; what is asked in `test` is never asked in `train`."""
-    asked = [
+    asked: list[tuple[int, int, int]] = [
         (g, c, b)
         for g in range(len(GARMENTS))
         for c in range(len(world.COLOURS))
@@ -43,7 +43,7 @@ def prompts(test_share: float = 0.25, seed: int = _SEED) -> Prompts:
     cut = round(test_share * len(asked))
 
     def worded(part: np.ndarray) -> list[str]:
-        return [world.caption(*asked[i], template=template) for i in part for template in range(world.NUM_TEMPLATES)]
+        return [world.caption(*asked[int(i)], template) for i in part for template in range(world.NUM_TEMPLATES)]
 
     return Prompts(train=worded(order[cut:]), test=worded(order[:cut]))
 

@@ -52,7 +52,7 @@ def has_adapter(network: nn.Module) -> bool:
 
 def adapter_config(network: nn.Module) -> dict[str, Any]:
     """The LoRA's configuration as JSON values; what only says by which library it was made is left out."""
-    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, operator, index]
+    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 

@@ -33,7 +33,9 @@ def test_articles() -> None:
     assert world.caption(1, 0, 1) == "a pair of red trousers on an orange background"
 
 
-@pytest.mark.parametrize("text", ["", "a cat", "a red boot", "a boot on a red and blue background", "a red boot and a blue bag"])
+@pytest.mark.parametrize(
+    "text", ["", "a cat", "a red boot", "a boot on a red and blue background", "a red boot and a blue bag"]
+)
 def test_other_texts_are_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match="playground|before the garment"):
         world.read_caption(text)
