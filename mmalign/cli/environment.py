@@ -161,7 +161,7 @@ def xformers_state() -> tuple[dict[str, str], list[str]]:
 
 
 def xformers_build() -> str:
-    """ ", built for torch …", from the file that its wheel carries."""
+    """The end of a sentence, ", built for torch …", from the file that the wheel of xformers carries."""
     found = importlib.util.find_spec("xformers")
     folders = [Path(folder) for folder in (found.submodule_search_locations or [])] if found else []
     for file in (folder / "cpp_lib.json" for folder in folders):

@@ -168,7 +168,7 @@ def flag(name: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ " (did you mean …?)" with the closest names, or nothing."""
+    """The closest names as " (did you mean …?)", or nothing."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 

@@ -31,7 +31,7 @@ def one_line(error: BaseException) -> str | None:
 
 
 def rank_prefix() -> str:
-    """ "[process 1] " in every process but the first one."""
+    """What error lines start with in every process but the first one: "[process 1] "."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[process {rank}] "
 
