@@ -130,3 +130,13 @@ def test_sharding_launchers_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match="DeepSpeed or FSDP, which are not supported yet"):
         trainer(tmp_path, pipe=pipe)
     assert not hasattr(pipe.unet, "peft_config") or not pipe.unet.peft_config
+
+
+def test_inversion_runs_without_the_adapters_dropout(tmp_path: Path) -> None:
+    points = []
+    for dropout in (0.0, 0.5):
+        run = trainer(tmp_path, "inpo", peft_config=lora(init_lora_weights=False, lora_dropout=dropout))
+        run.model.train()
+        points.append(run.pair_losses(run.model, batch(run), epoch=0)[1].point)
+        assert run.network.training
+    torch.testing.assert_close(points[0].x_t, points[1].x_t)
