@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tiny import tiny_pipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.runs import batch, moved_lora, pipeline, trainer
+from training.runs import batch, lora, moved_lora, pipeline, trainer
 
 from mmalign.denoisers import adapter_for
 from mmalign.likelihood.config import InversionConfig
