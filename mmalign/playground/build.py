@@ -63,6 +63,7 @@ def build_reward(work_dir: Path) -> None:
 def build_base(work_dir: Path) -> None:
     """Trains the Stable Diffusion."""
     vae = AutoencoderKL.from_pretrained(STABLE_DIFFUSION / "vae", torch_dtype=torch.float32)
+    vae.register_to_config(_name_or_path="")
     pipe, curve = base.train(vae, work_dir / "base.pt")
     _replace_folder(STABLE_DIFFUSION, lambda folder: pipe.to(torch.float16).save_pretrained(folder))
     write_json(curve, CURVES / "base.json")
