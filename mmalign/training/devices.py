@@ -19,12 +19,13 @@ def networks(pipe: Any) -> dict[str, nn.Module]:
 def on_device(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
     """`parts` on `device`; afterwards each is where it was."""
     homes = [(part, next(part.parameters()).device) for part in parts]
-    for part in parts:
+    away = [(part, home) for part, home in homes if home != device]
+    for part, _ in away:
         part.to(device)
     try:
         yield
     finally:
-        for part, home in homes:
+        for part, home in away:
             part.to(home)
 
 

@@ -102,7 +102,7 @@ def batch_of(items: list[PreferenceItem]) -> dict[str, Any]:
 class Shuffled(Sampler[int]):
     """All rows in an order drawn from (seed, epoch), whatever became of the process's own random state.
 
-    The epoch is asked for when it begins: accelerate does not tell a resumed, sharded loader which one it is.
+    The epoch is asked for when it begins: accelerate hands `set_epoch` on to its own sampler only, once a sharded loader is resumed.
     """
 
     def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:

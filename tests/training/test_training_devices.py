@@ -15,6 +15,7 @@ from mmalign.denoisers import adapter_for
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.reference import make_reference
 from mmalign.training import health
+from mmalign.training import trainer as training
 from mmalign.training.devices import evaluating, networks, on_device, storable
 from mmalign.training.measurement import Method, Pairs, draw, measure
 from mmalign.training.saving import SavingTrainer
@@ -29,6 +30,38 @@ def test_parts_go_to_a_device_and_back() -> None:
     with evaluating(parts):
         assert not any(part.training for part in parts)
     assert [part.training for part in parts] == [True, False]
+
+
+def test_everything_encodes_on_the_training_device_and_the_network_alone_trains_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[tuple[int, torch.device]] = []
+
+    def recording(parts: list[nn.Module], device: torch.device) -> Any:
+        moved.append((len(parts), device))
+        return on_device(parts, device)
+
+    monkeypatch.setattr(training, "on_device", recording)
+    cpu = torch.device("cpu")
+    run = trainer(tmp_path, peft_config=None)
+    # UNet, VAE and text encoder; then the UNet with its frozen copy.
+    assert moved == [(3, cpu)]
+    run.train()
+    assert moved == [(3, cpu), (2, cpu)]
+
+
+def test_only_what_stands_elsewhere_is_moved() -> None:
+    class Part(nn.Linear):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            moves.append((self.name, torch.device(device).type))
+            return self
+
+    moves: list[tuple[str, str]] = []
+    here, there = Part(2, 2), Part(2, 2, device="meta")
+    here.name, there.name = "here", "there"
+    with on_device([here, there], torch.device("meta")):
+        assert moves == [("here", "meta")]
+    assert moves == [("here", "meta"), ("here", "cpu")]
 
 
 class Doubles(TorchDispatchMode):
