@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -127,8 +128,8 @@ def _run(words: list[str]) -> int:
     if name not in VERBS:
         known = f"the verbs are {', '.join(VERBS)}"
         raise UsageError(f"no verb {name!r}{nearest(name, VERBS)}; {known}")
-    _log_to_stderr()
-    return int(import_module(VERBS[name].module).run(words[1:]))
+    with _log_to_stderr():
+        return int(import_module(VERBS[name].module).run(words[1:]))
 
 
 def _without_debug(words: list[str]) -> tuple[list[str], bool]:
@@ -140,14 +141,21 @@ def _without_debug(words: list[str]) -> tuple[list[str], bool]:
     return words, False
 
 
-def _log_to_stderr() -> None:
-    """Shows what the package has to say, from the first process only."""
+@contextmanager
+def _log_to_stderr() -> Iterator[None]:
+    """Shows what the package has to say, from the first process only, while a verb runs."""
     logger = logging.getLogger("mmalign")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
-        logger.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
     logger.setLevel(logging.WARNING if rank_prefix() else logging.INFO)
+    logger.propagate = False
     # Its six lines about a compiled part that does not load come with every import of diffusers; `mmalign env` has them.
     logging.getLogger("xformers").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
