@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 import mmalign
 from mmalign.evaluation import generate, win_rate, win_rate_difference
+from mmalign.files import write_json
 from mmalign.playground import judges, measure, pairs, photographs, settings, world
-from mmalign.playground.fit import write_json
 
 RESULTS = Path(__file__).parent / "results" / "playground"
 SEEDS = (0, 1, 2)
@@ -111,6 +112,7 @@ def run(row: str, seed: int) -> None:
     matched = judges.match(reading, prompts)
     scores = judges.score(reading, matched)
     write_json(
+        path,
         {
             "row": row,
             "seed": seed,
@@ -122,22 +124,20 @@ def run(row: str, seed: int) -> None:
             "scores": [round(float(s), 5) for s in scores],
             "metrics": metrics,
         },
-        path,
     )
 
 
-def photograph_pairs(number: int = 3000) -> list[dict[str, Any]]:
-    """Composed photographs with captions that the base saw the likes of in its own training, as rows for fine-tuning."""
-    from PIL import Image
-
+def photograph_pairs(number: int = 1200) -> list[dict[str, Any]]:
+    """Composed photographs that the base saw the likes of in its own training: the captioned one preferred to another one."""
     data = photographs.load("train")
     rows = torch.arange(number)
     scenes = world.draw_scenes(data.labels, rows, seed=601)
-    pictures = (world.compose(data, rows, scenes).movedim(1, -1) * 255).round().byte().numpy()
-    blank = Image.new("RGB", (world.SIZE, world.SIZE))
+    composed = (world.compose(data, rows, scenes).movedim(1, -1) * 255).round().byte().numpy()
+    pictures = [Image.fromarray(picture) for picture in composed]
+    others = pictures[1:] + pictures[:1]
     return [
-        {"prompt": text, "chosen": Image.fromarray(picture), "rejected": blank}
-        for text, picture in zip(scenes.captions(), pictures, strict=True)
+        {"prompt": text, "chosen": chosen, "rejected": rejected}
+        for text, chosen, rejected in zip(scenes.captions(), pictures, others, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from mmalign import DiffusionDPOConfig, DiffusionDPOPipeline, DiffusionDPOTrainer
 from mmalign.data import load_pairs
 from mmalign.data.images import to_pixels
-from mmalign.playground.fit import write_json
+from mmalign.files import write_json
 
 BETA = 2000.0
 LORA = {
@@ -140,7 +140,7 @@ def main() -> None:
         "ratio_to_bare": {name: round(value / median["bare"], 3) for name, value in median.items()},
         "rounds": {name: [round(v, 4) for v in values] for name, values in seconds.items()},
     }
-    write_json(result, args.output)
+    write_json(args.output, result)
     for name in seconds:
         print(f"{name:10s} {median[name]:.3f} s a step   {median[name] / median['bare']:.2f} × bare")
 

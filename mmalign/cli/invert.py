@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import device_option, load_pipeline, model_options
 from mmalign.cli.options import Command, Given, Option, UsageError, one_of, whole
+from mmalign.files import staged, write_json
 
 _MODEL, _WHAT, _HOW = "the model", "what is inverted", "the inversion"
 VERB = Command(
@@ -115,16 +115,15 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
         }
         for i, (file, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    folder = Path(given["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
     sheet = side_by_side(
         shown,
         [f"{p} (RMSE {r['pixel_rmse']:.3f})" for p, r in zip(prompts, rows, strict=True)],
         ["original", "VAE alone", "drawn again"],
     )
-    sheet.save(folder / "inversion.png")
     settings = {**options, "timestep": given["timestep"], "model": given["model"], "lora": given["lora"]}
-    (folder / "inversion.json").write_text(json.dumps({"settings": settings, "pictures": rows}, indent=1))
+    with staged(Path(given["output_dir"])) as folder:
+        sheet.save(folder / "inversion.png")
+        write_json(folder / "inversion.json", {"settings": settings, "pictures": rows})
     return rows
 
 

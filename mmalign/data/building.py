@@ -22,8 +22,9 @@ from mmalign.data.images import BadImage, fit, to_pixels
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.shards import read_notes, read_shard, rows_per_shard, write_shard
-from mmalign.data.storage import write_atomically
+from mmalign.data.storage import REMEDY
 from mmalign.denoisers import Denoiser
+from mmalign.files import write_file
 
 LatentMode = Literal["sample", "mean"]
 
@@ -99,7 +100,7 @@ def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
         num_truncated_prompts=job.denoiser.count_truncated(distinct),
         files={path.name: [path.stat().st_size, _sha256(path)] for path in written},
     )
-    write_atomically(job.folder / MANIFEST, json.dumps(asdict(manifest)))
+    write_file(job.folder / MANIFEST, json.dumps(asdict(manifest)), remedy=REMEDY)
 
 
 def _latent_shards(job: Job) -> list[Path]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.data.storage import write_atomically
+from mmalign.data.storage import REMEDY
+from mmalign.files import write_file
 
 _OPEN_FILES = 64
 SHARD_BYTES = 128 * 2**20
@@ -26,7 +27,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], notes: Any = None) ->
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_atomically(path, save(contiguous, {"notes": json.dumps(notes)}))
+    return write_file(path, save(contiguous, {"notes": json.dumps(notes)}), remedy=REMEDY)
 
 
 def read_notes(path: Path) -> Any:

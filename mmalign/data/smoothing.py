@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.data.storage import write_atomically
+from mmalign.files import write_json
 
 NormalizerKind = Literal["extrema", "quantile", "official"]
 # The extrema of PickScore_v1 cosines that the published SmPO code carries (spec/01, section 4.3).
@@ -96,7 +96,7 @@ class Normalizer:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON with its own sha256 in it."""
-        return write_atomically(Path(path), json.dumps(asdict(self) | {"sha256": self.sha256}, indent=2) + "\n")
+        return write_json(Path(path), asdict(self) | {"sha256": self.sha256})
 
     @classmethod
     def load(cls, path: str | Path) -> "Normalizer":
@@ -113,7 +113,7 @@ class Normalizer:
         return loaded
 
 
-def _quantile(ordered: Float[Tensor, "N"], q: float) -> float:
+def _quantile(ordered: Float[Tensor, " N"], q: float) -> float:
     """Linear interpolation between neighbours, as numpy's default."""
     place = q * (len(ordered) - 1)
     below = int(place)

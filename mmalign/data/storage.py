@@ -1,8 +1,7 @@
-"""Where caches lie, how files get there whole, and how to clear them."""
+"""Where caches lie, how large they are, and how to clear them."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -12,8 +11,10 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 _OURS = re.compile(r"(scores-)?[0-9a-f]{64}(\.partial|\.lock|\.safetensors)?")
-# Windows knows no quotas.
-_DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+# What a user can do about a full disk besides freeing some.
+REMEDY = (
+    "point cache_dir or $MMALIGN_CACHE at a larger disk, or call mmalign.data.clear_cache(); what was finished is kept"
+)
 
 
 def default_cache_dir() -> Path:
@@ -47,28 +48,6 @@ def clear_cache(cache_dir: str | Path | None = None) -> int:
         except Timeout:
             _log.warning("%s is being built and stays", entry)
     return freed
-
-
-def write_atomically(path: Path, data: bytes | str) -> Path:
-    """The whole file or none: written beside it under another name, flushed to disk, renamed. A full disk says so."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise OSError(
-                error.errno,
-                f"no space left for {path.name} ({len(data) / 2**20:.1f} MiB) in {path.parent}: free some, point "
-                "cache_dir or $MMALIGN_CACHE at a larger disk, or call mmalign.data.clear_cache(); what was finished "
-                "before is kept and will be used",
-            ) from error
-        raise
-    return path
 
 
 def _entries(cache_dir: str | Path | None) -> Iterator[Path]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmalign.evaluation.files import write_atomically
 from mmalign.evaluation.fingerprint import digest, model_fingerprint, scheduler_fingerprint
 from mmalign.evaluation.generate import Pipeline, generate_batches
+from mmalign.files import write_file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +99,7 @@ def draw_side(
     origin = {"model": model, "settings": asdict(settings)}
     folder = Path(output_dir) / "pictures" / f"{_slug(label)}-{digest(origin)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "drawn_from.json", json.dumps(origin, indent=2))
+    write_file(folder / "drawn_from.json", json.dumps(origin, indent=2))
 
     files = [folder / _file_name(prompt, number) for prompt, number in zip(rows, seeds, strict=True)]
     missing = [row for row, file in enumerate(files) if not _is_picture(file)]
@@ -158,4 +158,4 @@ def _is_picture(file: Path) -> bool:
 def _store(picture: Image.Image, file: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    write_atomically(file, buffer.getvalue())
+    write_file(file, buffer.getvalue())

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.evaluation.files import write_atomically
 from mmalign.evaluation.grid import side_by_side
 from mmalign.evaluation.report_html import page
 from mmalign.evaluation.result import EvaluationResult, Row, from_json, to_json, without_nan
 from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import cautions, headline, notes, sample_rule
+from mmalign.files import write_file
 
 _PICTURE_ROWS = 6
 
@@ -58,8 +58,8 @@ def write_report(
     html = page(result, sample=sample, sample_rule=rule, worst=worst_losses(result, num_worst), history=history)
     text = json.dumps(content, indent=1, allow_nan=False)
     return ReportFiles(
-        html=write_atomically(folder / "report.html", html),
-        json=write_atomically(folder / "report.json", text),
+        html=write_file(folder / "report.html", html),
+        json=write_file(folder / "report.json", text),
         picture=_write_picture(result, sample[:_PICTURE_ROWS], folder),
     )
 
@@ -104,4 +104,4 @@ def _write_picture(result: EvaluationResult, rows: Sequence[Row], folder: Path) 
     )
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    return write_atomically(folder / "side_by_side.png", buffer.getvalue())
+    return write_file(folder / "side_by_side.png", buffer.getvalue())

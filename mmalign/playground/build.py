@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPImageProcessorPil
 
+from mmalign.files import write_json
 from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward
-from mmalign.playground.fit import write_json
 from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, STABLE_DIFFUSION
 
 
@@ -27,7 +27,7 @@ def build_autoencoder(work_dir: Path) -> None:
     """Trains the autoencoder."""
     model, curve = autoencoder.train(work_dir)
     _replace_folder(STABLE_DIFFUSION / "vae", lambda folder: model.half().save_pretrained(folder))
-    write_json(curve, CURVES / "autoencoder.json")
+    write_json(CURVES / "autoencoder.json", curve)
 
 
 def build_judges(work_dir: Path) -> None:
@@ -35,8 +35,8 @@ def build_judges(work_dir: Path) -> None:
     for half in ("A", "B"):
         judge, curve = judges.train(half, work_dir / f"judge-{half}.pt")
         judges.save(judge)
-        write_json(curve, CURVES / f"judge-{half}.json")
-    write_json(measure.judges_on_photographs(), CURVES / "judges-measured.json")
+        write_json(CURVES / f"judge-{half}.json", curve)
+    write_json(CURVES / "judges-measured.json", measure.judges_on_photographs())
 
 
 def build_reward(work_dir: Path) -> None:
@@ -56,8 +56,8 @@ def build_reward(work_dir: Path) -> None:
         processor.save_pretrained(folder)
 
     _replace_folder(REWARD_CLIP, write)
-    write_json(curve, CURVES / "reward.json")
-    write_json(measure.reward_on_photographs(), CURVES / "reward-measured.json")
+    write_json(CURVES / "reward.json", curve)
+    write_json(CURVES / "reward-measured.json", measure.reward_on_photographs())
 
 
 def build_base(work_dir: Path) -> None:
@@ -66,13 +66,13 @@ def build_base(work_dir: Path) -> None:
     vae.register_to_config(_name_or_path="")
     pipe, curve = base.train(vae, work_dir / "base.pt")
     _replace_folder(STABLE_DIFFUSION, lambda folder: pipe.to(torch.float16).save_pretrained(folder))
-    write_json(curve, CURVES / "base.json")
+    write_json(CURVES / "base.json", curve)
 
 
 def build_guidance(work_dir: Path) -> None:
     """Chooses the base's own guidance scale on training prompts, before any alignment, and measures it on test prompts."""
     pipe = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, torch_dtype=torch.float32)
-    write_json(measure.choose_guidance(pipe), CURVES / "base-measured.json")
+    write_json(CURVES / "base-measured.json", measure.choose_guidance(pipe))
 
 
 def build_pairs(work_dir: Path) -> None:
@@ -80,7 +80,7 @@ def build_pairs(work_dir: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(STABLE_DIFFUSION, torch_dtype=torch.float32)
     for split, number in (("train", pairs.NUM_TRAIN), ("test", pairs.NUM_TEST)):
         pairs.save(pairs.build(pipe, measure.chosen_guidance(), split, number), PAIRS / f"{split}.parquet")
-    write_json(measure.pairs(), CURVES / "pairs-measured.json")
+    write_json(CURVES / "pairs-measured.json", measure.pairs())
 
 
 STEPS: dict[str, Callable[[Path], None]] = {

@@ -3,8 +3,6 @@
 Every draw of step s depends on (seed, s) alone, so a run that was stopped and resumed is the run that was not.
 """
 
-import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from mmalign.files import written_aside
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,6 @@ def fit(
     return curve
 
 
-def write_json(value: object, path: Path) -> None:
-    """Writes `value` to a temporary name, then renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
-
-
 def _learning_rate_factor(step: int, config: FitConfig) -> float:
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -128,7 +120,5 @@ def _identity(config: dict) -> dict:
 
 
 def _save(state: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with written_aside(path) as part:
+        torch.save(state, part)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.evaluation import generate
+from mmalign.files import written_aside
 from mmalign.playground import judges, raters, world
 from mmalign.playground.photographs import GARMENTS
 from mmalign.playground.settings import NUM_INFERENCE_STEPS
@@ -89,10 +90,8 @@ def build(pipe: StableDiffusionPipeline, guidance_scale: float, split: str, numb
 
 def save(data: Dataset, path: Path) -> None:
     """Writes one parquet file, to a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    data.to_parquet(str(part))
-    part.replace(path)
+    with written_aside(path) as part:
+        data.to_parquet(str(part))
 
 
 def to_jpeg(image: Image.Image) -> bytes:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmalign.training.checkpoints import write_text
+from mmalign.files import write_file
 from mmalign.training.config import DenoiserConfig
 
 _PAPERS = {
@@ -84,7 +84,7 @@ The licences of the base model and of the data apply.
 These numbers come from the training pairs (`eval_*`: from held-out pairs). Whether the pictures got better is for a held-out judge:
 `mmalign evaluate`.
 """
-    write_text(folder / "README.md", text)
+    write_file(folder / "README.md", text)
 
 
 def _usage(base: str, trained: tuple[str, str] | None) -> str:

@@ -86,7 +86,7 @@ class AlignPipeline:
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Saves a folder that plain diffusers loads. An active adapter is merged into a copy, and also written as a LoRA file."""
         from mmalign.denoisers import adapter_for
-        from mmalign.training.checkpoints import staged
+        from mmalign.files import staged
 
         network, folder = adapter_for(self).module, Path(save_directory)
         if options.get("push_to_hub"):

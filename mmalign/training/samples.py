@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
-from mmalign.training.checkpoints import staged
+from mmalign.files import staged
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import evaluating, networks, on_device
 

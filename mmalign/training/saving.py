@@ -13,17 +13,10 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from mmalign.denoisers import Denoiser
+from mmalign.files import full_disk_explained, staged, write_json
 from mmalign.likelihood.reference import Reference
 from mmalign.training.card import write_card
-from mmalign.training.checkpoints import (
-    STAGING,
-    check_facts,
-    full_disk_explained,
-    read_manifest,
-    staged,
-    write_manifest,
-    write_text,
-)
+from mmalign.training.checkpoints import STAGING, check_facts, read_manifest, write_manifest
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.prepare import Prepared
 from mmalign.training.weights import adapter_config, component_name, has_adapter, load_trained, save_trained
@@ -81,7 +74,7 @@ class SavingTrainer(Trainer):
         with staged(folder) as part:
             self._write(part)
             self._write_card(part)
-            write_text(part / "history.json", json.dumps(self.state.log_history, indent=1))
+            write_json(part / "history.json", self.state.log_history)
 
     def _write(self, folder: Path) -> None:
         save_trained(self.pipe, self.network, folder)
@@ -104,7 +97,7 @@ class SavingTrainer(Trainer):
 
     def write_history(self) -> None:
         """Writes every logged entry to `history.json` in the output folder."""
-        write_text(Path(cast(str, self.args.output_dir)) / "history.json", json.dumps(self.state.log_history, indent=1))
+        write_json(Path(cast(str, self.args.output_dir)) / "history.json", self.state.log_history)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(cast(str, self.args.output_dir))
@@ -117,7 +110,7 @@ class SavingTrainer(Trainer):
         # super() rotates in the folder it writes to, which is not the one that older checkpoints lie in.
         self._run_dir, limit, self.args.save_total_limit = str(staging), self.args.save_total_limit, None
         try:
-            with full_disk_explained(staging):
+            with full_disk_explained(run):
                 super()._save_checkpoint(model, trial)
                 if self.state.best_global_step == self.state.global_step:
                     self.state.best_model_checkpoint = str(run / name)
@@ -125,6 +118,9 @@ class SavingTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(staging / name / "trainer_state.json"))
                     write_manifest(staging / name, self.facts)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
         finally:
             self._run_dir, self.args.save_total_limit = None, limit
         if self.args.should_save:

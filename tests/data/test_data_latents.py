@@ -25,7 +25,6 @@ from mmalign.data import (
     default_cache_dir,
     encode_pairs,
     load_pairs,
-    storage,
 )
 from mmalign.data.images import fit, to_pixels
 from mmalign.denoisers import Denoiser, adapter_for
@@ -221,39 +220,24 @@ def test_two_at_once_build_once(
     assert torch.equal(one.latents(torch.arange(6)), other.latents(torch.arange(6)))
 
 
-class _FullDisk:
-    """A file that takes the first half of what it is given."""
-
-    def __init__(self, file: Any) -> None:
-        self.file = file
-
-    def __enter__(self) -> "_FullDisk":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.file.close()
-
-    def write(self, data: bytes) -> None:
-        self.file.write(data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Call with n: the n-th file written from then on, and all later ones, find the disk full."""
-    genuine = Path.open
+    """Call with n: the n-th file written from then on, and all later ones, find the disk full after their first half."""
+    genuine = Path.write_bytes
 
     def fill(after: int) -> None:
         written = []
 
-        def opened(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            file = genuine(self, mode, *arguments, **options)
-            if "w" not in mode or not self.name.endswith(".tmp"):
-                return file
+        def write(self: Path, data: bytes) -> int:
+            if not self.name.endswith(".tmp"):
+                return genuine(self, data)
             written.append(self.name)
-            return _FullDisk(file) if len(written) >= after else file
+            if len(written) < after:
+                return genuine(self, data)
+            genuine(self, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(storage.Path, "open", opened)
+        monkeypatch.setattr(Path, "write_bytes", write)
 
     yield fill
 
@@ -268,7 +252,7 @@ def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_file(
 ) -> None:
     with monkeypatch.context():
         full_disk(after)
-        with pytest.raises(OSError, match="free some, point cache_dir or .MMALIGN_CACHE") as caught:
+        with pytest.raises(OSError, match="free some, or point cache_dir or .MMALIGN_CACHE") as caught:
             encode()
         monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC and "\n" not in str(caught.value)

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from training.runs import history, lora, pairs, trainer
 
 from mmalign import DiffusionDPOPipeline
 from mmalign.training import checkpoints
-from mmalign.training.checkpoints import STAGING, full_disk_explained, read_manifest, staged, write_manifest, write_text
+from mmalign.training.checkpoints import STAGING, read_manifest, write_manifest
 
 SAVING: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
@@ -219,46 +218,9 @@ def test_a_full_disk_at_the_end_keeps_what_was_there(tmp_path: Path, monkeypatch
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_staged_moves_whole_entries_or_nothing(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with staged(folder) as part:
-        (part / "sub").mkdir()
-        (part / "sub" / "a").write_text("1")
-        (part / "b").write_text("2")
-    assert sorted(path.name for path in folder.iterdir()) == ["b", "sub"]
-    with staged(folder) as part:
-        (part / "sub").mkdir()
-        (part / "sub" / "c").write_text("3")
-    assert [path.name for path in (folder / "sub").iterdir()] == ["c"] and (folder / "b").read_text() == "2"
-    with pytest.raises(KeyError), staged(folder) as part:
-        (part / "b").write_text("broken")
-        raise KeyError
-    assert sorted(path.name for path in folder.iterdir()) == ["b", "sub"] and (folder / "b").read_text() == "2"
-    with pytest.raises(KeyError), staged(tmp_path / "new") as part:
-        raise KeyError
-    assert not (tmp_path / "new").exists()
-
-
-def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
-    (tmp_path / "kept").mkdir()
-    with pytest.raises(RuntimeError, match="something else"), full_disk_explained(tmp_path / "kept"):
-        raise RuntimeError("something else")
-    with pytest.raises(PermissionError), full_disk_explained(tmp_path / "kept"):
-        raise PermissionError(errno.EACCES, "no")
-    assert (tmp_path / "kept").exists()
-
-
 def test_a_manifest_lists_files_in_folders_too(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "weights").write_text("w")
     write_manifest(tmp_path, {"seed": 1})
     assert json.loads((tmp_path / "manifest.json").read_text())["files"].keys() == {"unet/weights"}
     assert read_manifest(tmp_path) == {"seed": 1}
-
-
-def test_text_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_text(tmp_path / "a.json", "old")
-    monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(OSError):
-        write_text(tmp_path / "a.json", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and (tmp_path / "a.json").read_text() == "old"
