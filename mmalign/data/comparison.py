@@ -75,9 +75,9 @@ class Compared:
     human one.
     """
 
-    kept: Int[Tensor, "M"]
-    first: Int[Tensor, "M"]
-    strength: Float[Tensor, "M"]
+    kept: Int[Tensor, " M"]
+    first: Int[Tensor, " M"]
+    strength: Float[Tensor, " M"]
     num_pairs: int
     num_human_ties: int
     num_score_ties: int
@@ -104,7 +104,7 @@ class Compared:
         )
 
 
-def compare(labels: Float[Tensor, "N"], scores: Float[Tensor, "N 2"] | None, config: ComparisonConfig) -> Compared:
+def compare(labels: Float[Tensor, " N"], scores: Float[Tensor, "N 2"] | None, config: ComparisonConfig) -> Compared:
     """Decide every pair. labels: how strongly image_0 is preferred; scores: of (image_0, image_1), raw.
 
     Exchanging the two images (1 − label, scores reversed) exchanges `first` and changes nothing else.
@@ -132,7 +132,7 @@ def compare(labels: Float[Tensor, "N"], scores: Float[Tensor, "N 2"] | None, con
     )
 
 
-def _strength(scores: Float[Tensor, "U 2"], config: ComparisonConfig) -> Float[Tensor, "U"]:
+def _strength(scores: Float[Tensor, "U 2"], config: ComparisonConfig) -> Float[Tensor, " U"]:
     """Positive where image_0 wins; odd under exchange of the sides to the last bit."""
     if config.kind == "relabel":
         return (scores[:, 0] - scores[:, 1]).sign()
@@ -157,7 +157,7 @@ def _check_labels(labels: Tensor) -> None:
         )
 
 
-def _checked_scores(scores: Tensor | None, labels: Tensor, used: Bool[Tensor, "N"]) -> Float[Tensor, "U 2"]:
+def _checked_scores(scores: Tensor | None, labels: Tensor, used: Bool[Tensor, " N"]) -> Float[Tensor, "U 2"]:
     """The scores of the U pairs that are used, in float64."""
     if scores is None:
         raise ValueError(

@@ -27,11 +27,11 @@ class PreferenceItem(TypedDict):
 class PreferenceBatch(TypedDict):
     """B pairs; the text is encoded.conditioning(prompt_index)."""
 
-    row: Int[Tensor, "B"]
+    row: Int[Tensor, " B"]
     chosen: Float[Tensor, "B C h w"]
     rejected: Float[Tensor, "B C h w"]
-    prompt_index: Int[Tensor, "B"]
-    strength: Float[Tensor, "B"]
+    prompt_index: Int[Tensor, " B"]
+    strength: Float[Tensor, " B"]
     size_chosen: Int[Tensor, "B 6"]
     size_rejected: Int[Tensor, "B 6"]
 

@@ -111,11 +111,11 @@ class EncodedPairs:
         """sha256 of everything the contents depend on."""
         return self.manifest.key
 
-    def latents(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n 2 C h w"]:
+    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C h w"]:
         """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in."""
         return self._latents.rows("latents", index)
 
-    def conditioning(self, prompt_index: Int[Tensor, "n"]) -> Conditioning:
+    def conditioning(self, prompt_index: Int[Tensor, " n"]) -> Conditioning:
         """The text of prompts `prompt_index`; for SDXL without sizes, which are an image's: see `sizes`."""
         pooled = self._text.rows("pooled", prompt_index) if self.empty.pooled is not None else None
         return Conditioning(self._text.rows("prompt_embeds", prompt_index), pooled)
@@ -126,7 +126,7 @@ class EncodedPairs:
         tensors = read_shard(self.folder / EMPTY)
         return Conditioning(tensors["prompt_embeds"], tensors.get("pooled"))
 
-    def sizes(self, index: Int[Tensor, "n"], side: int | Int[Tensor, "n"]) -> Int[Tensor, "n 6"]:
+    def sizes(self, index: Int[Tensor, " n"], side: int | Int[Tensor, " n"]) -> Int[Tensor, "n 6"]:
         """Original height and width, top and left of the crop, target height and width of one side of pairs `index`."""
         index = index.cpu()
         side = torch.as_tensor(side).cpu().expand(index.shape)

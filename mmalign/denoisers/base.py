@@ -52,7 +52,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def predict(
-        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"], conditioning: Conditioning
+        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:
         """The raw output of `module` (policy or reference) at table index t, run in the module's dtype."""
 

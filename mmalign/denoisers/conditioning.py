@@ -53,7 +53,7 @@ class Conditioning:
             None if self.time_ids is None else self.time_ids.to(device=device),
         )
 
-    def where(self, mask: Bool[Tensor, "B"], other: "Conditioning") -> "Conditioning":
+    def where(self, mask: Bool[Tensor, " B"], other: "Conditioning") -> "Conditioning":
         """This row's text where mask is true, other's where it is false; time_ids are the image's and stay.
 
         Prompt dropout: `embeds.where(~dropped, empty)` before repeat_pair, so that both sides of a pair share the

@@ -31,8 +31,8 @@ class Schedule:
     """
 
     prediction_type: PredictionType
-    signal: Float[Tensor, "T"]
-    noise: Float[Tensor, "T"]
+    signal: Float[Tensor, " T"]
+    noise: Float[Tensor, " T"]
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "Schedule":
@@ -93,30 +93,30 @@ class Schedule:
             digest.update(table.detach().cpu().double().numpy().tobytes())
         return digest.hexdigest()
 
-    def level(self, t: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def level(self, t: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """λ_t in float64: σ̂ = noise/signal for VP, σ for flow. t = −1 stands for the data itself (λ = 0)."""
         noise, signal = self._gather(self.noise, t), self._gather(self.signal, t)
         level = noise if self.is_flow else noise / signal
         return torch.where(t < 0, torch.zeros_like(level), level)
 
-    def scale(self, t: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def scale(self, t: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         """x/u in float64: signal for VP, 1 for flow. t = −1 stands for the data itself (scale 1)."""
         signal = self._gather(self.signal, t)
         return torch.where((t < 0) | self.is_flow, torch.ones_like(signal), signal)
 
-    def model_timestep(self, t: Int[Tensor, "B"]) -> Tensor:
+    def model_timestep(self, t: Int[Tensor, " B"]) -> Tensor:
         """What the network is told: t itself for VP, σ_t·T for flow."""
         return (self._gather(self.noise, t) * self.num_timesteps).float() if self.is_flow else t
 
     def add_noise(
-        self, x0: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Int[Tensor, "B"]
+        self, x0: Float[Tensor, "B ..."], noise: Float[Tensor, "B ..."], t: Int[Tensor, " B"]
     ) -> Float[Tensor, "B ..."]:
         """x_t = signal[t]·x_0 + noise[t]·n."""
         signal, sigma = self._coefficients(t, x0)
         return signal * precise(x0) + sigma * precise(noise)
 
     def to_noise(
-        self, output: Float[Tensor, "B ..."], x_fed: Float[Tensor, "B ..."], t: Int[Tensor, "B"]
+        self, output: Float[Tensor, "B ..."], x_fed: Float[Tensor, "B ..."], t: Int[Tensor, " B"]
     ) -> Float[Tensor, "B ..."]:
         """The model's output as a noise prediction: ε | √ᾱ·v + √(1−ᾱ)·x | x + (1−σ)·v.
 
@@ -130,7 +130,7 @@ class Schedule:
         return signal * precise(output) + sigma * precise(x_fed)
 
     def to_direction(
-        self, output: Float[Tensor, "B ..."], x_fed: Float[Tensor, "B ..."], t: Int[Tensor, "B"]
+        self, output: Float[Tensor, "B ..."], x_fed: Float[Tensor, "B ..."], t: Int[Tensor, " B"]
     ) -> Float[Tensor, "B ..."]:
         """The model's output as d(u)/dλ: ε for VP models, v for flow."""
         return precise(output) if self.is_flow else self.to_noise(output, x_fed, t)
@@ -139,7 +139,7 @@ class Schedule:
         self,
         x0: Float[Tensor, "B ..."],
         noise: Float[Tensor, "B ..."],
-        t: Int[Tensor, "B"],
+        t: Int[Tensor, " B"],
         loss_space: LossSpace | None = None,
     ) -> Float[Tensor, "B ..."]:
         """What a perfect denoiser would output for forward noise: n in ε-space; n − x_0 (flow) or √ᾱ·n − √(1−ᾱ)·x_0."""
@@ -162,7 +162,7 @@ def precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def rows_like(values: Float[Tensor, "B"], like: Float[Tensor, "..."]) -> Tensor:
+def rows_like(values: Float[Tensor, " B"], like: Float[Tensor, "..."]) -> Tensor:
     """One number a row, on like's device, in its precise dtype, shaped (B, 1, …, 1) to broadcast over such rows."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     return values.to(like.device, dtype).view(-1, *[1] * (like.ndim - 1))

@@ -34,7 +34,7 @@ class StableDiffusionDenoiser(Denoiser):
         return conditioning
 
     def predict(
-        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"], conditioning: Conditioning
+        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:
         dtype = module_dtype(module)
         return module(

@@ -57,7 +57,7 @@ class StableDiffusionXLDenoiser(Denoiser):
         return replace(conditioning, time_ids=sizes.to(conditioning.prompt_embeds.device, torch.float32))
 
     def predict(
-        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, "B"], conditioning: Conditioning
+        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:
         if conditioning.pooled is None or conditioning.time_ids is None:
             raise ValueError("SDXL needs pooled text and image sizes: use denoiser.with_sizes(conditioning, sizes)")

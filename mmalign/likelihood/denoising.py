@@ -21,17 +21,17 @@ class DenoisingPoint:
 
     x_t: Float[Tensor, "B ..."]
     target: Float[Tensor, "B ..."]
-    timestep: Int[Tensor, "B"]
+    timestep: Int[Tensor, " B"]
 
 
 def forward_points(
-    schedule: Schedule, x0: Float[Tensor, "B ..."], t: Int[Tensor, "B"], noise: Float[Tensor, "B ..."]
+    schedule: Schedule, x0: Float[Tensor, "B ..."], t: Int[Tensor, " B"], noise: Float[Tensor, "B ..."]
 ) -> DenoisingPoint:
     """Forward noising q(x_t|x_0): the target is the noise (VP) or n − x_0 (flow)."""
     return DenoisingPoint(schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t), t)
 
 
-def mean_squared_error(prediction: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, "B"]:
+def mean_squared_error(prediction: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
     """Mean over everything but the row of (prediction − target)², in float32 or better."""
     return (precise(prediction) - precise(target)).square().flatten(1).mean(1)
 
@@ -40,10 +40,10 @@ def prediction_error(
     prediction: Float[Tensor, "B ..."],
     x_t: Float[Tensor, "B ..."],
     target: Float[Tensor, "B ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     schedule: Schedule,
     loss_space: LossSpace | None = None,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """Mean squared error of a raw model output against a direction target (τ or v̄), measured in loss_space.
 
     VP: ‖ε_θ − τ‖² in "epsilon", ‖v_θ − v_τ‖² = ‖ε_θ − τ‖²/ᾱ_t in "velocity", whatever the model predicts.
@@ -63,17 +63,17 @@ def excess_errors(
     reference_pred: Float[Tensor, "B ..."],
     x_t: Float[Tensor, "B ..."],
     target: Float[Tensor, "B ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     schedule: Schedule,
     loss_space: LossSpace | None = None,
-) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """(m, r): the errors of policy and reference on the same point; r carries no gradient."""
     m = prediction_error(policy_pred, x_t, target, t, schedule, loss_space)
     r = prediction_error(reference_pred.detach(), x_t, target, t, schedule, loss_space)
     return m, r
 
 
-def pair_log_probs(m: Float[Tensor, "N"], r: Float[Tensor, "N"] | None) -> PairLogProbs:
+def pair_log_probs(m: Float[Tensor, " N"], r: Float[Tensor, " N"] | None) -> PairLogProbs:
     """Errors of [chosen…, rejected…] as log-likelihood surrogates −½·m and −½·r; r is None without a reference."""
     chosen, rejected = (-0.5 * m).chunk(2)
     if r is None:
@@ -86,12 +86,12 @@ def output_space_scale(
     policy_pred: Float[Tensor, "N ..."],
     x_t: Float[Tensor, "N ..."],
     target: Float[Tensor, "N ..."],
-    t: Int[Tensor, "N"],
+    t: Int[Tensor, " N"],
     schedule: Schedule,
     *,
     mu: float,
     loss_space: LossSpace | None = None,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """λ = min(1, (1−μ)·‖g_w‖²/⟨g_l, g_w⟩) where ⟨g_l, g_w⟩ > 0, else 1: the share of the loser's gradient to keep.
 
     Diffusion-SDPO's safeguard, g the gradients of the errors with respect to the network's outputs: with it a

@@ -34,11 +34,11 @@ def randn(
     return torch.stack([torch.randn(tuple(shape), generator=g) for g in generators]).to(device, dtype)
 
 
-def rand(generators: Sequence[torch.Generator]) -> Float[Tensor, "B"]:
+def rand(generators: Sequence[torch.Generator]) -> Float[Tensor, " B"]:
     """Uniform in [0, 1), (B,)."""
     return torch.cat([torch.rand(1, generator=g) for g in generators])
 
 
-def randint(generators: Sequence[torch.Generator], low: int, high: int) -> Int[Tensor, "B"]:
+def randint(generators: Sequence[torch.Generator], low: int, high: int) -> Int[Tensor, " B"]:
     """Uniform integers in low … high − 1, (B,)."""
     return torch.cat([torch.randint(low, high, (1,), generator=g) for g in generators])

@@ -31,15 +31,15 @@ class Grid:
     target: Int[Tensor, "B K"]
     first: Int[Tensor, "B K"]
     later: Int[Tensor, "B K"]
-    moves: Int[Tensor, "B"]
+    moves: Int[Tensor, " B"]
 
     @property
-    def landing(self) -> Int[Tensor, "B"]:
+    def landing(self) -> Int[Tensor, " B"]:
         """Where each row stands after its last move."""
         return self.target.gather(1, self.moves[:, None] - 1)[:, 0]
 
 
-def make_grid(schedule: Schedule, t: Int[Tensor, "B"], config: InversionConfig) -> Grid:
+def make_grid(schedule: Schedule, t: Int[Tensor, " B"], config: InversionConfig) -> Grid:
     """The grid of every row for conditioning timesteps t, on the CPU."""
     t = t.detach().cpu().long()
     if t.ndim != 1 or not len(t):
@@ -58,7 +58,7 @@ def make_grid(schedule: Schedule, t: Int[Tensor, "B"], config: InversionConfig) 
     return Grid(source, target, first, target, moves)
 
 
-def fixed_grid(schedule: Schedule, num_steps: int) -> Int[Tensor, "N"]:
+def fixed_grid(schedule: Schedule, num_steps: int) -> Int[Tensor, " N"]:
     """The N timesteps round((t_max+1)·k/N) − 1, k = 1 … N, ending at the schedule's largest drawable one."""
     top = schedule.max_timestep + 1
     if not 1 <= num_steps <= top:
@@ -68,14 +68,14 @@ def fixed_grid(schedule: Schedule, num_steps: int) -> Int[Tensor, "N"]:
 
 def draw_timesteps(
     schedule: Schedule, generators: Sequence[torch.Generator], config: InversionConfig | None = None
-) -> Int[Tensor, "B"]:
+) -> Int[Tensor, " B"]:
     """Uniform over the drawable timesteps, or over the fixed grid's if the config has one; (B,)."""
     if config is not None and config.grid == "fixed":
         return fixed_grid(schedule, config.num_steps)[draws.randint(generators, 0, config.num_steps)]
     return draws.randint(generators, 0, schedule.max_timestep + 1)
 
 
-def path_weights(schedule: Schedule, config: InversionConfig) -> Float[Tensor, "T"]:
+def path_weights(schedule: Schedule, config: InversionConfig) -> Float[Tensor, " T"]:
     """w_s = P(t = s) / E[number of landings at s], for training on every landing of a path (keep_path=True).
 
     With t drawn uniformly (draw_timesteps), small timesteps are landed on more often than drawn. Weighted by w, the sum
@@ -96,10 +96,10 @@ class LandingTable:
     τ_measured = leak·x_0 + spread·τ_true, leak = (√ᾱ_L − √ᾱ_t)/√(1−ᾱ_t), spread = √(1−ᾱ_L)/√(1−ᾱ_t).
     """
 
-    timestep: Int[Tensor, "T"]
-    landing: Int[Tensor, "T"]
-    leak: Float[Tensor, "T"]
-    spread: Float[Tensor, "T"]
+    timestep: Int[Tensor, " T"]
+    landing: Int[Tensor, " T"]
+    leak: Float[Tensor, " T"]
+    spread: Float[Tensor, " T"]
 
 
 def landing_table(schedule: Schedule, config: InversionConfig) -> LandingTable:

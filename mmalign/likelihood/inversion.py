@@ -28,8 +28,8 @@ class PathPoint:
 
     x_t: Float[Tensor, "n ..."]
     target: Float[Tensor, "n ..."]
-    timestep: Int[Tensor, "n"]
-    rows: Int[Tensor, "n"]
+    timestep: Int[Tensor, " n"]
+    rows: Int[Tensor, " n"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Inversion:
 
     x_t: Float[Tensor, "B ..."]
     target: Float[Tensor, "B ..."]
-    timestep: Int[Tensor, "B"]
-    landing: Int[Tensor, "B"]
-    moves: Int[Tensor, "B"]
+    timestep: Int[Tensor, " B"]
+    landing: Int[Tensor, " B"]
+    moves: Int[Tensor, " B"]
     num_calls: int
     path: tuple[PathPoint, ...] = ()
 
@@ -55,8 +55,8 @@ class RoundTrip:
 
     inversion: Inversion
     reconstruction: Float[Tensor, "B ..."]
-    rmse: Float[Tensor, "B"]
-    psnr: Float[Tensor, "B"]
+    rmse: Float[Tensor, " B"]
+    psnr: Float[Tensor, " B"]
 
 
 @torch.no_grad()
@@ -64,7 +64,7 @@ def invert(
     predict: Predict,
     schedule: Schedule,
     x0: Float[Tensor, "B ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     config: InversionConfig,
     generators: Sequence[torch.Generator] | None = None,
     *,
@@ -107,7 +107,7 @@ def reconstruct(
     predict: Predict,
     schedule: Schedule,
     x_t: Float[Tensor, "B ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     config: InversionConfig,
 ) -> Float[Tensor, "B ..."]:
     """Sample back from x_t over the grid that led to it: DDIM (VP) or Euler (flow), u ← u − (λ_b − λ_a)·e(x_b, b)."""
@@ -124,7 +124,7 @@ def round_trip(
     predict: Predict,
     schedule: Schedule,
     x0: Float[Tensor, "B ..."],
-    t: Int[Tensor, "B"],
+    t: Int[Tensor, " B"],
     config: InversionConfig,
     generators: Sequence[torch.Generator] | None = None,
     *,

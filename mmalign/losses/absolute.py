@@ -12,7 +12,7 @@ from mmalign.losses.records import PairLogProbs
 from mmalign.losses.template import logistic, rewards
 
 
-def nca_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def nca_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """φ(r_w) + ½·φ(−r_w) + ½·φ(−r_l), φ = −log σ. Noise-contrastive alignment, arXiv:2402.05369.
 
     Shapes: B pairs in, (B,) out. 2 ln 2 at policy = reference; best at r_w = ln 2: the chosen side is held up.
@@ -21,7 +21,7 @@ def nca_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
     return logistic(chosen) + 0.5 * logistic(-chosen) + 0.5 * logistic(-rejected)
 
 
-def bco_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def bco_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """φ(r_w) + φ(−r_l), φ = −log σ. Binary classifier optimisation with a zero reward shift, arXiv:2404.04656.
 
     Shapes: B pairs in, (B,) out. Never below `sigmoid`. The shift δ of the paper is in `bco`.
@@ -30,7 +30,7 @@ def bco_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
     return logistic(chosen) + logistic(-rejected)
 
 
-def sppo_hard(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def sppo_hard(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """(ρ_w − 1/(2β))² + (ρ_l + 1/(2β))². SPPO, eq. 4.7 of arXiv:2405.00675 at win probabilities 1 and 0.
 
     Shapes: B pairs in, (B,) out. β is a temperature: it does not multiply ρ.
@@ -39,7 +39,7 @@ def sppo_hard(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
     return (logps.chosen_logratio - 0.5 / beta) ** 2 + (logps.rejected_logratio + 0.5 / beta) ** 2
 
 
-def apo_zero(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def apo_zero(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """(1 − σ(r_w)) + σ(r_l). Anchored preference optimisation, eq. 7 of arXiv:2408.06266.
 
     Shapes: B pairs in, (B,) out. Raises the chosen and lowers the rejected side: for pairs better than the model.
@@ -48,7 +48,7 @@ def apo_zero(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
     return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
-def apo_down(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def apo_down(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """σ(r_w) + (1 − σ(r_w − r_l)). Anchored preference optimisation, eq. 8 of arXiv:2408.06266.
 
     Shapes: B pairs in, (B,) out. Lowers both sides, the rejected one more: for pairs worse than the model.

@@ -35,10 +35,10 @@ def compute(
     logps: LogProbs,
     *,
     loss_weights: Sequence[float] | None = None,
-    strength: Real[Tensor, "B"] | float | None = None,
-    weight: Real[Tensor, "B"] | float | None = None,
+    strength: Real[Tensor, " B"] | float | None = None,
+    weight: Real[Tensor, " B"] | float | None = None,
     **hyper: Any,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """weight · Σ_k loss_weights_k · loss_k: one number per item, never reduced.
 
     `name` is a key, a function of a record, or a list of these (`loss_weights` default to 1 each). `strength` is a
@@ -85,7 +85,7 @@ def _member(name: LossName) -> _Member:
     return _Member(label, function, tuple(option.name for option in options), takes_any, info)
 
 
-def _evaluate(member: _Member, logps: LogProbs, options: Mapping[str, Any]) -> Float[Tensor, "B"]:
+def _evaluate(member: _Member, logps: LogProbs, options: Mapping[str, Any]) -> Float[Tensor, " B"]:
     if member.info is not None:
         record = UnpairedLogProbs if member.info.unpaired else PairLogProbs
         if not isinstance(logps, record):

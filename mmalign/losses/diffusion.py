@@ -22,7 +22,7 @@ def diffusion_kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     utility: str = "sigmoid",
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """λ·(1 − U(±β·(ρ − z0))), + if liked, − if not; U is σ or log σ. Diffusion-KTO, arXiv:2404.04465.
 
     z0 is max(0, mean of `kl`) if the record has it (pass the mean over all ranks), else max(0, mean of ρ) over this
@@ -40,7 +40,7 @@ def diffusion_kto(
 
 def mapo(
     logps: PairLogProbs, *, beta: float = 0.1, snr_value: float = 0.5, num_train_timesteps: int = 1000
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """m_w − β·log σ(T·(g(m_w) − g(m_l))), g(m) = s·m/(e^{s·m} − 1), m = −2·log π. MaPO, arXiv:2406.06424.
 
     Reference-free. s = snr_value, T = num_train_timesteps, as the release spells them; β weighs the margin term. A
@@ -55,8 +55,8 @@ def mapo(
 
 
 def sdpo(
-    logps: PairLogProbs, *, rejected_scale: Float[Tensor, "B"], beta: float = 0.1, strength: Strength = None
-) -> Float[Tensor, "B"]:
+    logps: PairLogProbs, *, rejected_scale: Float[Tensor, " B"], beta: float = 0.1, strength: Strength = None
+) -> Float[Tensor, " B"]:
     """−log σ(β·(ρ_w − ρ_l)) with the gradient through ρ_l scaled by λ. Diffusion-SDPO, arXiv:2511.03317.
 
     λ = `rejected_scale` in [0, 1], (B,), keeps the rejected side from harming the chosen one; it is computed from
@@ -76,7 +76,7 @@ def sdpo(
     return pair_loss(beta * signed(logps.chosen_logratio - rejected, strength))
 
 
-def _bose(x: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def _bose(x: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """x/(e^x − 1), 1 at x = 0, without overflow on either side and with a gradient everywhere.
 
     Near 0 its series 1 − x/2 + x²/12 − x⁴/720; elsewhere a·e^{−a}/(1 − e^{−a}) at a = |x|, plus a where x < 0.

@@ -21,8 +21,8 @@ DEFAULT_ALPHA = 0.5
 
 
 def f_prime(
-    logratio: Float[Tensor, "B"], *, f_divergence_type: str, f_alpha_divergence_coef: float
-) -> Float[Tensor, "B"]:
+    logratio: Float[Tensor, " B"], *, f_divergence_type: str, f_alpha_divergence_coef: float
+) -> Float[Tensor, " B"]:
     """f′(e^ρ), zero at ρ = 0. arXiv:2309.16240; coefficient and spellings as in TRL.
 
     reverse_kl ρ; forward_kl 1 − e^{−ρ}; js_divergence ln 2 + log σ(ρ); alpha_divergence (e^{(c−1)ρ} − 1)/(c − 1), which
@@ -47,7 +47,7 @@ def score_gap(
     f_alpha_divergence_coef: float,
     *,
     length_normalised: bool = False,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """strength · (f′(u_w) − f′(u_l)), each side divided by its length if asked: the argument of every margin loss."""
     chosen, rejected = (
         f_prime(rho, f_divergence_type=f_divergence_type, f_alpha_divergence_coef=f_alpha_divergence_coef)

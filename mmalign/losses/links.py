@@ -18,7 +18,7 @@ def hinge(
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """max(0, 1 − z), z = β·(ρ_w − ρ_l). The normalised hinge of RSO, arXiv:2309.06657; SLiC is arXiv:2305.10425.
 
     Shapes: B pairs in, (B,) out. 1 at policy = reference; 0 with no gradient once z ≥ 1.
@@ -35,7 +35,7 @@ def ipo(
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """(D − 1/(2β))², D = ρ_w − ρ_l. IPO, eq. 17 of arXiv:2310.12036, whose τ is β; β does not multiply D.
 
     With lengths in the record each ρ is divided by its length first, as in TRL; without them D is the paper's, and a
@@ -51,11 +51,11 @@ def exo_pair(
     logps: PairLogProbs,
     *,
     beta: float = 0.1,
-    label_smoothing: float | Float[Tensor, "B"] = 1e-3,
+    label_smoothing: float | Float[Tensor, " B"] = 1e-3,
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """σ(z)·log(σ(z)/(1 − ε)) + σ(−z)·log(σ(−z)/ε), z = β·(ρ_w − ρ_l). EXO, eq. 16 of arXiv:2402.00856.
 
     The reverse KL from the policy's choice to a label smoothed by ε = label_smoothing > 0. Shapes: B pairs in, (B,)
@@ -78,7 +78,7 @@ def discopop(
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """(1 − s)·φ(z) + s·e^{−z}, s = σ(z/τ), φ = −log σ. DiscoPOP, eq. 5 of arXiv:2406.08414.
 
     Shapes: B pairs in, (B,) out. (1 + ln 2)/2 at z = 0; logistic far below, exponential far above, and not monotone in

@@ -16,7 +16,7 @@ def sigmoid(
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """−log σ(z), z = β·(ρ_w − ρ_l). DPO, eq. 7 of arXiv:2305.18290; Diffusion-DPO, arXiv:2311.12908.
 
     Shapes: B pairs in, (B,) out. At policy = reference every loss is ln 2. With `strength` = γ(2p − 1) it is SmPO.
@@ -33,7 +33,7 @@ def sigmoid_norm(
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """−log σ(β·(ρ_w/|y_w| − ρ_l/|y_l|)). Length-normalised DPO, arXiv:2407.15229.
 
     Shapes: B pairs with their lengths in, (B,) out. Margins are per token, so β is larger than for `sigmoid`: with
@@ -48,11 +48,11 @@ def cdpo(
     logps: PairLogProbs,
     *,
     beta: float = 0.1,
-    label_smoothing: float | Float[Tensor, "B"] = 0.1,
+    label_smoothing: float | Float[Tensor, " B"] = 0.1,
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """(1 − ε)·φ(z) + ε·φ(−z), φ = −log σ: conservative DPO, the label smoothing of arXiv:2305.18290's authors.
 
     ε = label_smoothing is one number, or one for each pair: visit counts in arXiv:2405.00451, uncertainty in
@@ -68,11 +68,11 @@ def robust(
     logps: PairLogProbs,
     *,
     beta: float = 0.1,
-    label_smoothing: float | Float[Tensor, "B"] = 0.1,
+    label_smoothing: float | Float[Tensor, " B"] = 0.1,
     strength: Strength = None,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = DEFAULT_ALPHA,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """[(1 − ε)·φ(z) − ε·φ(−z)]/(1 − 2ε), φ = −log σ. Provably robust DPO, arXiv:2403.00409.
 
     ε = label_smoothing is the rate of flipped labels: averaged over flips at that rate the loss is `sigmoid` exactly.

@@ -19,12 +19,12 @@ class PairLogProbs:
     denoisers, whose squared error is a mean already, leave them out or pass ones.
     """
 
-    policy_chosen: Float[Tensor, "B"]
-    policy_rejected: Float[Tensor, "B"]
-    reference_chosen: Float[Tensor, "B"] | None = None
-    reference_rejected: Float[Tensor, "B"] | None = None
-    chosen_length: Real[Tensor, "B"] | None = None
-    rejected_length: Real[Tensor, "B"] | None = None
+    policy_chosen: Float[Tensor, " B"]
+    policy_rejected: Float[Tensor, " B"]
+    reference_chosen: Float[Tensor, " B"] | None = None
+    reference_rejected: Float[Tensor, " B"] | None = None
+    chosen_length: Real[Tensor, " B"] | None = None
+    rejected_length: Real[Tensor, " B"] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -35,22 +35,22 @@ class PairLogProbs:
         return self.policy_chosen.shape[0]
 
     @property
-    def chosen_logratio(self) -> Float[Tensor, "B"]:
+    def chosen_logratio(self) -> Float[Tensor, " B"]:
         """ρ_w = log π_θ(y_w|x) − log π_ref(y_w|x)."""
         return self.policy_chosen - present(self, "reference_chosen")
 
     @property
-    def rejected_logratio(self) -> Float[Tensor, "B"]:
+    def rejected_logratio(self) -> Float[Tensor, " B"]:
         """ρ_l = log π_θ(y_l|x) − log π_ref(y_l|x)."""
         return self.policy_rejected - present(self, "reference_rejected")
 
     @property
-    def margin(self) -> Float[Tensor, "B"]:
+    def margin(self) -> Float[Tensor, " B"]:
         """ρ_w − ρ_l."""
         return self.chosen_logratio - self.rejected_logratio
 
     @property
-    def policy_margin(self) -> Float[Tensor, "B"]:
+    def policy_margin(self) -> Float[Tensor, " B"]:
         """log π_θ(y_w|x) − log π_θ(y_l|x), without a reference."""
         return self.policy_chosen - self.policy_rejected
 
@@ -63,9 +63,9 @@ class UnpairedLogProbs:
     of mismatched prompts and completions, or one number (their mean over all ranks, or a running estimate).
     """
 
-    policy: Float[Tensor, "B"]
-    reference: Float[Tensor, "B"]
-    label: Bool[Tensor, "B"] | Integer[Tensor, "B"]
+    policy: Float[Tensor, " B"]
+    reference: Float[Tensor, " B"]
+    label: Bool[Tensor, " B"] | Integer[Tensor, " B"]
     kl: Float[Tensor, "*K"] | float | None = None
 
     def __post_init__(self) -> None:
@@ -85,12 +85,12 @@ class UnpairedLogProbs:
         return self.policy.shape[0]
 
     @property
-    def logratio(self) -> Float[Tensor, "B"]:
+    def logratio(self) -> Float[Tensor, " B"]:
         """ρ = log π_θ(y|x) − log π_ref(y|x)."""
         return self.policy - self.reference
 
     @property
-    def desirable(self) -> Bool[Tensor, "B"]:
+    def desirable(self) -> Bool[Tensor, " B"]:
         """True where the sample is liked."""
         return self.label > 0
 

@@ -11,7 +11,7 @@ from mmalign.losses.records import PairLogProbs, present
 from mmalign.losses.template import Strength, pair_loss, per_token, signed
 
 
-def sft(logps: PairLogProbs) -> Float[Tensor, "B"]:
+def sft(logps: PairLogProbs) -> Float[Tensor, " B"]:
     """−log π(y_w|x)/|y_w|: supervised learning on the chosen side, the regulariser of arXiv:2405.16436.
 
     Shapes: B pairs in, (B,) out. Without lengths it is the sum over tokens, or a denoiser's ½ · mean squared error.
@@ -25,9 +25,9 @@ def simpo(
     *,
     beta: float = 2.0,
     simpo_gamma: float = 1.0,
-    label_smoothing: float | Float[Tensor, "B"] = 0.0,
+    label_smoothing: float | Float[Tensor, " B"] = 0.0,
     strength: Strength = None,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """φ(z − γ), z = β·(log π(y_w)/|y_w| − log π(y_l)/|y_l|), φ = −log σ. SimPO, arXiv:2405.14734.
 
     γ = simpo_gamma is a margin in units of z, about β/2 in the paper. With ε = label_smoothing it is
@@ -45,8 +45,8 @@ def cpo(
     *,
     beta: float = 0.1,
     cpo_alpha: float = 1.0,
-    label_smoothing: float | Float[Tensor, "B"] = 0.0,
-) -> Float[Tensor, "B"]:
+    label_smoothing: float | Float[Tensor, " B"] = 0.0,
+) -> Float[Tensor, " B"]:
     """φ(β·(log π(y_w) − log π(y_l))) + α·NLL(y_w), φ = −log σ. CPO, arXiv:2401.08417.
 
     α = cpo_alpha; NLL is `sft`: per token if the record has lengths. With ε = label_smoothing the first term is
@@ -59,7 +59,7 @@ def cpo(
     return preference if cpo_alpha == 0 else preference + cpo_alpha * _negative_log_likelihood(logps)
 
 
-def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
+def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """NLL(y_w) + β·φ(logit p_w − logit p_l), p = exp(log π(y)/|y|), φ = −log σ. ORPO, arXiv:2403.07691.
 
     Token models only: p must be a probability. β is the weight λ of the paper. Shapes: B pairs with their lengths in,
@@ -71,13 +71,13 @@ def orpo(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, "B"]:
     return -chosen + beta * pair_loss(_logit_of_log(chosen) - _logit_of_log(rejected))
 
 
-def _negative_log_likelihood(logps: PairLogProbs) -> Float[Tensor, "B"]:
+def _negative_log_likelihood(logps: PairLogProbs) -> Float[Tensor, " B"]:
     if logps.chosen_length is None:
         return -logps.policy_chosen
     return -per_token(logps.policy_chosen, logps.chosen_length)
 
 
-def _logit_of_log(log_p: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def _logit_of_log(log_p: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """log(p/(1 − p)) from log p ≤ 0; NaN above 0, where there is no probability.
 
     The two forms of log(1 − p) each lose digits where the other is exact; they meet at p = ½. Within rounding of p = 1

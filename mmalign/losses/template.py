@@ -18,21 +18,21 @@ from mmalign.losses.checks import require_nonnegative, require_positive
 from mmalign.losses.records import PairLogProbs
 
 Link = Callable[[Tensor], Tensor]
-Strength = Real[Tensor, "B"] | float | None
+Strength = Real[Tensor, " B"] | float | None
 
 
-def logistic(z: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def logistic(z: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """φ(z) = −log σ(z)."""
     return -F.logsigmoid(z)
 
 
 def pair_loss(
-    z: Float[Tensor, "B"],
+    z: Float[Tensor, " B"],
     *,
     link: Link = logistic,
-    q: Float[Tensor, "B"] | float = 1.0,
-    margin: Float[Tensor, "B"] | float = 0.0,
-) -> Float[Tensor, "B"]:
+    q: Float[Tensor, " B"] | float = 1.0,
+    margin: Float[Tensor, " B"] | float = 0.0,
+) -> Float[Tensor, " B"]:
     """q · φ(z − m) + (1 − q) · φ(m − z)."""
     z = z - margin
     if isinstance(q, (int, float)) and q == 1:
@@ -40,14 +40,14 @@ def pair_loss(
     return q * link(z) + (1 - q) * link(-z)
 
 
-def signed(gap: Float[Tensor, "B"], strength: Strength) -> Float[Tensor, "B"]:
+def signed(gap: Float[Tensor, " B"], strength: Strength) -> Float[Tensor, " B"]:
     """strength · gap; the strength is data, so no gradient flows into it."""
     if strength is None:
         return gap
     return (strength.detach() if isinstance(strength, Tensor) else strength) * gap
 
 
-def weighted(loss: Float[Tensor, "B"], weight: Real[Tensor, "B"] | float | None) -> Float[Tensor, "B"]:
+def weighted(loss: Float[Tensor, " B"], weight: Real[Tensor, " B"] | float | None) -> Float[Tensor, " B"]:
     """weight · loss; the weight is data, so no gradient flows into it, and it must not be negative."""
     if weight is None:
         return loss
@@ -55,12 +55,12 @@ def weighted(loss: Float[Tensor, "B"], weight: Real[Tensor, "B"] | float | None)
     return (weight.detach() if isinstance(weight, Tensor) else weight) * loss
 
 
-def rewards(logps: PairLogProbs, *, beta: float) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+def rewards(logps: PairLogProbs, *, beta: float) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
     """Implicit rewards r_w = β·ρ_w and r_l = β·ρ_l."""
     require_positive("beta", beta)
     return beta * logps.chosen_logratio, beta * logps.rejected_logratio
 
 
-def per_token(score: Float[Tensor, "B"], length: Real[Tensor, "B"]) -> Float[Tensor, "B"]:
+def per_token(score: Float[Tensor, " B"], length: Real[Tensor, " B"]) -> Float[Tensor, " B"]:
     """score / length; an empty completion counts as one token, as in TRL."""
     return score / length.to(score.dtype).clamp(min=1)

@@ -13,7 +13,7 @@ from mmalign.losses.records import PairLogProbs, present
 from mmalign.losses.template import pair_loss
 
 
-def aot(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Tensor, "B"]:
+def aot(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Tensor, " B"]:
     """(1 − ε)·φ(β·d_i) + ε·φ(−β·d_i), d_i = u_(i) − u_ref(i), φ = −log σ. AOT on pairs, arXiv:2406.05882.
 
     u = log π(y_w) − log π(y_l); policy and reference are sorted over the batch, each by itself. Shapes: B pairs in,
@@ -23,7 +23,7 @@ def aot(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0)
     return _transport(logps.policy_margin, reference, beta=beta, label_smoothing=label_smoothing)
 
 
-def aot_unpaired(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Tensor, "B"]:
+def aot_unpaired(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Tensor, " B"]:
     """(1 − ε)·φ(β·d_i) + ε·φ(−β·d_i), d_i = ρ_w(i) − ρ_l(i), φ = −log σ. AOT without pairs, arXiv:2406.05882.
 
     The log-ratios of the chosen and of the rejected samples are sorted over the batch, each by itself. Shapes: B of
@@ -33,8 +33,8 @@ def aot_unpaired(logps: PairLogProbs, *, beta: float = 0.1, label_smoothing: flo
 
 
 def _transport(
-    upper: Float[Tensor, "B"], lower: Float[Tensor, "B"], *, beta: float, label_smoothing: float
-) -> Float[Tensor, "B"]:
+    upper: Float[Tensor, " B"], lower: Float[Tensor, " B"], *, beta: float, label_smoothing: float
+) -> Float[Tensor, " B"]:
     require_positive("beta", beta)
     if isinstance(label_smoothing, Tensor) and label_smoothing.ndim > 0:
         raise ValueError("label_smoothing must be one number here: sorting the batch separates it from its pair")

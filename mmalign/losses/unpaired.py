@@ -20,7 +20,7 @@ def kto(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """λ·(1 − σ(±β·(ρ − z0))), + if desirable, − if not. KTO, eq. 7 of arXiv:2402.01306.
 
     z0 = max(0, mean of `kl`), the log-ratios of mismatched prompts and completions, without gradient. For several ranks
@@ -38,7 +38,7 @@ def apo_zero_unpaired(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """λ·(1 − σ(±β·ρ)), + if desirable, − if not: `kto` without baseline. APO-zero, arXiv:2408.06266, unpaired.
 
     Shapes: B samples in, (B,) out. Over a liked and a disliked sample the sum is `apo_zero` of the pair.
@@ -55,7 +55,7 @@ def bco(
     delta: float | Tensor | None = None,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> Float[Tensor, "B"]:
+) -> Float[Tensor, " B"]:
     """λ·φ(±(r − δ)), + if desirable, − if not, r = β·ρ, φ = −log σ. BCO, arXiv:2404.04656.
 
     δ = `delta` is one number, or one for each sample (bins of timesteps); it gets no gradient. None takes this batch's
@@ -110,12 +110,12 @@ def kl_baseline(kl: Tensor) -> Float[Tensor, ""]:
     return kl.mean().clamp(min=0).detach()
 
 
-def toward_label(logps: UnpairedLogProbs, value: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def toward_label(logps: UnpairedLogProbs, value: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """+value where desirable, −value where not."""
     return torch.where(logps.desirable, value, -value)
 
 
-def class_weight(logps: UnpairedLogProbs, desirable: float, undesirable: float) -> Float[Tensor, "B"]:
+def class_weight(logps: UnpairedLogProbs, desirable: float, undesirable: float) -> Float[Tensor, " B"]:
     """λ of each sample's class."""
     require_nonnegative("desirable_weight", desirable)
     require_nonnegative("undesirable_weight", undesirable)

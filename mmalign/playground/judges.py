@@ -34,7 +34,7 @@ class Reading:
     """What a judge sees. `garment` (B, 8) probabilities, `clean` (B,) in [0, 1], `measured` colours and sizes."""
 
     garment: Float[Tensor, "B 8"]
-    clean: Float[Tensor, "B"]
+    clean: Float[Tensor, " B"]
     measured: world.Measured
 
 
@@ -42,13 +42,13 @@ class Reading:
 class Match:
     """Whether pictures show what their captions ask: three yes-or-no answers, and `asked` in [0, 1], their mean probability."""
 
-    garment: Bool[Tensor, "B"]
-    colour: Bool[Tensor, "B"]
-    background: Bool[Tensor, "B"]
-    asked: Float[Tensor, "B"]
+    garment: Bool[Tensor, " B"]
+    colour: Bool[Tensor, " B"]
+    background: Bool[Tensor, " B"]
+    asked: Float[Tensor, " B"]
 
     @property
-    def all(self) -> Bool[Tensor, "B"]:
+    def all(self) -> Bool[Tensor, " B"]:
         """All three are right."""
         return self.garment & self.colour & self.background
 
@@ -74,7 +74,7 @@ class Judge(nn.Module):
             digest.update(key.encode() + value.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> tuple[Float[Tensor, "B 8"], Float[Tensor, "B"]]:
+    def forward(self, images: Float[Tensor, "B 3 32 32"]) -> tuple[Float[Tensor, "B 8"], Float[Tensor, " B"]]:
         """Garment logits and the logit of being clean, for pictures with values in [0, 1]."""
         output = self.body(images * 2 - 1)
         return output[:, : len(GARMENTS)], output[:, len(GARMENTS)]
@@ -85,7 +85,7 @@ class Judge(nn.Module):
         logits, clean = zip(*(self(part) for part in images.split(256)), strict=True)
         return Reading(torch.cat(logits).softmax(1), torch.cat(clean).sigmoid(), world.measure(images))
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[Tensor, "N"]:
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[Tensor, " N"]:
         """One score a picture; ValueError where a prompt is not of the playground's grammar."""
         reading = self.read(to_tensor(images))
         return score(reading, match(reading, prompts))
@@ -119,7 +119,7 @@ def match(reading: Reading, captions: Sequence[str]) -> Match:
     )
 
 
-def score(reading: Reading, matched: Match) -> Float[Tensor, "B"]:
+def score(reading: Reading, matched: Match) -> Float[Tensor, " B"]:
     """4 · asked + 1.5 · clean."""
     return ASKED_WEIGHT * matched.asked + CLEAN_WEIGHT * reading.clean
 
@@ -156,7 +156,7 @@ def save(judge: Judge, folder: Path = JUDGES) -> None:
     save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, folder / f"{judge.name}.safetensors")
 
 
-def damaged(images: Float[Tensor, "B 3 H W"], generator: torch.Generator) -> tuple[Tensor, Float[Tensor, "B"]]:
+def damaged(images: Float[Tensor, "B 3 H W"], generator: torch.Generator) -> tuple[Tensor, Float[Tensor, " B"]]:
     """Pictures of which half are damaged, and how far (0 clean … 1 ruined): blurred, noisy, ghosted, torn or warped."""
     batch = len(images)
     level = torch.rand(batch, generator=generator) * (torch.rand(batch, generator=generator) < 0.6)

@@ -44,7 +44,7 @@ def users(number: int = NUM_USERS, seed: int = _TASTE_SEED) -> list[Taste]:
     return tastes
 
 
-def utility(taste: Taste, reading: Reading, matched: Match) -> Float[Tensor, "B"]:
+def utility(taste: Taste, reading: Reading, matched: Match) -> Float[Tensor, " B"]:
     """How much a user likes each picture: what everybody likes (`judges.score`) plus their taste."""
     seen = reading.measured
     liking = (
@@ -56,7 +56,7 @@ def utility(taste: Taste, reading: Reading, matched: Match) -> Float[Tensor, "B"
     return score(reading, matched) + liking
 
 
-def compare(first: Float[Tensor, "B"], second: Float[Tensor, "B"], rng: np.random.Generator) -> Float[Tensor, "B"]:
+def compare(first: Float[Tensor, " B"], second: Float[Tensor, " B"], rng: np.random.Generator) -> Float[Tensor, " B"]:
     """Labels of `first` against `second`: 1 preferred, 0 not, 0.5 where the rater sees little difference."""
     felt = (first - second) + torch.from_numpy(rng.logistic(0, NOISE, len(first))).float()
     label = (felt > 0).float()

@@ -31,14 +31,14 @@ _BLOCK = 1000
 class Scenes:
     """What a batch of pictures shows. All (B,): indices into GARMENTS and COLOURS, sizes and positions in pixels."""
 
-    garment: Int[Tensor, "B"]
-    colour: Int[Tensor, "B"]
-    background: Int[Tensor, "B"]
-    template: Int[Tensor, "B"]
+    garment: Int[Tensor, " B"]
+    colour: Int[Tensor, " B"]
+    background: Int[Tensor, " B"]
+    template: Int[Tensor, " B"]
     hue_jitter: Float[Tensor, "B 2"]
     saturation: Float[Tensor, "B 2"]
     value: Float[Tensor, "B 2"]
-    scale: Float[Tensor, "B"]
+    scale: Float[Tensor, " B"]
     shift: Float[Tensor, "B 2"]
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ def read_caption(text: str) -> tuple[int, int, int]:
     return GARMENTS.index(garments[0]), COLOURS.index(own[1]), COLOURS.index(other[1])
 
 
-def draw_scenes(labels: np.ndarray, rows: Int[Tensor, "B"], *, seed: int) -> Scenes:
+def draw_scenes(labels: np.ndarray, rows: Int[Tensor, " B"], *, seed: int) -> Scenes:
     """The scenes of `rows` of the endless stream `seed`; row i shows photograph i modulo their number."""
     garment = torch.as_tensor(labels[np.asarray(rows) % len(labels)], dtype=torch.long)
     draws = torch.stack([_uniforms(seed, int(row) // _BLOCK)[int(row) % _BLOCK] for row in rows])
@@ -110,7 +110,7 @@ def _uniforms(seed: int, block: int) -> Tensor:
     return _uniform_blocks[seed, block]
 
 
-def compose(photographs: Photographs, rows: Int[Tensor, "B"], scenes: Scenes) -> Float[Tensor, "B 3 32 32"]:
+def compose(photographs: Photographs, rows: Int[Tensor, " B"], scenes: Scenes) -> Float[Tensor, "B 3 32 32"]:
     """Tints the photographs and places them on their backgrounds; values in [0, 1]."""
     grey = torch.from_numpy(photographs.images[np.asarray(rows) % len(photographs)]).float()[:, None] / 255
     zoom = SIZE / scenes.scale
@@ -152,17 +152,17 @@ class Measured:
 
     colour_distance: Float[Tensor, "B 8"]
     background_distance: Float[Tensor, "B 8"]
-    saturation: Float[Tensor, "B"]
-    brightness: Float[Tensor, "B"]
-    garment_share: Float[Tensor, "B"]
+    saturation: Float[Tensor, " B"]
+    brightness: Float[Tensor, " B"]
+    garment_share: Float[Tensor, " B"]
 
     @property
-    def colour(self) -> Int[Tensor, "B"]:
+    def colour(self) -> Int[Tensor, " B"]:
         """The nearest named colour of the garment."""
         return self.colour_distance.argmin(1)
 
     @property
-    def background(self) -> Int[Tensor, "B"]:
+    def background(self) -> Int[Tensor, " B"]:
         """The nearest named colour of the background."""
         return self.background_distance.argmin(1)
 

@@ -81,7 +81,7 @@ class ClipScorer:
 
     def score(
         self, images: "Sequence[Image.Image]", prompts: Sequence[str], *, scaled: bool = False
-    ) -> Float[Tensor, "N"]:
+    ) -> Float[Tensor, " N"]:
         """Cosine of picture i and prompt i, in float32 on the CPU; scaled: times logit_scale."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one prompt an image")
@@ -98,7 +98,7 @@ class ClipScorer:
         return scores * self.logit_scale if scaled else scores
 
     @torch.no_grad()
-    def _cosine(self, images: "list[Image.Image]", prompts: list[str]) -> Float[Tensor, "B"]:
+    def _cosine(self, images: "list[Image.Image]", prompts: list[str]) -> Float[Tensor, " B"]:
         device, dtype = self.model.device, self.model.dtype
         pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
         # Padded to one length, so that a row's numbers do not hang on its neighbours'. Equal prompts are read once.

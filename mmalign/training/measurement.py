@@ -35,7 +35,7 @@ class Pairs:
     x0: Float[Tensor, "S*B C h w"]
     conditioning: Conditioning
     rows: list[int]
-    strength: Float[Tensor, "B"]
+    strength: Float[Tensor, " B"]
 
     @property
     def sides(self) -> int:
@@ -47,7 +47,7 @@ class Pairs:
 class Draws:
     """The keyed draws of a batch, on the CPU: timesteps (B,) and what generates noise for each side, preferred sides first."""
 
-    timestep: Int[Tensor, "B"]
+    timestep: Int[Tensor, " B"]
     noise: list[torch.Generator]
     inversion: list[torch.Generator]
 
@@ -57,11 +57,11 @@ class Measurement:
     """Errors of policy (m) and reference (r) on one point a side, and for pairs the log-probabilities made of them."""
 
     logps: PairLogProbs | None
-    policy_error: Float[Tensor, "S*B"]
-    reference_error: Float[Tensor, "S*B"] | None
+    policy_error: Float[Tensor, " S*B"]
+    reference_error: Float[Tensor, " S*B"] | None
     point: DenoisingPoint
     drawn: Draws
-    rejected_scale: Float[Tensor, "B"] | None
+    rejected_scale: Float[Tensor, " B"] | None
 
 
 def draw(
