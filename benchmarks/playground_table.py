@@ -5,7 +5,7 @@
     python benchmarks/playground_table.py table            # benchmarks/results/playground/table.md from the finished cells
 
 A cell is (row, seed): it aligns the playground's base, draws every test prompt, and keeps judge B's score of every picture.
-All settings stand in ROWS and in mmalign/playground/settings.py, and were committed before the first cell was run.
+All settings stand in ROWS and in the methods' presets "playground", and were committed before the first cell was run.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +21,54 @@ import torch
 from PIL import Image
 
 import mmalign
+from mmalign.denoisers import adapter_for
 from mmalign.evaluation import generate, win_rate, win_rate_difference
 from mmalign.files import write_json
 from mmalign.playground import judges, measure, pairs, photographs, settings, world
+from mmalign.training.config import PLAYGROUND
+from mmalign.training.estimate import forward_equivalents
 
 RESULTS = Path(__file__).parent / "results" / "playground"
 SEEDS = (0, 1, 2)
-STEPS = 200
+STEPS = PLAYGROUND["max_steps"]
 PICTURE_SEED = 7_000_000
-# Forward passes of the network per pair and step, in units of one forward over both sides (spec 01, section 12.3).
-COST = {"sft": 1.5, "dpo": 4.0, "inpo": 10.38, "smpo": 16.76}
+NAMES = {"sft": "DiffusionSFT", "dpo": "DiffusionDPO", "inpo": "InPO", "smpo": "SmPO"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method, how many steps, and what differs from the method's own settings."""
+    """One line of the table: a method, and what differs from its own settings; `longer`: as many steps as cost what SmPO's do."""
 
     method: str
-    steps: int = STEPS
     changes: dict[str, Any] = field(default_factory=dict)
+    longer: bool = False
     data: str = "playground"
 
 
-def equal_compute(method: str) -> int:
-    """Steps that cost what SmPO's do."""
-    return round(STEPS * COST["smpo"] / COST[method])
-
-
-_RELABEL = {"comparison": "relabel", "scorer": "playground"}
-_SMOOTHED = {"comparison": "smoothed", "scorer": "playground"}
+_BY_REWARD = {"scorer": "playground"}
 ROWS: dict[str, Row] = {
-    "more base training": Row("sft", equal_compute("sft"), data="photographs"),
     "sft": Row("sft"),
     "dpo": Row("dpo"),
     "inpo": Row("inpo"),
     "smpo": Row("smpo"),
-    "sft, equal compute": Row("sft", equal_compute("sft")),
-    "dpo, equal compute": Row("dpo", equal_compute("dpo")),
-    "inpo, equal compute": Row("inpo", equal_compute("inpo")),
-    # One axis at a time, from SmPO: renoise, smoothed, sigmoid.
-    "latents forward": Row("smpo", changes={"latents": "forward"}),
-    "latents ddim": Row("smpo", changes={"latents": "ddim"}),
-    "comparison human": Row("smpo", changes={"comparison": "human", "scorer": None}),
-    "comparison relabel": Row("smpo", changes={"comparison": "relabel"}),
-    "comparison bradley_terry": Row("smpo", changes={"comparison": "bradley_terry"}),
-    "link ipo": Row("smpo", changes={"comparison": "relabel", "loss_type": "ipo"}),
-    "link hinge": Row("smpo", changes={"loss_type": "hinge"}),
-    # From DPO: forward, human, sigmoid.
-    "dpo, relabel": Row("dpo", changes=_RELABEL),
-    "dpo, smoothed": Row("dpo", changes=_SMOOTHED),
+    "more base training, equal compute": Row("sft", longer=True, data="photographs"),
+    "sft, equal compute": Row("sft", longer=True),
+    "dpo, equal compute": Row("dpo", longer=True),
+    "inpo, equal compute": Row("inpo", longer=True),
+    # One axis at a time. The latents, from SmPO (renoise); its forward row is at the same time DPO with SmPO's smoothing.
+    "smpo, forward": Row("smpo", {"latents": "forward"}),
+    "smpo, 10 inversion steps": Row("smpo", {"inversion_steps": 10}),
+    "smpo, ddim": Row("smpo", {"latents": "ddim"}),
+    "inpo, eta 1": Row("inpo", {"inversion_eta": 1.0}),
+    # The comparison: from DPO (human; smoothed is above) and from SmPO (smoothed).
+    "dpo, relabel": Row("dpo", {**_BY_REWARD, "comparison": "relabel"}),
+    "dpo, bradley_terry": Row("dpo", {**_BY_REWARD, "comparison": "bradley_terry"}),
+    "smpo, human": Row("smpo", {"comparison": "human", "scorer": None}),
+    # The link, from DPO (sigmoid). IPO's gradient is not multiplied by beta and would drown in Adam's usual epsilon.
+    "dpo, ipo": Row("dpo", {"loss_type": "ipo", "adam_epsilon": 1e-12}),
+    "dpo, hinge": Row("dpo", {"loss_type": "hinge"}),
+    # What the released code computes, off-grid landings included.
+    "smpo, official": Row("smpo", {"inversion_compat": "official-0.20", "inversion_steps": 10}),
 }
 
 
@@ -90,12 +90,13 @@ def run(row: str, seed: int) -> None:
     if spec is None:
         pipe = mmalign.DiffusionSFTPipeline.from_pretrained("playground")
     else:
-        name = {"sft": "DiffusionSFT", "dpo": "DiffusionDPO", "inpo": "InPO", "smpo": "SmPO"}[spec.method]
-        pipe = getattr(mmalign, f"{name}Pipeline").from_pretrained("playground")
-        changes = settings.options(spec.method, max_steps=spec.steps, seed=seed, save_strategy="no", **spec.changes)
-        data = photograph_pairs() if spec.data == "photographs" else spec.data
+        pipe = getattr(mmalign, f"{NAMES[spec.method]}Pipeline").from_pretrained("playground")
+        steps = round(STEPS * cost("smpo") / cost(spec.method)) if spec.longer else STEPS
+        changes = {"max_steps": steps, "seed": seed, **spec.changes}
+        data = photograph_pairs(4000) if spec.data == "photographs" else spec.data
         with tempfile.TemporaryDirectory() as folder:
-            result = pipe.align(data, output_dir=folder, report_to="none", **changes)
+            options = {"preset": "playground", "save_strategy": "no", "report_to": "none", **changes}
+            result = pipe.align(data, output_dir=folder, **options)
         metrics = {k: v for entry in result.history[-4:] for k, v in entry.items()}
     trained = time.perf_counter() - start
     prompts = pairs.prompts().test
@@ -127,7 +128,16 @@ def run(row: str, seed: int) -> None:
     )
 
 
-def photograph_pairs(number: int = 1200) -> list[dict[str, Any]]:
+@cache
+def cost(method: str) -> float:
+    """Forward passes over one side of a pair that a pair of one step costs, by arithmetic."""
+    config = getattr(mmalign, f"{NAMES[method]}Config").preset("playground", output_dir="unused", use_cpu=True)
+    schedule = adapter_for(mmalign.DiffusionSFTPipeline.from_pretrained("playground")).schedule
+    sides = 2 if config.needs_pairs else 1
+    return sides * forward_equivalents(schedule, config.inversion(), has_reference=config.needs_pairs)
+
+
+def photograph_pairs(number: int) -> list[dict[str, Any]]:
     """Composed photographs that the base saw the likes of in its own training: the captioned one preferred to another one."""
     data = photographs.load("train")
     rows = torch.arange(number)
@@ -168,9 +178,11 @@ CONTRASTS = (
     ("inpo", "dpo"),
     ("smpo", "inpo"),
     ("smpo", "dpo, equal compute"),
-    ("smpo", "latents forward"),
-    ("smpo", "comparison relabel"),
-    ("comparison relabel", "comparison human"),
+    ("smpo, forward", "smpo"),
+    ("smpo, forward", "dpo"),
+    ("inpo, eta 1", "inpo"),
+    ("smpo", "smpo, 10 inversion steps"),
+    ("smpo, official", "smpo, 10 inversion steps"),
 )
 
 

@@ -36,7 +36,14 @@ VERB = Command(
             nullable=True,
         ),
         Option(name="prompts", help="prompts to evaluate a real model on", metavar="FILE", group=_WHAT, nullable=True),
-        Option(name="max_steps", help="optimiser steps", convert=whole, metavar="N", default=200, group=_WHAT),
+        Option(
+            name="max_steps",
+            help="optimiser steps; none is 100 in the playground, else 200",
+            convert=whole,
+            metavar="N",
+            group=_WHAT,
+            nullable=True,
+        ),
         Option(
             name="num_prompts",
             help="prompts of the evaluation; none is 500 in the playground, else all",
@@ -72,10 +79,8 @@ def _playground(given: Given) -> int:
     from mmalign.evaluation import headline
     from mmalign.playground import quickstart
 
-    options = {} if given["num_prompts"] is None else {"num_prompts": given["num_prompts"]}
-    result, report = quickstart.run(
-        given["output_dir"], method=given["method"], max_steps=given["max_steps"], seed=given["seed"], **options
-    )
+    options = {name: given[name] for name in ("max_steps", "num_prompts") if given[name] is not None}
+    result, report = quickstart.run(given["output_dir"], method=given["method"], seed=given["seed"], **options)
     folder = Path(given["output_dir"])
     print(f"\n{headline(result)}\n")
     print(f"report       {report}")
@@ -91,8 +96,18 @@ def _real(given: Given) -> int:
         raise UsageError("--prompts is missing: a file of prompts to evaluate on, which the pairs do not hold")
     folder = Path(given["output_dir"])
     chosen = ["--preset", given["preset"]] if given["preset"] else []
+    steps = "200" if given["max_steps"] is None else str(given["max_steps"])
     words = [given["method"], "--model", given["model"], "--data", given["data"], "--output-dir", str(folder), *chosen]
-    code = train.run([*words, "--max-steps", str(given["max_steps"]), "--seed", str(given["seed"]), "--save-pipeline"])
+    code = train.run(
+        [
+            *words,
+            "--max-steps",
+            steps,
+            "--seed",
+            str(given["seed"]),
+            "--save-pipeline",
+        ]
+    )
     if code:
         return code
     words = [

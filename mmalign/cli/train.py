@@ -94,8 +94,7 @@ def make_command(method: str, config_class: Any) -> Command:
     return Command(
         prog=f"mmalign train {method}",
         description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
-        example=f"mmalign train {method} --model playground --data playground --max-steps 200"
-        + (" --scorer playground" if method == "smpo" else ""),
+        example=f"mmalign train {method} --model playground --data playground --output-dir runs/{method}",
         options=[
             *own,
             *(field for field in fields if field.group == OWN),
@@ -197,8 +196,9 @@ def _method(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _complete(given: Given, config_class: Any) -> Given:
-    """Puts the preset under the explicit options, and the playground's own held-out pairs behind `--eval-data playground`."""
-    preset = dict(config_class.presets.get(given["preset"], {}))
+    """Puts the preset under the explicit options; the playground's pairs have their own, and a held-out split."""
+    name = given["preset"] or ("playground" if given["data"] == "playground" else None)
+    preset = config_class.preset_options(name, given.chosen(given.explicit)) if name else {}
     if given.explicit & {"fp16", "bf16"}:
         preset = {name: value for name, value in preset.items() if name not in ("fp16", "bf16")}
     if given["eval_data"] == "playground":
@@ -206,7 +206,7 @@ def _complete(given: Given, config_class: Any) -> Given:
     added = {name: value for name, value in preset.items() if name not in given.explicit}
     # The preset is written out, so that a printed configuration stands on its own.
     values = given.values | added | {"preset": None}
-    note = f"preset {given['preset']}, written out" if given["preset"] else ""
+    note = f"preset {name}, written out" if name else ""
     return Given(values, (given.explicit | set(added)) - {"preset"}, given.config, note)
 
 

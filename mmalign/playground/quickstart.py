@@ -17,12 +17,13 @@ def run(
     output_dir: str | Path,
     *,
     method: str = "smpo",
-    max_steps: int = 200,
     num_prompts: int = 500,
     seed: int = 0,
     **options: Any,
 ) -> tuple[EvaluationResult, Path]:
     """Aligns the playground's Stable Diffusion with `method`; returns the evaluation and the path of `report.html`.
+
+    `options`: of the method's config, on top of its preset "playground".
 
     `output_dir` then holds the report, the picture `side_by_side.png`, the LoRA (`pytorch_lora_weights.safetensors`), and the aligned
     pipeline in `pipeline/`, which plain diffusers loads.
@@ -33,24 +34,12 @@ def run(
     pipeline_class = getattr(mmalign, METHODS[method])
     pipe = pipeline_class.from_pretrained("playground")
     base = pipeline_class.from_pretrained("playground")
-    aligned = pipe.align(
-        "playground",
-        output_dir=folder,
-        max_steps=max_steps,
-        seed=seed,
-        **settings.options(method, **options),
-    )
+    aligned = pipe.align("playground", output_dir=folder, seed=seed, **options)
     pipe.save_pretrained(folder / "pipeline")
-    result = compare(
-        pipe, base, folder / "evaluation", num_prompts=num_prompts, seed=seed, scorer_seen=aligned_scorer(method)
-    )
+    seen = pipeline_class.config_class.presets["playground"].get("scorer")
+    result = compare(pipe, base, folder / "evaluation", num_prompts=num_prompts, seed=seed, scorer_seen=seen)
     files = write_report(result, folder, history=aligned.history)
     return result, files.html
-
-
-def aligned_scorer(method: str) -> str | None:
-    """The name of the scorer that a method's training saw, if any."""
-    return settings.BY_METHOD[method].get("scorer")
 
 
 def compare(

@@ -6,6 +6,7 @@ loss_type   the link, any pair loss of `mmalign.losses`
 """
 
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Literal, Self
@@ -17,6 +18,17 @@ from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
+
+# What the methods' presets for the playground share. Learning rate, beta and number of inversion steps were chosen on training
+# prompts by judge A (benchmarks/playground_settings.py), before judge B had told anything.
+PLAYGROUND: dict[str, Any] = {
+    "beta": 2000.0,
+    "learning_rate": 3e-4,
+    "max_steps": 100,
+    "warmup_steps": 20,
+    "per_device_train_batch_size": 16,
+    "prompt_dropout": 0.1,
+}
 
 
 @dataclass
@@ -272,10 +284,22 @@ class DenoiserConfig(TrainingArguments):
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Self:
-        """The published settings `name` ("sd15", "sdxl", …) with `options` on top."""
+        """The settings `name`, published ("sd15", "sdxl") or chosen for the "playground", with `options` on top."""
+        return cls(**cls.preset_options(name, options), **options)
+
+    @classmethod
+    def preset_options(cls, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the preset adds to `given`: options that are not set there and that have an effect beside what is."""
         if name not in cls.presets:
             raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(sorted(cls.presets))}")
-        return cls(**{**cls.presets[name], **options})
+        chosen = {**cls.presets[name], **given}
+        axes = {chosen.get(axis, cls.__dataclass_fields__[axis].default) for axis in ("latents", "comparison")}
+        readers = {**_READ_BY, "scorer": ("relabel", "smoothed", "bradley_terry")}
+        return {
+            option: value
+            for option, value in cls.presets[name].items()
+            if option not in given and axes & set(readers.get(option, axes))
+        }
 
     def identity(self) -> dict[str, Any]:
         """Every option that a checkpoint's run and one that continues it must share, as JSON values."""

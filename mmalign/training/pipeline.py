@@ -66,10 +66,12 @@ class AlignPipeline:
     ) -> AlignResult:
         """Aligns this pipeline in place: builds the method's config from `options`, trains, and returns the result.
 
+        `preset`: published settings under `options`; "playground" data have their own, which need not be named.
         `peft_config`: a `peft.LoraConfig`; "default" is a LoRA of rank 16 on the attention projections; None trains all weights.
         `output_dir` then holds the weights, `README.md` and `history.json`. The pipeline stays on its device, ready to draw.
         """
         options |= {"output_dir": str(output_dir)}
+        preset = preset or ("playground" if train_dataset == "playground" else None)
         args = self.config_class.preset(preset, **options) if preset else self.config_class(**options)
         trainer = self.trainer_class(
             model=self,

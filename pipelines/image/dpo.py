@@ -8,7 +8,7 @@ Errors are means over the latent; both sides of a pair share the timestep and, a
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mmalign.training.config import DenoiserConfig
+from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
 
@@ -32,6 +32,7 @@ class DiffusionDPOConfig(DenoiserConfig):
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2048, "fp16": True,
             "gradient_checkpointing": True, "optim": "adafactor",
         },
+        "playground": {**PLAYGROUND},
     }  # fmt: skip
 
     beta: float = 5000.0

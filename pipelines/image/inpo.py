@@ -8,7 +8,7 @@ x_t is reached by inverting each picture with the current policy, with a little 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmalign.training.config import DenoiserConfig
+from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
 
@@ -28,6 +28,7 @@ class InPOConfig(DenoiserConfig):
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1024, "fp16": True,
             "gradient_checkpointing": True, "optim": "adafactor",
         },
+        "playground": {**PLAYGROUND},
     }  # fmt: skip
 
     latents: Literal["forward", "ddim", "renoise"] = "ddim"

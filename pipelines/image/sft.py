@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mmalign.training.config import DenoiserConfig
+from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.measurement import Measurement, Pairs
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
@@ -30,6 +30,7 @@ class DiffusionSFTConfig(DenoiserConfig):
             "learning_rate": 1.024e-5, "max_steps": 2000, "warmup_steps": 500,
             "per_device_train_batch_size": 8, "gradient_accumulation_steps": 128, "fp16": True,
         },
+        "playground": {name: value for name, value in PLAYGROUND.items() if name != "beta"},
     }  # fmt: skip
 
     def _check_losses(self) -> None:

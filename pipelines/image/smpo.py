@@ -9,7 +9,7 @@ x_t is reached by DDIM inversion with one averaged ReNoise correction a move, an
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmalign.training.config import DenoiserConfig
+from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
 
@@ -34,6 +34,7 @@ class SmPOConfig(DenoiserConfig):
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1024, "scorer": "pickscore",
             "smoothing_normalizer": "official", "fp16": True, "gradient_checkpointing": True, "optim": "adafactor",
         },
+        "playground": {**PLAYGROUND, "scorer": "playground", "inversion_steps": 2},
     }  # fmt: skip
 
     latents: Literal["forward", "ddim", "renoise"] = "renoise"

@@ -45,7 +45,7 @@ def test_the_playground(playground, capsys):
 
 def test_defaults_are_the_quickstarts_own(playground):
     assert cli.main(["quickstart"]) == 0
-    assert playground == [("runs/quickstart", {"method": "smpo", "max_steps": 200, "seed": 0})]
+    assert playground == [("runs/quickstart", {"method": "smpo", "seed": 0})]
 
 
 @pytest.mark.parametrize(

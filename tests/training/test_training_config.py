@@ -244,8 +244,19 @@ def test_presets_expand(kind: Any, tmp_path: Path) -> None:
         kind.preset("sd99", output_dir=str(tmp_path))
 
 
+def test_a_preset_gives_way_to_what_is_asked_for(tmp_path: Path) -> None:
+    asked = {"output_dir": str(tmp_path), "use_cpu": True, "beta": 77.0}
+    args = mmalign.SmPOConfig.preset("playground", **asked)
+    assert (args.beta, args.inversion_steps, args.scorer) == (77.0, 2, "playground")
+    # What the preset says of an inversion or a scorer has no effect here, and must not count as asked for.
+    args = mmalign.SmPOConfig.preset("playground", **asked, latents="forward", comparison="human")
+    assert (args.inversion_steps, args.scorer) == (10, None)
+    with pytest.raises(ValueError, match="inversion_steps has no effect"):
+        mmalign.SmPOConfig.preset("playground", **asked, latents="forward", inversion_steps=3)
+
+
 def test_published_presets_are_those_of_the_papers() -> None:
-    dpo, inpo, smpo = (kind.presets for kind in CONFIGS[:3])
+    dpo, inpo, smpo = ({name: kind.presets[name] for name in ("sd15", "sdxl")} for kind in CONFIGS[:3])
     assert {name: preset["beta"] for name, preset in smpo.items()} == {"sd15": 2000.0, "sdxl": 5000.0}
     for presets, pairs_a_step, steps in ((dpo, 2048, 2000), (inpo, 1024, 400), (smpo, 1024, 200)):
         for preset in presets.values():
