@@ -240,7 +240,7 @@ def test_presets_expand(kind: Any, tmp_path: Path) -> None:
             if option not in ("fp16", "beta"):
                 assert getattr(args, option) == value
         assert args.beta == (77.0 if kind.needs_pairs else kind.beta)
-    with pytest.raises(ValueError, match="has no preset 'sd99'; it has sd15"):
+    with pytest.raises(ValueError, match="has no preset 'sd99'; it has playground, sd15"):
         kind.preset("sd99", output_dir=str(tmp_path))
 
 
