@@ -36,7 +36,7 @@ def run(
     base = pipeline_class.from_pretrained("playground")
     aligned = pipe.align("playground", output_dir=folder, seed=seed, **options)
     pipe.save_pretrained(folder / "pipeline")
-    seen = pipeline_class.config_class.presets["playground"].get("scorer")
+    seen = {**pipeline_class.config_class.presets["playground"], **options}.get("scorer")
     result = compare(pipe, base, folder / "evaluation", num_prompts=num_prompts, seed=seed, scorer_seen=seen)
     files = write_report(result, folder, history=aligned.history)
     return result, files.html

@@ -60,7 +60,7 @@ def write_card(
 ---
 # {base} aligned by {name}
 
-Trained with [mmalign](https://pypi.org/project/mmalign) by {name}{paper} on `{data_name}`.
+Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
@@ -89,16 +89,19 @@ These numbers come from the training pairs (`eval_*`: from held-out pairs). Whet
 
 def _usage(base: str, trained: tuple[str, str] | None) -> str:
     """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
+    # Plain diffusers does not know the embedded model by name.
+    package, loader = ("mmalign", "SmPOPipeline") if base == "playground" else ("diffusers", "DiffusionPipeline")
     if trained is None:
-        return f"""from diffusers import DiffusionPipeline
+        return f"""from {package} import {loader}
 
-pipe = DiffusionPipeline.from_pretrained({base!r})
+pipe = {loader}.from_pretrained({base!r})
 pipe.load_lora_weights(FOLDER)"""
     name, kind = trained
-    return f"""from diffusers import DiffusionPipeline, {kind}
+    return f"""from diffusers import {kind}
+from {package} import {loader}
 
 {name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
-pipe = DiffusionPipeline.from_pretrained({base!r}, {name}={name})"""
+pipe = {loader}.from_pretrained({base!r}, {name}={name})"""
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -9,7 +9,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "losses.md"
 
 def rows() -> list[str]:
     """The page's table, one line a loss."""
-    lines = ["| key | what it is | paper | for | reference | takes a signed strength | hyper-parameters |", "|" + "---|" * 7]
+    lines = [
+        "| key | what it is | paper | for | reference | takes a signed strength | hyper-parameters |",
+        "|" + "---|" * 7,
+    ]
     for key in losses.names():
         info = losses.get(key)
         hyper = ", ".join(f"`{name}` {value}" for name, value in info.hyper.items() if value is not None)
