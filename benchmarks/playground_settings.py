@@ -14,17 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from playground_table import photograph_pairs
+from playground_table import NAMES, judged, photograph_pairs
 
 import mmalign
-from mmalign.evaluation import generate, win_rate
+from mmalign.evaluation import win_rate
 from mmalign.files import write_file, write_json
-from mmalign.playground import judges, measure, pairs, settings
+from mmalign.playground import pairs, settings
 
 RESULTS = Path(__file__).parent / "results" / "playground_settings"
 NUM_PROMPTS = 280
 PICTURE_SEED = 8_000_000
-CLASSES = {"dpo": "DiffusionDPOPipeline", "inpo": "InPOPipeline", "smpo": "SmPOPipeline"}
 # Pairs that the base did not draw: a composed photograph that fits the prompt, preferred to one that does not.
 OFF_POLICY = "photographs"
 
@@ -60,7 +59,7 @@ def run(name: str) -> None:
     if path.is_file():
         return
     method, changes = CELLS[name]
-    pipe: Any = getattr(mmalign, CLASSES[method]).from_pretrained("playground")
+    pipe: Any = getattr(mmalign, f"{NAMES[method]}Pipeline").from_pretrained("playground")
     metrics: dict[str, float] = {}
     if name != "base":
         data = photograph_pairs(1200) if name.endswith(OFF_POLICY) else "playground"
@@ -69,26 +68,8 @@ def run(name: str) -> None:
             metrics = pipe.align(data, output_dir=folder, **options).metrics
     pool = pairs.prompts().train
     prompts = pool[:: len(pool) // NUM_PROMPTS][:NUM_PROMPTS]
-    images = generate(
-        pipe,
-        prompts,
-        list(range(PICTURE_SEED, PICTURE_SEED + len(prompts))),
-        num_inference_steps=settings.NUM_INFERENCE_STEPS,
-        guidance_scale=measure.chosen_guidance(),
-        batch_size=56,
-    )
-    reading = judges.load("A").read(judges.to_tensor(images))
-    matched = judges.match(reading, prompts)
-    write_json(
-        path,
-        {
-            "changes": changes,
-            "all_three": round(float(matched.all.float().mean()), 4),
-            "clean": round(float(reading.clean.mean()), 4),
-            "scores": [round(float(score), 5) for score in judges.score(reading, matched)],
-            "metrics": metrics,
-        },
-    )
+    seen = judged(pipe, prompts, first_seed=PICTURE_SEED, judge="A")
+    write_json(path, {"changes": changes, **seen, "metrics": metrics})
 
 
 def table() -> str:

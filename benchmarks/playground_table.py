@@ -99,19 +99,7 @@ def run(row: str, seed: int) -> None:
             result = pipe.align(data, output_dir=folder, **options)
         metrics = {k: v for entry in result.history[-4:] for k, v in entry.items()}
     trained = time.perf_counter() - start
-    prompts = pairs.prompts().test
-    seeds = [PICTURE_SEED + 1000 * seed + i for i in range(len(prompts))]
-    images = generate(
-        pipe,
-        prompts,
-        seeds,
-        num_inference_steps=settings.NUM_INFERENCE_STEPS,
-        guidance_scale=measure.chosen_guidance(),
-        batch_size=56,
-    )
-    reading = judges.load("B").read(judges.to_tensor(images))
-    matched = judges.match(reading, prompts)
-    scores = judges.score(reading, matched)
+    seen = judged(pipe, pairs.prompts().test, first_seed=PICTURE_SEED + 1000 * seed, judge="B")
     write_json(
         path,
         {
@@ -120,12 +108,29 @@ def run(row: str, seed: int) -> None:
             "settings": changes,
             "seconds_training": round(trained, 1),
             "seconds_all": round(time.perf_counter() - start, 1),
-            "all_three": round(float(matched.all.float().mean()), 4),
-            "clean": round(float(reading.clean.mean()), 4),
-            "scores": [round(float(s), 5) for s in scores],
+            **seen,
             "metrics": metrics,
         },
     )
+
+
+def judged(pipe: Any, prompts: list[str], *, first_seed: int, judge: photographs.Half) -> dict[str, Any]:
+    """Draws one picture a prompt and has a judge read them: how many show what was asked, how clean they are, every score."""
+    images = generate(
+        pipe,
+        prompts,
+        list(range(first_seed, first_seed + len(prompts))),
+        num_inference_steps=settings.NUM_INFERENCE_STEPS,
+        guidance_scale=measure.chosen_guidance(),
+        batch_size=56,
+    )
+    reading = judges.load(judge).read(judges.to_tensor(images))
+    matched = judges.match(reading, prompts)
+    return {
+        "all_three": round(float(matched.all.float().mean()), 4),
+        "clean": round(float(reading.clean.mean()), 4),
+        "scores": [round(float(score), 5) for score in judges.score(reading, matched)],
+    }
 
 
 @cache

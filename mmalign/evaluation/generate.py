@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+
+from mmalign.denoisers.parts import bar_hidden, evaluating, networks
 
 # A diffusers text-to-image pipeline; the common base class declares neither its call nor its components.
 Pipeline: TypeAlias = Any
@@ -64,8 +65,8 @@ def generate_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
     with (
-        _inner_progress_hidden(pipe),
-        _evaluation_mode(pipe),
+        bar_hidden(pipe),
+        evaluating(networks(pipe).values()),
         tqdm(total=len(prompts), desc=description, unit="picture", disable=not progress) as bar,
     ):
         for start in range(0, len(prompts), batch_size):
@@ -94,28 +95,3 @@ def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) 
                 "Load the pipeline in float32 or bfloat16, or check whether training diverged."
             )
     return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
-
-
-@contextmanager
-def _inner_progress_hidden(pipe: Pipeline) -> Iterator[None]:
-    """Hide the pipeline's bar over sampling steps, and put the caller's choice back afterwards."""
-    before: dict[str, Any] = dict(vars(pipe).get("_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
-
-
-@contextmanager
-def _evaluation_mode(pipe: Pipeline) -> Iterator[None]:
-    """Turn dropout off (a pipeline fresh from training may have it on), and restore every module afterwards."""
-    modules = [m for c in pipe.components.values() if isinstance(c, torch.nn.Module) for m in c.modules()]
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

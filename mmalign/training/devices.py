@@ -8,11 +8,7 @@ import torch
 from torch import nn
 
 from mmalign.denoisers import Schedule
-
-
-def networks(pipe: Any) -> dict[str, nn.Module]:
-    """The parts of a pipeline that have weights, by name."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+from mmalign.denoisers.parts import networks
 
 
 @contextmanager
@@ -27,19 +23,6 @@ def on_device(parts: list[nn.Module], device: torch.device) -> Iterator[None]:
     finally:
         for part, home in away:
             part.to(home)
-
-
-@contextmanager
-def evaluating(parts: list[nn.Module]) -> Iterator[None]:
-    """`parts` in eval mode; afterwards every module is in the mode it was in."""
-    training = [module for part in parts for module in part.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def refuse_offloading(pipe: Any) -> None:

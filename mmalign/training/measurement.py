@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.denoisers import Conditioning, Denoiser, Schedule
+from mmalign.denoisers.parts import evaluating
 from mmalign.denoisers.schedule import LossSpace
 from mmalign.likelihood import draws
 from mmalign.likelihood.config import InversionConfig
@@ -25,7 +26,6 @@ from mmalign.likelihood.denoising import (
 from mmalign.likelihood.inversion import invert
 from mmalign.likelihood.reference import Reference
 from mmalign.losses import PairLogProbs
-from mmalign.training.devices import evaluating
 
 
 @dataclass(frozen=True, eq=False)

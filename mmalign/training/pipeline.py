@@ -125,9 +125,10 @@ class AlignPipeline:
         """
         from mmalign.data.images import fit, to_pixels, to_rgb
         from mmalign.denoisers import adapter_for
+        from mmalign.denoisers.parts import evaluating
         from mmalign.likelihood.config import InversionConfig
         from mmalign.likelihood.inversion import round_trip
-        from mmalign.training.devices import evaluating, storable
+        from mmalign.training.devices import storable
         from mmalign.training.prepare import native_size
 
         images = image if isinstance(image, list) else [image]

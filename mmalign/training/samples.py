@@ -9,9 +9,10 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
+from mmalign.denoisers.parts import bar_hidden, evaluating, networks
 from mmalign.files import staged
 from mmalign.training.config import DenoiserConfig
-from mmalign.training.devices import evaluating, networks, on_device
+from mmalign.training.devices import on_device
 
 logger = logging.getLogger("mmalign")
 _MARGIN, _LINE = 8, 16
@@ -52,24 +53,19 @@ class SamplePictures(TrainerCallback):
 def draw(pipe: Any, args: DenoiserConfig) -> list[Image.Image]:
     """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set."""
     parts = list(networks(pipe).values())
-    bar = dict(vars(pipe).get("_progress_bar_config", {}))
     guidance = args.validation_guidance_scale
     if guidance is None:
         guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        with on_device(parts, args.device), evaluating(parts):
-            return [
-                pipe(
-                    prompt,
-                    generator=torch.Generator().manual_seed(args.validation_seed + i),
-                    num_inference_steps=args.validation_inference_steps,
-                    guidance_scale=guidance,
-                ).images[0]
-                for i, prompt in enumerate(args.validation_prompts)
-            ]
-    finally:
-        pipe.set_progress_bar_config(**bar)
+    with on_device(parts, args.device), evaluating(parts), bar_hidden(pipe):
+        return [
+            pipe(
+                prompt,
+                generator=torch.Generator().manual_seed(args.validation_seed + i),
+                num_inference_steps=args.validation_inference_steps,
+                guidance_scale=guidance,
+            ).images[0]
+            for i, prompt in enumerate(args.validation_prompts)
+        ]
 
 
 def sheet(columns: list[list[Image.Image]], titles: list[str], captions: list[str]) -> Image.Image:

@@ -20,11 +20,12 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.config import DenoiserConfig
-from mmalign.training.devices import evaluating, networks, on_device, refuse_offloading, storable
+from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
 from mmalign.training.prepare import Prepared, Shuffled, batch_of, check_held_out, prepare

@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.runs import batch, lora, moved_lora, pipeline, trainer
 
 from mmalign.denoisers import adapter_for
+from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.reference import make_reference
 from mmalign.training import health
 from mmalign.training import trainer as training
-from mmalign.training.devices import evaluating, networks, on_device, storable
+from mmalign.training.devices import on_device, storable
 from mmalign.training.measurement import Method, Pairs, draw, measure
 from mmalign.training.saving import SavingTrainer
 
