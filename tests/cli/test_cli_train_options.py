@@ -191,6 +191,16 @@ def test_presets_are_written_out_and_read_back(method, tmp_path, capsys):
         assert getattr(reread, name) == getattr(direct, name), name
 
 
+def test_the_playgrounds_pairs_bring_their_preset():
+    playground = ["--model", "playground", "--data", "playground"]
+    verb = train.make_command("smpo", SmPOConfig)
+    given = verb.read([*playground, "--beta", "77"])
+    assert (given["scorer"], given["max_steps"], given["inversion_steps"], given["beta"]) == ("playground", 100, 2, 77)
+    assert "preset playground" in verb.to_yaml(given)
+    assert "scorer" not in verb.read([*playground, "--comparison", "human", "--latents", "forward"]).explicit
+    assert verb.read(["--model", "m", "--data", "d"])["scorer"] == "pickscore"
+
+
 def test_an_explicit_precision_replaces_the_presets():
     given = read("smpo", "--preset", "sd15", "--bf16")
     assert (given["bf16"], given["fp16"]) == (True, False)

@@ -201,6 +201,22 @@ def test_align_with_a_preset_takes_its_settings(tmp_path: Path, caplog: pytest.L
     assert "beta 5000" in told and "effective learning rate 2.048e-05" in told
 
 
+def test_the_playgrounds_pairs_bring_their_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stop(*, args: Any, **rest: Any) -> None:
+        asked.append(args)
+        raise InterruptedError
+
+    pipe = pipeline("smpo")
+    monkeypatch.setattr(type(pipe), "trainer_class", staticmethod(stop))
+    for data, options in (("playground", {}), ("playground", {"preset": "sd15", "fp16": False}), (pairs(), {})):
+        with pytest.raises(InterruptedError):
+            pipe.align(data, output_dir=tmp_path, use_cpu=True, **options)
+    assert [args.scorer for args in asked] == ["playground", "pickscore", "pickscore"]
+    assert [args.max_steps for args in asked] == [100, 200, -1]
+
+
 def test_align_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     options = SMALL | {"save_strategy": "steps", "save_steps": 1}
     whole = pipeline("dpo").align(pairs(), output_dir=tmp_path, **options)
