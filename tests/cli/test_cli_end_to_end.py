@@ -218,7 +218,6 @@ def test_the_cache_is_shown_and_cleared(run, capsys):
     assert json.loads(capsys.readouterr().out)["places"][0]["bytes"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["mmalign", "accelerate"])
 def test_two_processes_train_as_one_with_twice_the_batch(place, launcher):
     """`mmalign train --num_processes 2` and `accelerate launch -m mmalign.cli train`, on a CPU."""

@@ -63,7 +63,6 @@ def test_centring_changes_no_picture() -> None:
     assert abs(float((latents * model.config.scaling_factor).square().mean().sqrt()) - 1) < 1e-3
 
 
-@pytest.mark.slow
 def test_fifty_steps_of_the_base_meet_the_committed_curve() -> None:
     from diffusers import AutoencoderKL
 

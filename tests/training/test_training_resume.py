@@ -50,7 +50,6 @@ def test_killed_at_a_step_and_resumed_is_the_same_run(uninterrupted: dict[str, A
     assert [losses[k] for k in range(1, 9)] == pytest.approx(uninterrupted["losses"], abs=1e-6), f"killed at {step}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kill", [{"kill_at": 1}, {"kill_at": 4}, {"kill_at": 7}, {"kill_in": "write_manifest"}], ids=str
 )
@@ -188,7 +187,6 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert ranks[0]["metrics"]["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_two_processes_resume_in_a_later_epoch(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "max_steps": 5,
