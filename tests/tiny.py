@@ -1,7 +1,8 @@
 """Tiny random diffusers pipelines in the published layout, made offline and the same for every run of a seed.
 
 `from tiny import tiny_pipeline, save_tiny` with `tests` on sys.path. Kinds: "sd" (ε, PNDM, as Stable Diffusion 1.5),
-"sd-v" (v-prediction, DDIM, as 2.1), "sdxl" (both CLIPs, Euler). Images are 16×16, latents (4, 8, 8).
+"sd-v" (v-prediction, DDIM, as 2.1), "sdxl" (both CLIPs, Euler), "sd3" (both CLIPs and T5, flow), "flux" (CLIP and T5, packed
+latents, told its guidance as FLUX.1-dev is). Images are 16×16, latents (4, 8, 8).
 """
 
 from pathlib import Path
@@ -9,19 +10,21 @@ from typing import Any
 
 import torch
 
-KINDS = ("sd", "sd-v", "sdxl")
+KINDS = ("sd", "sd-v", "sdxl", "sd3", "flux")
 IMAGE_SIZE = 16
 WORDS = ("red", "blue", "green", "black", "white", "a", "on", "sneaker", "bag", "shirt", "dress", "background")
 WIDTH, MAX_LENGTH = 16, 77
 
 
 def tiny_pipeline(kind: str = "sd", seed: int = 0) -> Any:
-    """A StableDiffusionPipeline or StableDiffusionXLPipeline with under half a million random parameters."""
+    """The family's diffusers pipeline with under half a million random parameters."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = _sdxl() if kind == "sdxl" else _sd(velocity=kind == "sd-v")
+        pipe = (
+            {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[kind]() if kind not in ("sd", "sd-v") else _sd(kind == "sd-v")
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -69,7 +72,26 @@ def _text_config(tokenizer: Any) -> Any:
     )
 
 
-def _vae(scaling_factor: float) -> Any:
+def _t5(tokenizer: Any) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=4, d_ff=32, num_layers=2, num_heads=2, dense_act_fn="gelu_new",
+            is_gated_act=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    ).eval()  # fmt: skip
+
+
+def _t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{word}", -2.0) for word in WORDS), ("▁", -3.0)]
+    letters = [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    return T5Tokenizer(vocab=pieces + letters, extra_ids=0, model_max_length=512)
+
+
+def _vae(scaling_factor: float, shift_factor: float | None = None) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -80,6 +102,7 @@ def _vae(scaling_factor: float) -> Any:
         latent_channels=4,
         sample_size=IMAGE_SIZE,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
     ).eval()
 
 
@@ -149,3 +172,69 @@ def _sdxl() -> Any:
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+
+
+def _sd3() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer, tokenizer_2, tokenizer_3 = tiny_tokenizer(), tiny_tokenizer(pad_token="!"), _t5_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=IMAGE_SIZE // 2,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH,
+        pos_embed_max_size=8,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=_started(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(1.5305, shift_factor=0.0609),
+        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer_2)).eval(),
+        tokenizer_2=tokenizer_2,
+        text_encoder_3=_t5(tokenizer_3),
+        tokenizer_3=tokenizer_3,
+    )
+
+
+def _flux() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    tokenizer, tokenizer_2 = tiny_tokenizer(), _t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return FluxPipeline(
+        transformer=_started(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=_vae(0.3611, shift_factor=0.1159),
+        text_encoder=CLIPTextModel(_text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(tokenizer_2),
+        tokenizer_2=tokenizer_2,
+    )
+
+
+def _started(transformer: Any) -> Any:
+    """Away from the zeros at which these transformers start, so that every input shows in the output."""
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return transformer.eval()

@@ -91,7 +91,6 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
     from mmalign.denoisers import adapter_for
     from mmalign.evaluation import side_by_side
     from mmalign.evaluation.scorers import read_picture
-    from mmalign.training.prepare import native_size
 
     images = [read_picture(file) for file in files]
     pipe: Any = load_pipeline(given, SmPOPipeline, lora=given["lora"])
@@ -100,7 +99,7 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
         options["renoise_steps"] = 0
     trip = pipe.invert(images, prompts, timestep=given["timestep"], **options)
     denoiser = adapter_for(pipe)
-    pixels = torch.stack([to_pixels(fit(image, *native_size(denoiser))[0]) for image in images])
+    pixels = torch.stack([to_pixels(fit(image, *denoiser.native_size)[0]) for image in images])
     alone = denoiser.decode(denoiser.encode_image(pixels)).cpu()
     again = denoiser.decode(trip.reconstruction).cpu()
     shown = [[_picture(part[i]) for part in (pixels, alone, again)] for i in range(len(images))]

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,8 @@ class Denoiser(ABC):
     """
 
     family: ClassVar[str]
+    # What a pipeline of the family must hold.
+    components: ClassVar[frozenset[str]]
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -29,6 +31,18 @@ class Denoiser(ABC):
     @abstractmethod
     def module(self) -> nn.Module:
         """The network that is aligned."""
+
+    @property
+    def patch(self) -> int:
+        """Latents that the network reads as one, in each direction."""
+        return 1
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the network was trained at, by its config."""
+        size, factor = self.module.config.sample_size, self.pipe.vae_scale_factor  # type: ignore[union-attr]
+        height, width = (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
+        return height * factor, width * factor
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -59,8 +73,9 @@ class Denoiser(ABC):
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of that size."""
         factor = self.pipe.vae_scale_factor
-        if height % factor or width % factor:
-            raise ValueError(f"height and width must be multiples of {factor}, got {height}×{width}")
+        multiple = factor * self.patch
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, got {height}×{width}")
         return self.pipe.vae.config.latent_channels, height // factor, width // factor
 
     @torch.no_grad()
@@ -112,10 +127,11 @@ def module_dtype(module: nn.Module) -> torch.dtype:
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
-def count_truncated(tokenizer: Any, prompts: Sequence[str]) -> int:
-    """How many prompts have more tokens than the tokenizer's maximum length."""
+def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
+    """How many prompts have more tokens than `limit`; None is the tokenizer's maximum length."""
+    limit = tokenizer.model_max_length if limit is None else limit
     lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids]
-    return sum(length > tokenizer.model_max_length for length in lengths)
+    return sum(length > limit for length in lengths)
 
 
 @contextmanager

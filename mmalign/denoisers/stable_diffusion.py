@@ -14,6 +14,7 @@ class StableDiffusionDenoiser(Denoiser):
     """Adapter for StableDiffusionPipeline (Rombach et al., arXiv:2112.10752)."""
 
     family = "stable-diffusion"
+    components = frozenset({"vae", "text_encoder", "tokenizer", "unet", "scheduler"})
 
     @property
     def module(self) -> nn.Module:

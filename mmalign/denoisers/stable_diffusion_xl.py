@@ -23,6 +23,7 @@ class StableDiffusionXLDenoiser(Denoiser):
     """
 
     family = "stable-diffusion-xl"
+    components = frozenset({"vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "unet", "scheduler"})
 
     def __init__(self, pipe: Any, empty_prompt: EmptyPrompt | None = None) -> None:
         super().__init__(pipe)

@@ -129,7 +129,6 @@ class AlignPipeline:
         from mmalign.likelihood.config import InversionConfig
         from mmalign.likelihood.inversion import round_trip
         from mmalign.training.devices import storable
-        from mmalign.training.prepare import native_size
 
         images = image if isinstance(image, list) else [image]
         prompts = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
@@ -137,7 +136,7 @@ class AlignPipeline:
             raise ValueError(f"{len(images)} pictures need one prompt or {len(images)}, got {len(prompts)}")
         config = InversionConfig(**({"renoise_steps": int(options.get("solver") != "heun")} | options))
         denoiser = adapter_for(self)
-        fitted = [fit(to_rgb(picture), *native_size(denoiser)) for picture in images]
+        fitted = [fit(to_rgb(picture), *denoiser.native_size) for picture in images]
         latents = denoiser.encode_image(torch.stack([to_pixels(picture) for picture, _ in fitted]))
         sizes = torch.tensor([size for _, size in fitted])
         conditioning = denoiser.with_sizes(denoiser.encode_prompt(prompts), sizes)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -49,7 +49,7 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     source = load_pairs(data, split=args.train_split if like is None else args.eval_split)
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     progress = not args.disable_tqdm
-    resolution = args.resolution or native_size(denoiser)
+    resolution = args.resolution or denoiser.native_size
     encoded = encode_pairs(source, denoiser, resolution=resolution, cache_dir=cache_dir, progress=progress)
     scores, normalizer = None, None
     fitted: dict[str, Any] = {}
@@ -84,13 +84,6 @@ def check_held_out(train: Prepared, evaluated: Prepared) -> None:
             len(shared),
             len(evaluated.encoded.prompts),
         )
-
-
-def native_size(denoiser: Denoiser) -> tuple[int, int]:
-    """(height, width) in pixels that the network was trained at, by its config."""
-    size, factor = denoiser.module.config.sample_size, denoiser.pipe.vae_scale_factor  # type: ignore[union-attr]
-    height, width = (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
-    return height * factor, width * factor
 
 
 def batch_of(items: list[PreferenceItem]) -> dict[str, Any]:

@@ -139,6 +139,8 @@ class DenoiserTrainer(SavingTrainer):
             raise ValueError("train_dataset is missing: a hub id, a folder, a parquet file, rows, or 'playground'")
         if eval_dataset is None and args.eval_split is not None:
             raise ValueError("eval_split has no effect without an eval_dataset")
+        if self.denoiser.schedule.is_flow and args.latents != "forward" and args.inversion_eta > 0:
+            raise ValueError("inversion_eta is noise of variance-preserving models; a flow model needs inversion_eta=0")
         if args.reference == "adapter" and peft_config is None:
             raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
 
