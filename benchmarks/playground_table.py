@@ -23,7 +23,7 @@ from PIL import Image
 import mmalign
 from mmalign.denoisers import adapter_for
 from mmalign.evaluation import generate, win_rate, win_rate_difference
-from mmalign.files import write_json
+from mmalign.files import write_file, write_json
 from mmalign.playground import judges, measure, pairs, photographs, settings, world
 from mmalign.training.config import PLAYGROUND
 from mmalign.training.estimate import forward_equivalents
@@ -162,10 +162,10 @@ def table() -> str:
     base = {seed: _read("base", seed) for seed in SEEDS}
     done = {row: {seed: _read(row, seed) for seed in SEEDS} for row in ROWS}
     lines = [
-        "| row | win rate over base, judge B | 95 % interval | asked-for garment and both colours | clean | seeds |",
-        "|---|---|---|---|---|---|",
+        "| row | win rate over base, judge B | 95 % interval over prompts | by training seed | steps | all three as asked | clean |",
+        "|---|---|---|---|---|---|---|",
     ]
-    lines.append(_line("base", "50.0 %", "", [cell for cell in base.values() if cell]))
+    lines.append(_line("base", "50.0 %", "", "", [cell for cell in base.values() if cell]))
     for row, cells in done.items():
         ready = [seed for seed in SEEDS if cells[seed] and base[seed]]
         if not ready:
@@ -173,7 +173,8 @@ def table() -> str:
         ours, theirs, clusters = _stacked(cells, base, ready, len(prompts))
         rate = win_rate(ours, theirs, clusters, tie_margin=settings.TIE_MARGIN)
         interval = f"{100 * rate.low:.1f} … {100 * rate.high:.1f} %"
-        lines.append(_line(row, f"{100 * rate.rate:.1f} %", interval, [cells[s] for s in ready]))
+        each = [_rate_of_seed(cells, base, seed, len(prompts)) for seed in ready]
+        lines.append(_line(row, f"{100 * rate.rate:.1f} %", interval, ", ".join(each), [cells[s] for s in ready]))
     lines += ["", *_contrasts(done, base, len(prompts))]
     return "\n".join(lines) + "\n"
 
@@ -211,11 +212,18 @@ def _stacked(cells: dict[int, Any], base: dict[int, Any], seeds: list[int], numb
     return ours, theirs, [prompt for _ in seeds for prompt in range(number)]
 
 
-def _line(row: str, rate: str, interval: str, cells: list[Any]) -> str:
+def _rate_of_seed(cells: dict[int, Any], base: dict[int, Any], seed: int, number: int) -> str:
+    rate = win_rate(*_stacked(cells, base, [seed], number), tie_margin=settings.TIE_MARGIN).rate
+    return f"{100 * rate:.1f}"
+
+
+def _line(row: str, rate: str, interval: str, by_seed: str, cells: list[Any]) -> str:
     def mean(name: str) -> float:
         return sum(cell[name] for cell in cells) / len(cells) if cells else float("nan")
 
-    return f"| {row} | {rate} | {interval} | {100 * mean('all_three'):.1f} % | {mean('clean'):.3f} | {len(cells)} |"
+    steps = cells[0]["settings"].get("max_steps", "") if cells else ""
+    parts = (row, rate, interval, by_seed, steps, f"{100 * mean('all_three'):.1f} %", f"{mean('clean'):.3f}")
+    return f"| {' | '.join(map(str, parts))} |"
 
 
 def _read(row: str, seed: int) -> Any:
@@ -236,7 +244,7 @@ def main() -> None:
             for row in args.rows or ["base", *ROWS]:
                 run(row, seed)
     text = table()
-    (RESULTS / "table.md").write_text(text)
+    write_file(RESULTS / "table.md", text)
     print(text)
 
 
