@@ -39,6 +39,8 @@ class DenoiserConfig(TrainingArguments):
                        Diffusion-DPO, in which 2000–5000 is usual for Stable Diffusion
     inversion_*        `mmalign.likelihood.config.InversionConfig`, for latents "ddim" and "renoise"
     inversion_model    whose path: the policy's (the papers) or the reference's
+    inversion_landings   "last" (the papers): one training point a path; "all": every landing of a path over the whole fixed grid, so
+                       that a batch holds inversion_steps points a pair, for one inversion
     scorer             reward for comparisons other than "human": "playground", "pickscore", "clip:<id or folder>"
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
     smoothing_gamma    SmPO's γ: a pair counts γ · (2p − 1)
@@ -77,6 +79,7 @@ class DenoiserConfig(TrainingArguments):
     inversion_compat: Literal["official-0.20"] | None = None
     inversion_fp16_alphas: bool = False
     inversion_model: Literal["policy", "reference"] = "policy"
+    inversion_landings: Literal["last", "all"] = "last"
 
     comparison: Literal["human", "relabel", "smoothed", "bradley_terry"] = "human"
     scorer: str | None = None
@@ -168,6 +171,9 @@ class DenoiserConfig(TrainingArguments):
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
             "inversion_model='reference' needs latents 'ddim' or 'renoise'": self.inversion_model == "reference"
             and self.latents == "forward",
+            "inversion_landings='all' needs exact landings: leave inversion_compat out": self.inversion_landings
+            == "all"
+            and self.inversion_compat is not None,
             f"comparison={self.comparison!r} needs a scorer": self.comparison != "human" and self.scorer is None,
             "scorer has no effect with comparison='human'": self.comparison == "human" and self.scorer is not None,
             "keep_human_ties needs a comparison by a scorer": self.keep_human_ties and self.comparison == "human",
@@ -201,6 +207,10 @@ class DenoiserConfig(TrainingArguments):
                 raise ValueError(f"loss_type {info.key!r} reads single labelled samples, and this trainer has pairs")
             if "denoiser" not in info.modalities:
                 raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not denoisers")
+        if self.inversion_landings == "all" and (coupled := [info.key for info in infos if info.batch_coupled]):
+            raise ValueError(
+                f"loss_type {coupled[0]!r} sorts its batch, which must not mix the noise levels of inversion_landings='all'"
+            )
         takes_beta = any("beta" in info.hyper for info in infos)
         if not takes_beta and self.beta != self._default("beta"):
             raise ValueError(f"beta has no effect with loss_type={'+'.join(self.loss_type)!r}")
@@ -268,6 +278,7 @@ class DenoiserConfig(TrainingArguments):
             eta=self.inversion_eta,
             eta_form=self.inversion_eta_form,
             share_eta_noise=self.inversion_share_eta_noise,
+            grid="fixed" if self.inversion_landings == "all" else "per_sample",
             compat=self.inversion_compat,
             fp16_alphas=self.inversion_fp16_alphas,
         )
@@ -392,6 +403,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "inversion_share_eta_noise": _INVERTED,
     "inversion_compat": _INVERTED,
     "inversion_fp16_alphas": _INVERTED,
+    "inversion_landings": _INVERTED,
     "smoothing_gamma": ("smoothed",),
     "smoothing_normalizer": ("smoothed",),
     "validation_seed": (),

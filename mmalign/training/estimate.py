@@ -58,15 +58,24 @@ def memory_of(network: nn.Module, reference: nn.Module | None, optim: str) -> Me
 
 
 def forward_equivalents(
-    schedule: Schedule, inversion: InversionConfig | None, *, has_reference: bool, recomputes: bool = False
+    schedule: Schedule,
+    inversion: InversionConfig | None,
+    *,
+    has_reference: bool,
+    recomputes: bool = False,
+    every_landing: bool = False,
 ) -> float:
     """Forward passes that one batch costs: 3 for the policy with its backward (4 with checkpointing), 1 for the reference, and those of
     the inversion: its mean number of moves over the timesteps, times the network calls of a move.
+
+    With every_landing a batch holds num_steps training points a pair: divide by num_steps for the cost of a point.
     """
     total = 3.0 + has_reference + recomputes
     if inversion is None:
         return total
     calls = 2 if inversion.solver == "heun" else 1 + inversion.renoise_steps
+    if every_landing:
+        return inversion.num_steps * (total + calls)
     moves = make_grid(schedule, torch.arange(schedule.max_timestep + 1), inversion).moves
     return total + calls * moves.double().mean().item()
 
@@ -107,6 +116,7 @@ def estimate(trainer: Any, steps: int) -> str:
         args.inversion(),
         has_reference=frozen.kind != "none",
         recomputes=bool(args.gradient_checkpointing),
+        every_landing=args.inversion_landings == "all",
     )
     seconds = timed(trainer.one_forward(), args.device) * forwards * args.gradient_accumulation_steps
     room = ""

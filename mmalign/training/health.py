@@ -44,7 +44,7 @@ def panel(
     sums = [value.to(precision).sum() for value in values.values()]
     weights = [float(value.numel()) for value in values.values()]
     names = list(values)
-    quarter = F.one_hot(measured.drawn.timestep * _TIME_BINS // schedule.num_timesteps, _TIME_BINS)
+    quarter = F.one_hot(measured.timestep * _TIME_BINS // schedule.num_timesteps, _TIME_BINS)
     share = quarter.to(loss.device, precision)
     for name, metric in _BY_TIME.items():
         if name in values:

@@ -23,7 +23,7 @@ from mmalign.likelihood.denoising import (
     pair_log_probs,
     prediction_error,
 )
-from mmalign.likelihood.inversion import invert
+from mmalign.likelihood.inversion import Inversion, invert
 from mmalign.likelihood.reference import Reference
 from mmalign.losses import PairLogProbs
 
@@ -54,13 +54,18 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """Errors of policy (m) and reference (r) on one point a side, and for pairs the log-probabilities made of them."""
+    """Errors of policy (m) and reference (r) on one point a side, and for pairs the log-probabilities made of them.
+
+    `pairs` are those that were measured, `timestep` theirs on the CPU: the batch as it was given or, where every landing of a path
+    counts, each of its pairs as often as it landed.
+    """
 
     logps: PairLogProbs | None
     policy_error: Float[Tensor, " S*B"]
     reference_error: Float[Tensor, " S*B"] | None
     point: DenoisingPoint
-    drawn: Draws
+    pairs: Pairs
+    timestep: Int[Tensor, " B"]
     rejected_scale: Float[Tensor, " B"] | None
 
 
@@ -95,10 +100,14 @@ def dropped_prompts(rows: list[int], *, seed: int, epoch: int, share: float) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How log-ratios are measured: latents by forward noise or an inversion (by policy or reference), the space of the error."""
+    """How log-ratios are measured: latents by forward noise or an inversion (by policy or reference), the space of the error.
+
+    every_landing: an inversion over a fixed grid up to the schedule's last timestep, of which every landing is a training point.
+    """
 
     inversion: InversionConfig | None
     inversion_by_reference: bool = False
+    every_landing: bool = False
     loss_space: LossSpace | None = None
     sdpo_mu: float | None = None
 
@@ -121,13 +130,18 @@ def measure(
     called without gradient for inversion. Policy and reference run in the same dtype and autocast context. `schedule`: the denoiser's,
     with its tables on the device of the latents, which spares a copy at every use.
     """
-    schedule = schedule or denoiser.schedule
-    t = drawn.timestep.repeat(pairs.sides).to(pairs.x0.device)
+    schedule, timestep = schedule or denoiser.schedule, drawn.timestep
     if method.inversion is None:
+        t = timestep.repeat(pairs.sides).to(pairs.x0.device)
         noise = draws.randn(drawn.noise[: len(pairs.x0)], pairs.x0.shape[1:], pairs.x0.dtype, pairs.x0.device)
         point = forward_points(schedule, pairs.x0, t, noise)
     else:
-        point = _inverted(denoiser, network, reference, pairs, drawn, method, method.inversion, autocast)
+        inverted = _inverted(denoiser, network, reference, pairs, drawn, method, method.inversion, autocast)
+        point = DenoisingPoint(inverted.x_t, inverted.target, inverted.timestep)
+        if method.every_landing:
+            point, pairs = _every_landing(inverted, pairs)
+            timestep = point.timestep[: len(pairs.rows)].cpu()
+        t = point.timestep
     reference_prediction = None
     if reference.kind != "none":
         with reference.model(network) as frozen, autocast():
@@ -146,7 +160,7 @@ def measure(
             prediction, point.x_t, point.target, t, schedule, mu=method.sdpo_mu, loss_space=method.loss_space
         )
     logps = _log_probs(policy_error, reference_error) if pairs.sides == 2 else None
-    return Measurement(logps, policy_error, reference_error, point, drawn, scale)
+    return Measurement(logps, policy_error, reference_error, point, pairs, timestep, scale)
 
 
 def _log_probs(policy_error: Tensor, reference_error: Tensor | None) -> PairLogProbs:
@@ -166,15 +180,37 @@ def _inverted(
     method: Method,
     config: InversionConfig,
     autocast: Callable[[], AbstractContextManager],
-) -> DenoisingPoint:
+) -> Inversion:
     generators = drawn.inversion[: len(pairs.x0)] if config.eta > 0 else None
     # Grids are made on the CPU, so timesteps and tables stay there: nothing is read back from the device.
-    t = drawn.timestep.repeat(pairs.sides)
+    last = torch.full_like(drawn.timestep, denoiser.schedule.max_timestep)
+    t = (last if method.every_landing else drawn.timestep).repeat(pairs.sides)
     inverting = reference.model(network) if method.inversion_by_reference else nullcontext(network)
     with inverting as inverter, evaluating([inverter]), autocast():
 
         def predict(x: Tensor, time: Tensor, active: Tensor) -> Tensor:
             return denoiser.predict(inverter, x, time, pairs.conditioning[active])
 
-        inverted = invert(predict, denoiser.schedule, pairs.x0, t, config, generators)
-    return DenoisingPoint(inverted.x_t, inverted.target, inverted.timestep)
+        return invert(predict, denoiser.schedule, pairs.x0, t, config, generators, keep_path=method.every_landing)
+
+
+def _every_landing(inverted: Inversion, pairs: Pairs) -> tuple[DenoisingPoint, Pairs]:
+    """Every landing as a training point, and the batch with each pair once a landing: [chosen at 1 … K, rejected at 1 … K]."""
+    path, sides, size = inverted.path, pairs.sides, len(pairs.rows)
+
+    def by_side(parts: list[Tensor]) -> Tensor:
+        stacked = torch.stack([part.unflatten(0, (sides, size)) for part in parts], dim=1)
+        return stacked.flatten(0, 2)
+
+    point = DenoisingPoint(
+        by_side([landing.x_t for landing in path]),
+        by_side([landing.target for landing in path]),
+        by_side([landing.timestep for landing in path]),
+    )
+    again = by_side([torch.arange(sides * size)] * len(path))
+    return point, Pairs(
+        x0=pairs.x0[again.to(pairs.x0.device)],
+        conditioning=pairs.conditioning[again],
+        rows=pairs.rows * len(path),
+        strength=pairs.strength.repeat(len(path)),
+    )

@@ -124,6 +124,7 @@ class DenoiserTrainer(SavingTrainer):
         self._method = Method(
             inversion=args.inversion(),
             inversion_by_reference=args.inversion_model == "reference",
+            every_landing=args.inversion_landings == "all",
             loss_space=args.loss_space,
             sdpo_mu=args.sdpo_mu,
         )
@@ -220,13 +221,16 @@ class DenoiserTrainer(SavingTrainer):
         self._record("train", measured, pairs, loss.detach())
         mean = loss.mean()
         if self._pairs_in_step:
-            mean = mean * (len(loss) * self.current_gradient_accumulation_steps / self._pairs_in_step)
+            mean = mean * (len(inputs["row"]) * self.current_gradient_accumulation_steps / self._pairs_in_step)
         return (mean, {"losses": loss.detach()}) if return_outputs else mean
 
     def pair_losses(
         self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Prepared | None = None
     ) -> tuple[Tensor, Measurement, Pairs]:
-        """The per-pair losses (B,) of a batch, before any mean, with what they were made of; `data`: not the training's."""
+        """The per-pair losses (B,) of a batch, before any mean, with what they were made of; `data`: not the training's.
+
+        With inversion_landings="all" a pair stands there once a landing, in the losses as in the pairs that are returned.
+        """
         args, pairs = self.args, self._pairs(data or self._train, inputs, epoch)
         drawn = draw(
             pairs.rows,
@@ -249,7 +253,7 @@ class DenoiserTrainer(SavingTrainer):
                 schedule=self._schedule,
                 autocast=self.accelerator.autocast,
             )
-        return self._loss_of(measured, pairs), measured, pairs
+        return self._loss_of(measured, measured.pairs), measured, measured.pairs
 
     @contextmanager
     def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:

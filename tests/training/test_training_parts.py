@@ -46,6 +46,13 @@ def test_forward_equivalents_are_those_of_the_published_costs() -> None:
     assert forward_equivalents(schedule, InversionConfig(num_steps=10, solver="heun"), has_reference=True) == renoise
 
 
+@pytest.mark.parametrize(("corrections", "a_point"), [(0, 5), (1, 6)], ids=["inpo", "smpo"])
+def test_a_training_point_costs_less_where_every_landing_is_one(corrections: int, a_point: int) -> None:
+    schedule = adapter_for(tiny_pipeline("sd")).schedule
+    config = InversionConfig(num_steps=10, renoise_steps=corrections, grid="fixed")
+    assert forward_equivalents(schedule, config, has_reference=True, every_landing=True) == 10 * a_point
+
+
 def test_the_estimate_and_the_settings_are_told_before_the_first_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

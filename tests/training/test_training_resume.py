@@ -148,13 +148,16 @@ def same(one: Any, other: Any) -> None:
         torch.testing.assert_close(gradient, other[1][name], rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["dpo", "smpo"])
-def test_accumulating_k_times_one_equals_once_k(method: str, tmp_path: Path) -> None:
-    once = seen_in(tmp_path, method=method, per_device_train_batch_size=4)
+@pytest.mark.parametrize(("method", "landings"), [("dpo", "last"), ("smpo", "last"), ("smpo", "all")])
+def test_accumulating_k_times_one_equals_once_k(method: str, landings: str, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"method": method}
+    if landings != "last":
+        asked["inversion_landings"] = landings
+    once = seen_in(tmp_path, per_device_train_batch_size=4, **asked)
     assert len(once[0]) == 4
     for size in (1, 2):
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
-        same(seen_in(tmp_path, method=method, **options), once)
+        same(seen_in(tmp_path, **asked, **options), once)
 
 
 def test_a_short_last_micro_batch_weighs_as_its_pairs(tmp_path: Path) -> None:

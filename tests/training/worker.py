@@ -95,7 +95,7 @@ def recorded(run: Any) -> list[tuple[int, int, float]]:
 
     def pair_losses(model: Any, inputs: dict[str, Any], *, epoch: int, data: Any = None) -> Any:
         answer = plain(model, inputs, epoch=epoch, data=data)
-        rows.extend((epoch, row, loss) for row, loss in zip(inputs["row"], answer[0].tolist(), strict=True))
+        rows.extend((epoch, row, loss) for row, loss in zip(answer[2].rows, answer[0].tolist(), strict=True))
         return answer
 
     run.pair_losses = pair_losses
