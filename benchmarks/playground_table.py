@@ -37,17 +37,23 @@ NAMES = {"sft": "DiffusionSFT", "dpo": "DiffusionDPO", "inpo": "InPO", "smpo": "
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method, and what differs from its own settings; `longer`: as many steps as cost what SmPO's do."""
+    """One line of the table: a method, and what differs from its own settings.
+
+    longer: as many steps as cost what SmPO's do. guidance: at which its pictures are drawn; None is the base's own, as everywhere else.
+    """
 
     method: str
     changes: dict[str, Any] = field(default_factory=dict)
     longer: bool = False
     data: str = "playground"
+    guidance: float | None = None
 
 
 _BY_REWARD = {"scorer": "playground"}
 ROWS: dict[str, Row] = {
     "sft": Row("sft"),
+    # Its teachers were drawn with guidance: does it then need less of it?
+    "sft, guidance 2": Row("sft", guidance=2.0),
     "dpo": Row("dpo"),
     "inpo": Row("inpo"),
     "smpo": Row("smpo"),
@@ -99,7 +105,8 @@ def run(row: str, seed: int) -> None:
             result = pipe.align(data, output_dir=folder, **options)
         metrics = {k: v for entry in result.history[-4:] for k, v in entry.items()}
     trained = time.perf_counter() - start
-    seen = judged(pipe, pairs.prompts().test, first_seed=PICTURE_SEED + 1000 * seed, judge="B")
+    first_seed, guidance = PICTURE_SEED + 1000 * seed, spec.guidance if spec else None
+    seen = judged(pipe, pairs.prompts().test, first_seed=first_seed, judge="B", guidance=guidance)
     write_json(
         path,
         {
@@ -114,14 +121,16 @@ def run(row: str, seed: int) -> None:
     )
 
 
-def judged(pipe: Any, prompts: list[str], *, first_seed: int, judge: photographs.Half) -> dict[str, Any]:
+def judged(
+    pipe: Any, prompts: list[str], *, first_seed: int, judge: photographs.Half, guidance: float | None = None
+) -> dict[str, Any]:
     """Draws one picture a prompt and has a judge read them: how many show what was asked, how clean they are, every score."""
     images = generate(
         pipe,
         prompts,
         list(range(first_seed, first_seed + len(prompts))),
         num_inference_steps=settings.NUM_INFERENCE_STEPS,
-        guidance_scale=measure.chosen_guidance(),
+        guidance_scale=measure.chosen_guidance() if guidance is None else guidance,
         batch_size=56,
     )
     reading = judges.load(judge).read(judges.to_tensor(images))
