@@ -43,6 +43,8 @@ class DenoiserConfig(TrainingArguments):
                        that a batch holds inversion_steps points a pair, for one inversion
     scorer             reward for comparisons other than "human": "playground", "pickscore", "clip:<id or folder>"
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
+    reference_cache    keep the reference's errors in cache_dir: a second run over the same pairs and seed (another beta, learning rate,
+                       loss) then needs no reference, and evaluation needs it once; for points that the policy does not choose
     smoothing_gamma    SmPO's γ: a pair counts γ · (2p − 1)
     prompt_dropout     share of pairs whose prompt becomes empty, for both sides at once
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
@@ -91,6 +93,7 @@ class DenoiserConfig(TrainingArguments):
     prompt_dropout: float = 0.2
     loss_space: Literal["epsilon", "velocity"] | None = None
     reference: Literal["auto", "adapter", "copy"] = "auto"
+    reference_cache: bool = False
     train_split: str | None = None
     eval_split: str | None = None
     resolution: int | None = None
@@ -171,6 +174,11 @@ class DenoiserConfig(TrainingArguments):
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
             "inversion_model='reference' needs latents 'ddim' or 'renoise'": self.inversion_model == "reference"
             and self.latents == "forward",
+            "reference_cache needs points that the policy does not choose: latents='forward' or inversion_model='reference'": (
+                self.reference_cache and self.latents != "forward" and self.inversion_model == "policy"
+            ),
+            "reference_cache keeps one point a pair: leave inversion_landings out": self.reference_cache
+            and self.inversion_landings == "all",
             "inversion_landings='all' needs exact landings: leave inversion_compat out": self.inversion_landings
             == "all"
             and self.inversion_compat is not None,
@@ -207,10 +215,8 @@ class DenoiserConfig(TrainingArguments):
                 raise ValueError(f"loss_type {info.key!r} reads single labelled samples, and this trainer has pairs")
             if "denoiser" not in info.modalities:
                 raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not denoisers")
-        if self.inversion_landings == "all" and (coupled := [info.key for info in infos if info.batch_coupled]):
-            raise ValueError(
-                f"loss_type {coupled[0]!r} sorts its batch, which must not mix the noise levels of inversion_landings='all'"
-            )
+        if coupled := [info.key for info in infos if info.batch_coupled]:
+            self._check_batch_coupled(coupled[0])
         takes_beta = any("beta" in info.hyper for info in infos)
         if not takes_beta and self.beta != self._default("beta"):
             raise ValueError(f"beta has no effect with loss_type={'+'.join(self.loss_type)!r}")
@@ -218,6 +224,10 @@ class DenoiserConfig(TrainingArguments):
         if self.is_reference_free and self.reference != "auto" and self.inversion_model == "policy":
             raise ValueError(
                 f"reference has no effect with loss_type={'+'.join(self.loss_type)!r}: it is reference-free"
+            )
+        if self.is_reference_free and self.reference_cache:
+            raise ValueError(
+                f"reference_cache has no effect with loss_type={'+'.join(self.loss_type)!r}: it has no reference"
             )
         if ("sdpo" in self.loss_type) != (self.sdpo_mu is not None):
             raise ValueError("loss_type 'sdpo' and sdpo_mu go together; published: sdpo_mu=0.9 (SD 1.5), 0.6 (SDXL)")
@@ -233,6 +243,16 @@ class DenoiserConfig(TrainingArguments):
             loss_weights=self.loss_weights,
             **options,
         )
+
+    def _check_batch_coupled(self, key: str) -> None:
+        if self.inversion_landings == "all":
+            raise ValueError(
+                f"loss_type {key!r} sorts its batch, which must not mix the noise levels of inversion_landings='all'"
+            )
+        if self.reference_cache:
+            raise ValueError(
+                f"loss_type {key!r} takes one timestep a batch, so that reference_cache would seldom find a point again"
+            )
 
     def _check_beta_of_reference_free(self, infos: list[Any]) -> None:
         alone = [info for info in infos if info.reference_free]
@@ -386,8 +406,8 @@ def _plain(value: Any) -> Any:
 # Options of ours that change neither losses nor weights, so that a resumed run may have others.
 _NOT_THE_RUN = frozenset(
     """
-    train_split eval_split cache_dir scorer validation_prompts validation_steps validation_seed validation_inference_steps
-    validation_guidance_scale
+    train_split eval_split cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
+    validation_inference_steps validation_guidance_scale
     """.split()
 )
 

@@ -123,12 +123,14 @@ def measure(
     *,
     schedule: Schedule | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    known_reference: Float[Tensor, " S*B"] | None = None,
 ) -> Measurement:
     """Noises or inverts every side to the drawn timesteps and compares policy and reference on the same points.
 
     `policy(x_t, t, conditioning)` carries gradient (and may be wrapped for several processes); `network` is the bare module behind it,
     called without gradient for inversion. Policy and reference run in the same dtype and autocast context. `schedule`: the denoiser's,
-    with its tables on the device of the latents, which spares a copy at every use.
+    with its tables on the device of the latents, which spares a copy at every use. `known_reference`: the reference's errors on these
+    very points, from an earlier measurement; it is then not called.
     """
     schedule, timestep = schedule or denoiser.schedule, drawn.timestep
     if method.inversion is None:
@@ -142,18 +144,17 @@ def measure(
             point, pairs = _every_landing(inverted, pairs)
             timestep = point.timestep[: len(pairs.rows)].cpu()
         t = point.timestep
-    reference_prediction = None
-    if reference.kind != "none":
-        with reference.model(network) as frozen, autocast():
-            reference_prediction = denoiser.predict(frozen, point.x_t, t, pairs.conditioning)
-    with autocast():
-        prediction = policy(point.x_t, t, pairs.conditioning)
 
     def error(output: Tensor) -> Tensor:
         return prediction_error(output, point.x_t, point.target, t, schedule, method.loss_space)
 
+    reference_error = known_reference
+    if reference.kind != "none" and reference_error is None:
+        with reference.model(network) as frozen, autocast():
+            reference_error = error(denoiser.predict(frozen, point.x_t, t, pairs.conditioning))
+    with autocast():
+        prediction = policy(point.x_t, t, pairs.conditioning)
     policy_error = error(prediction)
-    reference_error = None if reference_prediction is None else error(reference_prediction)
     scale = None
     if method.sdpo_mu is not None:
         scale = output_space_scale(

@@ -31,13 +31,17 @@ logger = logging.getLogger("mmalign")
 
 @dataclass(frozen=True)
 class Prepared:
-    """Encoded pairs, the rows that are trained on, and the normaliser that the smoothing was fitted with."""
+    """Encoded pairs, the rows that are trained on, and the normaliser that the smoothing was fitted with.
+
+    fingerprint: sha256 of all that a run depends on; points: of the pictures, prompts and sides alone, whatever a pair is worth.
+    """
 
     name: str
     encoded: EncodedPairs
     dataset: PreferenceDataset
     normalizer: Normalizer | None
     fingerprint: str
+    points: str
 
 
 def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepared | None = None) -> Prepared:
@@ -68,9 +72,11 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     if not len(compared):
         raise ValueError(f"no usable pair in {source.name}: {len(encoded.bad_rows)} bad rows; {compared}")
     digest = hashlib.sha256(encoded.key.encode())
-    for column in (compared.kept, compared.first, compared.strength):
+    for column in (compared.kept, compared.first):
         digest.update(column.contiguous().numpy().tobytes())
-    return Prepared(source.name, encoded, PreferenceDataset(encoded, compared), normalizer, digest.hexdigest())
+    points = digest.hexdigest()
+    digest.update(compared.strength.contiguous().numpy().tobytes())
+    return Prepared(source.name, encoded, PreferenceDataset(encoded, compared), normalizer, digest.hexdigest(), points)
 
 
 def check_held_out(train: Prepared, evaluated: Prepared) -> None:

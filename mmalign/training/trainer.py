@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
+from mmalign.data import default_cache_dir
 from mmalign.denoisers import Denoiser, adapter_for
 from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.draws import row_generators
@@ -30,6 +31,7 @@ from mmalign.training.estimate import Announcement
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
 from mmalign.training.prepare import Prepared, Shuffled, batch_of, check_held_out, prepare
 from mmalign.training.progress import Bar, LastStep, Lines
+from mmalign.training.reference_cache import ReferenceErrors
 from mmalign.training.samples import SamplePictures
 from mmalign.training.saving import SavingTrainer
 from mmalign.training.weights import made_trainable
@@ -130,6 +132,7 @@ class DenoiserTrainer(SavingTrainer):
         )
         self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
         self._warned: set[str] = set()
+        self._kept: dict[str, ReferenceErrors] = {}
         self._pairs_in_step = 0
         self._logged_at: tuple[int, float] | None = None
         self._add_our_callbacks()
@@ -184,7 +187,9 @@ class DenoiserTrainer(SavingTrainer):
                 logger.info("no checkpoint in %s yet: starting at step 0", self.args.output_dir)
         try:
             with self._at_work():
-                return super().train(resume_from_checkpoint=resume or None, **options)
+                result = super().train(resume_from_checkpoint=resume or None, **options)
+            self._write_kept_errors()
+            return result
         finally:
             self.network.eval()
             if self.args.gradient_checkpointing:
@@ -241,6 +246,8 @@ class DenoiserTrainer(SavingTrainer):
             share_eta_noise=args.inversion_share_eta_noise,
             one_timestep=self._is_batch_coupled,
         )
+        kept = self._kept_errors(data or self._train) if args.reference_cache else None
+        known = kept.find(epoch, pairs.rows) if kept else None
         with self._dropout_keyed(pairs.rows, epoch):
             measured = measure(
                 self.denoiser,
@@ -252,8 +259,43 @@ class DenoiserTrainer(SavingTrainer):
                 self._method,
                 schedule=self._schedule,
                 autocast=self.accelerator.autocast,
+                known_reference=None if known is None else known.to(pairs.x0.device, pairs.x0.dtype),
             )
+        if kept and known is None and measured.reference_error is not None:
+            kept.keep(epoch, pairs.rows, measured.reference_error)
         return self._loss_of(measured, measured.pairs), measured, measured.pairs
+
+    def _kept_errors(self, data: Prepared) -> ReferenceErrors:
+        """The reference's errors on these data's points, as far as they are known."""
+        if data.fingerprint not in self._kept:
+            args, network = self.args, self.network
+            folder = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
+            parts = {
+                "format": 1,
+                "reference": self.reference.fingerprint(),
+                "data": data.points,
+                "schedule": self.denoiser.schedule.fingerprint(),
+                "precision": [str(next(network.parameters()).dtype), args.fp16, args.bf16, bool(args.tf32)],
+                "made on": [args.device.type, torch.__version__],
+                **{
+                    name: getattr(args, name)
+                    for name in ("seed", "share_noise", "prompt_dropout", "loss_space", "latents")
+                },
+                "inversion": repr(args.inversion()),
+            }
+            self._kept[data.fingerprint] = ReferenceErrors(
+                folder, parts, num_rows=int(data.encoded.rows.max()) + 1, sides=2
+            )
+        return self._kept[data.fingerprint]
+
+    def _write_kept_errors(self) -> None:
+        for errors in self._kept.values():
+            errors.write(self.args.world_size, self.args.process_index)
+            logger.info("reference errors: %d of %d were known; kept in %s", errors.found, errors.asked, errors.path)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._write_kept_errors()
 
     @contextmanager
     def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:
