@@ -1,5 +1,8 @@
 """CLIP-like scorers: the cosine between a picture's and its prompt's embedding. PickScore is one of them."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mmalign.rewards.base import NetworkScorer, distinct
+from mmalign.rewards.checkpoints import absence_explained
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
+from mmalign.rewards.pixels import crop_pixels, normalise
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,22 +25,16 @@ if TYPE_CHECKING:
 _FORMAT = 1
 
 
-class ClipScorer:
-    """The raw cosine of image and text features of a CLIPModel.
+class ClipScorer(NetworkScorer):
+    """The raw cosine of image and text features of a CLIPModel (arXiv:2103.00020; PickScore: arXiv:2305.01569).
 
     logit_scale: what the model multiplies the cosine by to get logits (about 100 for PickScore).
-    num_truncated_prompts: how many of the prompts scored so far were longer than the text encoder reads.
     """
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any, *, name: str, batch_size: int = 32) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.model = model.eval().requires_grad_(False)
+        super().__init__(model, name=name, batch_size=batch_size)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.name = name
-        self.batch_size = batch_size
-        self.num_truncated_prompts = 0
         # A tokenizer without a stated length claims 10³⁰ tokens.
         self._max_length = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
 
@@ -50,7 +50,7 @@ class ClipScorer:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
-    ) -> "ClipScorer":
+    ) -> ClipScorer:
         """From a folder or Hub id with safetensors weights; `processor` where tokenizer and preprocessing lie elsewhere."""
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
@@ -58,9 +58,13 @@ class ClipScorer:
             raise ValueError("processor_revision has no effect without processor; leave it out")
         at = (revision if processor is None else processor_revision) or "main"
         source = model if processor is None else processor
-        loaded: Any = CLIPModel.from_pretrained(model, revision=revision or "main", dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
-        images = CLIPImageProcessorPil.from_pretrained(source, revision=at)
+        with absence_explained(f"download {model} from the Hub, weights as safetensors, and pass its folder"):
+            loaded: Any = CLIPModel.from_pretrained(
+                model, revision=revision or "main", dtype=dtype, use_safetensors=True
+            )
+        with absence_explained(f"download tokenizer and preprocessing of {source} and pass processor=<folder>"):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
+            images = CLIPImageProcessorPil.from_pretrained(source, revision=at)
         label = name or f"clip:{model}" + (f" with {processor}" if processor else "")
         return cls(loaded.to(device), tokenizer, images, name=label, batch_size=batch_size)
 
@@ -79,37 +83,33 @@ class ClipScorer:
         ids = self.tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
         return sum(len(row) > self._max_length for row in ids)
 
-    def score(
-        self, images: "Sequence[Image.Image]", prompts: Sequence[str], *, scaled: bool = False
-    ) -> Float[Tensor, " N"]:
-        """Cosine of picture i and prompt i, in float32 on the CPU; scaled: times logit_scale."""
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images and {len(prompts)} prompts: give one prompt an image")
-        if not images:
-            return torch.zeros(0)
-        parts = []
-        for start in range(0, len(images), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            parts.append(self._cosine(list(images[rows]), list(prompts[rows])))
-        scores = torch.cat(parts)
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"{self.name} gave NaN or infinite scores in {self.model.dtype}: load it in float32")
-        self.num_truncated_prompts += self.count_truncated(prompts)
-        return scores * self.logit_scale if scaled else scores
+    def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 h w"]:
+        return self.image_processor(images=list(images), return_tensors="pt").pixel_values
 
-    @torch.no_grad()
-    def _cosine(self, images: "list[Image.Image]", prompts: list[str]) -> Float[Tensor, " B"]:
-        device, dtype = self.model.device, self.model.dtype
-        pixels = self.image_processor(images=images, return_tensors="pt").pixel_values
-        # Padded to one length, so that a row's numbers do not hang on its neighbours'. Equal prompts are read once.
-        distinct = list(dict.fromkeys(prompts))
+    def preprocess_pixels(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+        from PIL import Image
+
+        given = self.image_processor
+        short, crop = dict(given.size).get("shortest_edge"), dict(given.crop_size)
+        steps = (given.do_resize, given.do_center_crop, given.do_rescale, given.do_normalize)
+        square = short is not None and crop["height"] == crop["width"] <= short
+        if not all(steps) or not square or given.resample != Image.Resampling.BICUBIC:
+            raise ValueError(
+                f"{self.name}: gradients pass only through CLIP's own preprocessing (bicubic to the shorter side, then a "
+                "square crop); use score(…) instead"
+            )
+        return normalise(
+            crop_pixels(pixels, crop["height"], short=short, rounding=math.floor), given.image_mean, given.image_std
+        )
+
+    def reward(self, inputs: Float[Tensor, "B 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        # Padded to one length, so that a row's numbers do not hang on its neighbours'.
+        different, place = distinct(prompts)
         tokens = self.tokenizer(
-            distinct, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
-        ).to(device)
-        seen = self.model.get_image_features(pixel_values=pixels.to(device, dtype)).pooler_output.float()
+            different, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        ).to(self.device)
+        seen = self.model.get_image_features(pixel_values=inputs.to(self.model.dtype)).pooler_output.float()
         read = self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output.float()
-        place = {prompt: index for index, prompt in enumerate(distinct)}
-        read = read[torch.tensor([place[prompt] for prompt in prompts], device=device)]
-        return torch.nn.functional.cosine_similarity(seen, read, dim=1).cpu()
+        return torch.nn.functional.cosine_similarity(seen, read[place.to(self.device)], dim=1)

@@ -24,3 +24,10 @@ class Scorer(Protocol):
     def fingerprint(self) -> str: ...
 
     def score(self, images: "Sequence[Image.Image]", prompts: Sequence[str]) -> Float[Tensor, " N"]: ...
+
+
+@runtime_checkable
+class PixelScorer(Protocol):
+    """Scores pixels in [0, 1] with gradient to them, so that a network can be trained through it."""
+
+    def score_pixels(self, pixels: Float[Tensor, "N 3 H W"], prompts: Sequence[str]) -> Float[Tensor, " N"]: ...

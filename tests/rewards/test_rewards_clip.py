@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_tokenizer
+from rewards.reference import check_gradients, check_scorer
 
 from mmalign import rewards
 from mmalign.rewards import ClipScorer, Scorer, scorer
@@ -17,23 +17,9 @@ from mmalign.rewards import ClipScorer, Scorer, scorer
 PROMPTS = ["a red shirt", "a blue bag on a black background", "", "a red shirt", "sneaker " * 20]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.model_max_length = 16
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = small | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 24, "patch_size": 8}, projection_dim=8)
-    place = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    size = {"height": 24, "width": 24}
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=size).save_pretrained(place)
-    return place
+@pytest.fixture
+def folder(clip_folder: Path) -> Path:
+    return clip_folder
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +75,42 @@ def test_truncated_prompts_are_counted(folder: Path, images: list[Image.Image]) 
     assert clip.count_truncated(PROMPTS) == 1 and clip.num_truncated_prompts == 0
     clip.score(images, PROMPTS)
     assert clip.num_truncated_prompts == 1
+
+
+def test_pixels_give_the_same_scores_and_gradients(folder: Path) -> None:
+    check_gradients(ClipScorer.from_pretrained(folder), 24, levels=1.1)
+    check_scorer(ClipScorer.from_pretrained(folder, batch_size=2))
+
+
+def test_pixels_follow_the_processor_s_own_sizes_or_are_refused(folder: Path, images: list[Image.Image]) -> None:
+    from mmalign.rewards.pixels import to_pixels
+
+    clip = ClipScorer.from_pretrained(folder)
+    clip.image_processor.size = {"shortest_edge": 31}
+    clip.image_processor.image_mean = [0.1, 0.2, 0.3]
+    for image in images:
+        off = clip.preprocess_pixels(to_pixels(image)) - clip.preprocess([image])
+        assert off.abs().max() <= 1.1 / 255 / 0.26
+    for change in ({"size": {"height": 24, "width": 24}}, {"size": {"shortest_edge": 9}}, {"do_normalize": False}):
+        clip = ClipScorer.from_pretrained(folder)
+        for name, value in change.items():
+            setattr(clip.image_processor, name, value)
+        with pytest.raises(ValueError, match="gradients pass only through CLIP's own preprocessing"):
+            clip.score_pixels(torch.zeros(1, 3, 24, 24), ["x"])
+
+
+def test_pixels_are_checked(folder: Path) -> None:
+    clip = ClipScorer.from_pretrained(folder)
+    for shape in ((2, 3, 24, 24), (1, 4, 24, 24), (3, 24, 24)):
+        with pytest.raises(ValueError, match=r"pixels must be \(1, 3, H, W\) for 1 prompts"):
+            clip.score_pixels(torch.zeros(shape), ["x"])
+    for outside in (-1.0, 1.01):
+        with pytest.raises(ValueError, match=r"pass \(x / 2 \+ 0.5\).clamp\(0, 1\)"):
+            clip.score_pixels(torch.full((1, 3, 24, 24), outside), ["x"])
+    assert clip.score_pixels(torch.zeros(0, 3, 24, 24), []).shape == (0,)
+    scaled = clip.score_pixels(torch.ones(1, 3, 24, 24), ["x " * 20], scaled=True)
+    torch.testing.assert_close(scaled, clip.score_pixels(torch.ones(1, 3, 24, 24), ["x " * 20]) * clip.logit_scale)
+    assert clip.num_truncated_prompts == 2
 
 
 def test_fingerprint_follows_weights_dtype_tokenizer_and_preprocessing(folder: Path) -> None:
