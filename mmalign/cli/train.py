@@ -114,7 +114,8 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help='preference pairs: a Hub id, a parquet file, a folder with metadata.jsonl, or "playground"',
+            help="preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
+            'x_rejected.png, x.txt, or "playground"',
             required=True,
             group=_DATA,
         ),

@@ -14,7 +14,9 @@ from mmalign.data.pairs import PairSource, find_bad_rows, load_pairs
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
 from mmalign.data.scoring import score_pairs
 from mmalign.data.smoothing import Normalizer
+from mmalign.data.splitting import split_by_prompt
 from mmalign.data.storage import cache_size, clear_cache, default_cache_dir
+from mmalign.data.validation import DataReport, Problem, validate_pairs
 
 __all__ = [
     "BadRow",
@@ -24,6 +26,7 @@ __all__ = [
     "compare",
     "Compared",
     "ComparisonConfig",
+    "DataReport",
     "default_cache_dir",
     "encode_pairs",
     "EncodedPairs",
@@ -36,5 +39,8 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceDataset",
     "PreferenceItem",
+    "Problem",
     "score_pairs",
+    "split_by_prompt",
+    "validate_pairs",
 ]

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
-from mmalign.data.columns import REQUIRED
 from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
 from mmalign.data.images import BadImage, fit, to_pixels
 from mmalign.data.pairs import PairSource
@@ -196,7 +195,7 @@ def _prepare(job: Job, row: int) -> _Prepared | BadRow:
     except InvalidRow as error:
         return error.bad_row
     pixels, sizes = [], []
-    for field, image in zip(REQUIRED[job.source.form][1:3], (record.image_0, record.image_1), strict=True):
+    for field, image in zip(job.source.image_fields, (record.image_0, record.image_1), strict=True):
         try:
             cropped, size = fit(image, job.height, job.width)
         except BadImage as error:

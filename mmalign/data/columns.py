@@ -1,24 +1,44 @@
-"""The two forms of preference data that are understood, and a row of either as a PairRecord."""
+"""The forms of preference data that are understood, and a row that is a pair as a RawPair."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from mmalign.data.images import BadImage, to_rgb
-from mmalign.data.records import BadRow, InvalidRow, PairRecord
+from mmalign.data.judgements import label_of_chosen, label_of_pickapic, label_of_votes
+from mmalign.data.messages import plain_prompt, plain_row
+from mmalign.data.raw import RawPair, bad, read_number, read_text, read_user, what
+from mmalign.data.records import InvalidRow
 
-Form = Literal["pickapic", "canonical"]
+Form = Literal["pickapic", "canonical", "hpdv2", "hpdv3", "hpdv2 rankings", "imagereward rankings", "imagereward"]
 REQUIRED: dict[Form, tuple[str, ...]] = {
     "pickapic": ("caption", "jpg_0", "jpg_1", "label_0"),
     "canonical": ("prompt", "chosen", "rejected"),
+    "hpdv2": ("prompt", "file_path", "human_preference"),
+    "hpdv3": ("prompt", "path1", "path2"),
+    "hpdv2 rankings": ("prompt", "image_path", "rank"),
+    "imagereward rankings": ("prompt", "generations", "ranking"),
+    "imagereward": ("prompt", "prompt_id", "image", "rank"),
 }
+RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _OPTIONAL: dict[Form, tuple[str, ...]] = {
     "pickapic": ("label_1", "has_label", "user_id"),
-    "canonical": ("chosen_score", "rejected_score", "user_id"),
+    "canonical": (
+        "chosen_score",
+        "rejected_score",
+        "confidence",
+        "chosen_votes",
+        "rejected_votes",
+        "user_id",
+        "images",
+        "image",
+    ),
+    "hpdv2": ("user_id",),
+    "hpdv3": ("confidence", "user_id"),
+    "hpdv2 rankings": ("user_id",),
+    "imagereward rankings": ("user_id",),
+    "imagereward": RATINGS,
 }
 _SCORE = re.compile(r"(?=.*score)(.+)_[01]")
 
@@ -29,103 +49,114 @@ def recognise(columns: Collection[str]) -> Form:
     if len(found) == 1:
         return found[0]
     trouble = "both forms at once, drop the columns of one" if found else "not preference data of images"
-    raise ValueError(
-        f"columns {', '.join(sorted(map(str, columns))) or '(none)'}: {trouble}. Expected Pick-a-Pic's "
-        f"({', '.join(REQUIRED['pickapic'])}, and optionally label_1, user_id, *_score_0, *_score_1) or "
-        f"({', '.join(REQUIRED['canonical'])}, and optionally chosen_score, rejected_score, user_id)"
-    )
+    known = "; ".join(f"({', '.join(names)}) as in {form}" for form, names in REQUIRED.items())
+    raise ValueError(f"columns {', '.join(sorted(map(str, columns))) or '(none)'}: {trouble}. Expected one of {known}")
 
 
 def used_columns(form: Form, columns: Collection[str]) -> list[str]:
-    """The columns that `read_row` looks at, in a fixed order; the rest need not be read."""
+    """The columns that are looked at, in a fixed order; the rest need not be read."""
     names = [*REQUIRED[form], *(name for name in _OPTIONAL[form] if name in columns)]
     return names + [name for pair in score_columns(form, columns).values() for name in pair if name not in names]
 
 
 def score_columns(form: Form, columns: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Reward columns by name: `ps_score_0`, `ps_score_1` are "ps_score"; `chosen_score`, `rejected_score` are "score"."""
+    """Reward columns by name: `ps_score_0`, `ps_score_1` are "ps_score"; `chosen_score`, `rejected_score` are "score".
+
+    ImageReward's three ratings stand in a column each, which every picture has for itself.
+    """
     if form == "canonical":
         pair = ("chosen_score", "rejected_score")
         return {"score": pair} if set(pair) <= set(columns) else {}
+    if form == "imagereward":
+        return {name: (name, name) for name in RATINGS if name in columns}
+    if form != "pickapic":
+        return {}
     stems = sorted({match[1] for name in columns if (match := _SCORE.fullmatch(name))})
     return {stem: (f"{stem}_0", f"{stem}_1") for stem in stems if {f"{stem}_0", f"{stem}_1"} <= set(columns)}
 
 
-def read_row(
-    form: Form,
-    raw: Mapping[str, Any],
-    row: int,
-    *,
-    scores: Mapping[str, tuple[str, str]],
-    roots: Sequence[Path],
-    absolute: bool,
-    max_pixels: int,
-) -> PairRecord:
-    """One row of the source, checked field by field; InvalidRow names the first field at fault."""
-    prompt_field, field_0, field_1 = REQUIRED[form][:3]
-    prompt = raw.get(prompt_field)
-    if not isinstance(prompt, str):
-        raise _bad(row, prompt_field, f"expected text, got {_what(prompt)} (an empty prompt is '')")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise _bad(row, prompt_field, "the text holds half of a surrogate pair, which is no valid Unicode")
-    label = _label(raw, row) if form == "pickapic" else 1.0
-    images = []
-    for name in (field_0, field_1):
-        try:
-            images.append(to_rgb(raw.get(name), roots=roots, absolute=absolute, max_pixels=max_pixels))
-        except BadImage as error:
-            raise _bad(row, name, str(error)) from error
-    user_id = raw.get("user_id")
-    return PairRecord(
-        row=row,
-        prompt=prompt,
-        image_0=images[0],
-        image_1=images[1],
-        label=label,
-        scores=_scores(raw, row, scores),
-        user_id=None if user_id is None else str(user_id),
-    )
+def read_pair(form: Form, raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    """One row of a form whose rows are pairs, checked field by field; InvalidRow names the first field at fault."""
+    return _READERS[form](raw, row, scores)
 
 
-def _label(raw: Mapping[str, Any], row: int) -> float:
-    if raw.get("has_label") is not None and not raw["has_label"]:
-        raise _bad(row, "has_label", "the row was never labelled")
-    label = _number(raw, "label_0", row)
-    if not 0 <= label <= 1:
-        raise _bad(row, "label_0", f"{label:g} lies outside [0, 1] (1 image 0 preferred, 0 image 1, 0.5 a tie)")
-    if "label_1" in raw:
-        other = _number(raw, "label_1", row)
-        if abs(label + other - 1) > 1e-6:
-            raise _bad(row, "label_1", f"label_0 + label_1 is {label:g} + {other:g}, expected 1")
-    return label
+def read_prompt(form: Form, raw: Mapping[str, Any]) -> str | None:
+    """The prompt of a row of any form; None where it cannot be read."""
+    field = REQUIRED[form][0]
+    value = raw.get(field)
+    try:
+        if form == "canonical" and isinstance(value, list | tuple):
+            value = plain_prompt(value, 0)
+        return read_text({field: value}, field, 0)
+    except InvalidRow:
+        return None
 
 
-def _scores(raw: Mapping[str, Any], row: int, columns: Mapping[str, tuple[str, str]]) -> dict[str, tuple[float, float]]:
-    """The scores that the row has; a column left empty on both sides is no score, on one side an error."""
+def read_scores(
+    sides: tuple[Mapping[str, Any], Mapping[str, Any]], row: int, columns: Mapping[str, tuple[str, str]]
+) -> dict[str, tuple[float, float]]:
+    """The scores of both sides; a column left empty on both is no score, on one an error."""
     found = {}
     for name, pair in columns.items():
-        if all(raw.get(column) is None for column in pair):
+        values = [side.get(column) for side, column in zip(sides, pair, strict=True)]
+        if values == [None, None]:
             continue
-        found[name] = (_number(raw, pair[0], row), _number(raw, pair[1], row))
+        found[name] = (read_number(values[0], pair[0], row), read_number(values[1], pair[1], row))
     return found
 
 
-def _number(raw: Mapping[str, Any], name: str, row: int) -> float:
-    value = raw.get(name)
-    if isinstance(value, list | tuple) and len(value) == 1:
-        value = value[0]
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
-        raise _bad(row, name, f"expected a finite number, got {_what(value)}")
-    return number
+def _pickapic(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    return RawPair(
+        prompt=read_text(raw, "caption", row),
+        label=label_of_pickapic(raw, row),
+        fields=("jpg_0", "jpg_1"),
+        pictures=(raw.get("jpg_0"), raw.get("jpg_1")),
+        scores=read_scores((raw, raw), row, scores),
+        user_id=read_user(raw, row),
+    )
 
 
-def _what(value: Any) -> str:
-    return repr(value)[:60] if value is None or isinstance(value, int | float | str) else type(value).__name__
+def _canonical(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    raw = plain_row(raw, row)
+    return RawPair(
+        prompt=read_text(raw, "prompt", row),
+        label=label_of_chosen(raw, row),
+        fields=("chosen", "rejected"),
+        pictures=(raw.get("chosen"), raw.get("rejected")),
+        scores=read_scores((raw, raw), row, scores),
+        user_id=read_user(raw, row),
+    )
 
 
-def _bad(row: int, field: str, reason: str) -> InvalidRow:
-    return InvalidRow(BadRow(row, field, reason))
+def _hpdv2(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    pictures = raw.get("file_path")
+    if not isinstance(pictures, list | tuple) or len(pictures) != 2:
+        found = len(pictures) if isinstance(pictures, list | tuple) else what(pictures)
+        raise bad(row, "file_path", f"expected a list of two pictures, got {found}")
+    return RawPair(
+        prompt=read_text(raw, "prompt", row),
+        label=label_of_votes(raw.get("human_preference"), "human_preference", row),
+        fields=("file_path[0]", "file_path[1]"),
+        pictures=(pictures[0], pictures[1]),
+        scores={},
+        user_id=read_user(raw, row),
+    )
+
+
+def _hpdv3(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    return RawPair(
+        prompt=read_text(raw, "prompt", row),
+        label=label_of_chosen(raw, row),
+        fields=("path1", "path2"),
+        pictures=(raw.get("path1"), raw.get("path2")),
+        scores={},
+        user_id=read_user(raw, row),
+    )
+
+
+_READERS: dict[Form, Callable[[Mapping[str, Any], int, Mapping[str, tuple[str, str]]], RawPair]] = {
+    "pickapic": _pickapic,
+    "canonical": _canonical,
+    "hpdv2": _hpdv2,
+    "hpdv3": _hpdv3,
+}

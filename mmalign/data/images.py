@@ -11,7 +11,6 @@ import threading
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -43,21 +42,15 @@ def to_rgb(
 
     Transparency is laid on white, 16-bit grey scaled, of an animation the first frame taken. Raises BadImage.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    image = value if isinstance(value, Image.Image) else _open(value, roots, absolute)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise BadImage(f"{width}×{height} is more than {max_pixels} pixels: shrink it, or raise max_pixels")
-    try:
+    if isinstance(value, Image.Image):
         # The first load of a lazily opened picture moves a file position, and two rows may share one object.
-        with _loading if image is value else nullcontext():
-            image.load()
-        return _flatten(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as error:
-        raise BadImage(str(error)) from error
-    except _DAMAGED as error:
-        raise BadImage(f"damaged or truncated image ({_short(error)})") from error
+        with _loading:
+            return _load(value, max_pixels)
+    # Closed here, not whenever the memory is collected: a pass over damaged files must not run out of handles.
+    with _open(value, roots, absolute) as image:
+        return _load(image, max_pixels)
 
 
 def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
@@ -68,15 +61,21 @@ def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple
     """
     from PIL import Image
 
-    scale = max(height / image.height, width / image.width)
-    resized = max(height, round(image.height * scale)), max(width, round(image.width * scale))
-    if resized[0] * resized[1] > MAX_PIXELS:
-        raise BadImage(f"{image.width}×{image.height} is too long and thin to be cropped to {width}×{height}")
+    resized = covering_size(image, height, width)
     top, left = (resized[0] - height) // 2, (resized[1] - width) // 2
     sizes = (image.height, image.width, top, left, height, width)
     if (image.height, image.width) != resized:
         image = image.resize((resized[1], resized[0]), Image.Resampling.LANCZOS)
     return image.crop((left, top, left + width, top + height)), sizes
+
+
+def covering_size(image: Image.Image, height: int, width: int) -> tuple[int, int]:
+    """The (height, width) to which `fit` resizes before it crops; BadImage where that would be out of all proportion."""
+    scale = max(height / image.height, width / image.width)
+    resized = max(height, round(image.height * scale)), max(width, round(image.width * scale))
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise BadImage(f"{image.width}×{image.height} is too long and thin to be cropped to {width}×{height}")
+    return resized
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 H W"]:
@@ -131,6 +130,21 @@ def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
     except UnidentifiedImageError as error:
         # Its own message names an object in memory, which differs from run to run.
         raise BadImage(f"not an image of a known format ({', '.join(_known_formats())}), or damaged") from error
+    except _DAMAGED as error:
+        raise BadImage(f"damaged or truncated image ({_short(error)})") from error
+
+
+def _load(image: Image.Image, max_pixels: int) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"{width}×{height} is more than {max_pixels} pixels: shrink it, or raise max_pixels")
+    try:
+        image.load()
+        return _flatten(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as error:
+        raise BadImage(str(error)) from error
     except _DAMAGED as error:
         raise BadImage(f"damaged or truncated image ({_short(error)})") from error
 

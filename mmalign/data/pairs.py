@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,20 +13,49 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
-from mmalign.data.columns import read_row, recognise, score_columns, used_columns
-from mmalign.data.images import MAX_PIXELS
+from mmalign.data.columns import REQUIRED, Form, read_pair, read_prompt, recognise, score_columns, used_columns
+from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
+from mmalign.data.named import holds_pairs, named_pairs
+from mmalign.data.rankings import RANKED, Rankings
+from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
-from mmalign.data.rows import DatasetRows, FolderRows, ListRows, ParquetRows, Rows
+from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
 
 PLAYGROUND = "playground"
 _FORMS = (
     '"playground", a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder '
-    "with metadata.jsonl, a datasets.Dataset, or a list of dicts"
+    "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
+    "a datasets.Dataset, or a list of dicts"
 )
+_FIELDS: dict[Form, tuple[str, str]] = {
+    "pickapic": ("jpg_0", "jpg_1"),
+    "canonical": ("chosen", "rejected"),
+    "hpdv2": ("file_path[0]", "file_path[1]"),
+    "hpdv3": ("path1", "path2"),
+}
+
+
+class _PairRows:
+    """A table whose rows are pairs already, as Rankings makes pairs of one whose rows are not."""
+
+    def __init__(self, rows: Rows, form: Form, scores: Mapping[str, tuple[str, str]]) -> None:
+        self._rows, self._form, self._scores, self.fields = rows, form, scores, _FIELDS[form]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> RawPair:
+        return read_pair(self._form, self._rows[row], row, self._scores)
+
+    def prompts(self) -> list[str | None]:
+        return [read_prompt(self._form, raw) for raw in self._rows.light(REQUIRED[self._form][:1])]
 
 
 class PairSource:
-    """Preference pairs in their own order. `source[i]` reads and checks row i: a PairRecord, or InvalidRow is raised."""
+    """Preference pairs in their own order. `source[i]` reads and checks row i: a PairRecord, or InvalidRow is raised.
+
+    Where the source holds rankings of several pictures, a row is one pair of a ranking (see rankings.py).
+    """
 
     def __init__(self, rows: Rows, name: str, *, max_rows: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
         if len(rows) == 0:
@@ -36,13 +66,15 @@ class PairSource:
         self.form = recognise(rows.columns)
         self.max_pixels = max_pixels
         self._rows = rows
-        self._length = len(rows) if max_rows is None else min(max_rows, len(rows))
         self._scores = score_columns(self.form, rows.columns)
         if isinstance(rows, ParquetRows | DatasetRows):
             rows.select_columns(used_columns(self.form, rows.columns))
+        self._pairs = (Rankings if self.form in RANKED else _PairRows)(rows, self.form, self._scores)
+        total = len(self._pairs)
+        self._index: Sequence[int] = range(total if max_rows is None else min(max_rows, total))
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._index)
 
     def __repr__(self) -> str:
         return f"PairSource({self.name!r}, {len(self)} rows, {self.form} columns)"
@@ -52,24 +84,50 @@ class PairSource:
         """Names of the reward columns that the source carries."""
         return tuple(self._scores)
 
+    @property
+    def image_fields(self) -> tuple[str, str]:
+        """Where the pictures of a row stand in the source."""
+        return self._pairs.fields
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the content and of what decides which rows are good (see rows.py for its cost and its limits)."""
-        parts = (self._rows.fingerprint(), self.form, self._length, self.max_pixels)
+        chosen = len(self) if isinstance(self._index, range) else tuple(self._index)
+        parts = (self._rows.fingerprint(), self.form, chosen, self.max_pixels)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def prompts(self) -> list[str | None]:
+        """The prompt of every row, without opening a picture; None where it cannot be read."""
+        found = self._pairs.prompts()
+        return [found[row] for row in self._index]
+
+    def select(self, rows: Sequence[int], name: str) -> PairSource:
+        """These rows of the source, in this order, as a source of its own that counts them from 0."""
+        part = copy.copy(self)
+        part.__dict__.pop("fingerprint", None)
+        part.name, part._index = name, [self._index[row] for row in rows]
+        return part
+
     def __getitem__(self, row: int) -> PairRecord:
-        if not 0 <= row < self._length:
-            raise IndexError(f"row {row} of {self._length}")
-        return read_row(
-            self.form,
-            self._rows[row],
-            row,
-            scores=self._scores,
-            roots=self._rows.roots,
-            absolute=self._rows.absolute,
-            max_pixels=self.max_pixels,
-        )
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        try:
+            pair = self._pairs[self._index[row]]
+        except InvalidRow as error:
+            raise bad(row, error.bad_row.field, error.bad_row.reason) from error
+        first, second = pair.pictures
+        if isinstance(first, str | Path) and first and first == second:
+            raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
+        images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
+        return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
+
+    def _open(self, value: Any, field: str, row: int) -> Any:
+        try:
+            return to_rgb(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
+        except BadImage as error:
+            shown = repr(str(value)[:80]) if isinstance(value, str | Path) else ""
+            where = f" in {shown}" if shown and shown not in str(error) else ""
+            raise bad(row, field, f"{error}{where}") from error
 
 
 def load_pairs(
@@ -84,9 +142,10 @@ def load_pairs(
     """Open a source of preference pairs; nothing is decoded yet.
 
     source: "playground", a Hub data set id, a parquet file or a folder of them, a `save_to_disk` folder, a folder with
-    metadata.jsonl, a datasets.Dataset, or a list of dicts. Columns as in Pick-a-Pic (caption, jpg_0, jpg_1, label_0) or
-    (prompt, chosen, rejected). split: "train" unless given. revision: of a Hub data set. root: the folder that paths in
-    a list or a Dataset may point into. max_rows: only the first so many. max_pixels: larger pictures make a bad row.
+    metadata.jsonl, a .json or .jsonl file, a folder of pictures named in pairs (see named.py), a datasets.Dataset, or a
+    list of dicts. Columns as in Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's
+    messages (see columns.py). split: "train" unless given. revision: of a Hub data set. root: the folder that paths
+    in the data are relative to and stay in. max_rows: only the first so many. max_pixels: larger pictures make a bad row.
     """
     options = {"max_rows": max_rows, "max_pixels": max_pixels}
     folder = None if root is None else Path(root).expanduser()
@@ -123,7 +182,7 @@ def find_bad_rows(source: PairSource, *, workers: int = 4, progress: bool = True
 
     found = in_order(check, range(len(source)), workers)
     with tqdm(found, total=len(source), desc="Checking pairs", unit="pair", disable=not progress) as bar:
-        return [bad for bad in bar if bad is not None]
+        return [bad_row for bad_row in bar if bad_row is not None]
 
 
 def _in_memory(source: Any, split: str | None, root: Path | None) -> Rows:
@@ -159,11 +218,12 @@ def _playground(split: str) -> Rows:
 
 def _local(path: Path, split: str | None, root: Path | None) -> Rows:
     """What lies at a path that exists; only a save_to_disk DatasetDict and split-named parquet files know splits."""
-    if path.name == "metadata.jsonl":
-        path = path.parent
     if path.is_dir() and (path / "metadata.jsonl").is_file():
-        _refuse("a folder with metadata.jsonl", split=split, root=root)
-        return FolderRows(path)
+        _refuse("a folder with metadata.jsonl", root=root)
+        path = path / "metadata.jsonl"
+    if path.is_file() and path.suffix in (".json", ".jsonl"):
+        _refuse("a JSON file", split=split)
+        return json_rows(path, root or path.parent)
     if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         from datasets import load_from_disk
 
@@ -173,9 +233,13 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
         _refuse("a single parquet file", split=split)
         return ParquetRows([path], root or path.parent)
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    if not found and path.is_dir() and holds_pairs(path):
+        _refuse("a folder of pictures", split=split, root=root)
+        return named_pairs(path)
     if not found:
         raise ValueError(
-            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder. A source is {_FORMS}"
+            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs. "
+            f"A source is {_FORMS}"
         )
     return ParquetRows(_files_of_split(found, split, path), root or path)
 

@@ -1,7 +1,8 @@
-"""Where raw rows come from: a list, a folder with metadata.jsonl, parquet files, or a datasets.Dataset.
+"""Where raw rows come from: a list, a JSON file, parquet files, or a datasets.Dataset.
 
-Each offers `columns`, `len`, `[i] → dict` and `fingerprint()`, a hash of the content: of every byte up to 4 GiB; above
-that of sizes, times of change and samples, so that it costs seconds, notices every ordinary edit, and says so here.
+Each offers `columns`, `len`, `[i] → dict`, `light(columns)`, which passes over all rows without their pictures, and
+`fingerprint()`, a hash of the content: of every byte up to 4 GiB; above that of sizes, times of change and samples, so
+that it costs seconds, notices every ordinary edit, and says so here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +21,10 @@ from mmalign.data.records import BadRow, InvalidRow
 READ_WHOLE = 4 * 2**30
 _SAMPLE = 2**16
 # The columns that may hold a path where a picture is meant.
-_MEDIA = ("jpg_0", "jpg_1", "chosen", "rejected")
-_METADATA = "metadata.jsonl"
+_MEDIA = (
+    *("jpg_0", "jpg_1", "chosen", "rejected", "images", "image"),
+    *("file_path", "image_path", "generations", "path1", "path2"),
+)
 
 
 class Rows(Protocol):
@@ -35,19 +38,28 @@ class Rows(Protocol):
     def absolute(self) -> bool: ...
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Mapping[str, Any]: ...
+    def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]: ...
     def fingerprint(self) -> str: ...
 
 
 class ListRows:
-    """A list of dicts in memory; images are PIL, bytes, or paths under `root`."""
+    """A list of dicts in memory; images are PIL, bytes, or paths under `root`.
 
-    absolute = True
+    unreadable: rows that hold nothing, and (field, reason) why. absolute: whether paths may be absolute.
+    """
 
-    def __init__(self, items: Sequence[Mapping[str, Any]], root: Path | None = None) -> None:
+    def __init__(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        root: Path | None = None,
+        *,
+        unreadable: Mapping[int, tuple[str, str]] | None = None,
+        absolute: bool = True,
+    ) -> None:
         for row, item in enumerate(items):
             if not isinstance(item, Mapping):
                 raise ValueError(f"row {row}: expected a dict, got {type(item).__name__}")
-        self._items = list(items)
+        self._items, self._unreadable, self.absolute = list(items), dict(unreadable or {}), absolute
         self.columns = _union(self._items)
         self.roots = () if root is None else (root,)
 
@@ -55,48 +67,59 @@ class ListRows:
         return len(self._items)
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
+        if row in self._unreadable:
+            raise InvalidRow(BadRow(row, *self._unreadable[row]))
         return self._items[row]
+
+    def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Every row in order, its other columns left out or not."""
+        return iter(self._items)
 
     def fingerprint(self) -> str:
         sha = hashlib.sha256()
         texts: list[str] = []
         for item in self._items:
-            for key in sorted(item):
-                sha.update(f"|{key}:".encode())
+            for key in sorted(item, key=str):
+                sha.update(f"|{key}:".encode(errors="backslashreplace"))
                 _add_value(sha, item[key], texts)
         sha.update(_referenced(texts, self).encode())
         return sha.hexdigest()
 
 
-class FolderRows(ListRows):
-    """A folder with metadata.jsonl, one JSON object a line, paths relative to the folder and inside it."""
+def json_rows(file: Path, root: Path) -> ListRows:
+    """A .jsonl file, one JSON object a line, or a .json file with a list of objects; paths are relative to `root`, inside it."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    items: list[Mapping[str, Any]] = []
+    unreadable: dict[int, tuple[str, str]] = {}
+    for place, item in _json_items(file, text):
+        if not isinstance(item, dict):
+            unreadable[len(items)] = (file.name, f"{place} is not a JSON object")
+        items.append(item if isinstance(item, dict) else {})
+    return ListRows(items, root, unreadable=unreadable, absolute=False)
 
-    absolute = False
 
-    def __init__(self, folder: Path) -> None:
-        items: list[Mapping[str, Any]] = []
-        self._invalid: dict[int, str] = {}
-        try:
-            # Not splitlines(): JSON strings may hold U+2028, which it takes for the end of a line.
-            lines = (folder / _METADATA).read_text(encoding="utf-8-sig").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{folder / _METADATA} is not UTF-8 ({error.reason} at byte {error.start})") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                item = error.msg
-            if not isinstance(item, dict):
-                self._invalid[len(items)] = f"line {number} is not a JSON object"
-            items.append(item if isinstance(item, dict) else {})
-        super().__init__(items, folder)
+def _json_items(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    if file.suffix == ".json":
+        found = _parsed(text)
+        if not isinstance(found, list):
+            raise ValueError(f"{file} is no JSON list of objects; one object a line belongs into a .jsonl file")
+        yield from ((f"item {number}", item) for number, item in enumerate(found))
+        return
+    # Not splitlines(): JSON strings may hold U+2028, which it takes for the end of a line.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"line {number}", _parsed(line)
 
-    def __getitem__(self, row: int) -> Mapping[str, Any]:
-        if row in self._invalid:
-            raise InvalidRow(BadRow(row, _METADATA, self._invalid[row]))
-        return super().__getitem__(row)
+
+def _parsed(text: str) -> Any:
+    """The JSON value, or None. Too deep a nesting and too long a number are no JSON that anybody wrote."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 class ParquetRows:
@@ -144,11 +167,20 @@ class ParquetRows:
             table = self._held[place]
         return dict(table.slice(row - self._starts[place], 1).to_pylist()[0])
 
+    def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Every row in order, these columns only."""
+        for file in self._files:
+            for batch in file.iter_batches(batch_size=1000, columns=list(columns)):
+                yield from batch.to_pylist()
+
     def fingerprint(self) -> str:
         texts: list[str] = []
         for file in self._files:
-            names = [field.name for field in file.schema_arrow if field.name in _MEDIA and str(field.type) == "string"]
-            texts += [text for column in file.read(columns=names).columns for text in column.to_pylist() if text]
+            # Never those that hold the pictures themselves: they may be terabytes, and are hashed with the file.
+            kinds = {field.name: str(field.type) for field in file.schema_arrow if field.name in _MEDIA}
+            names = [name for name, kind in kinds.items() if "string" in kind and "binary" not in kind]
+            for batch in file.iter_batches(batch_size=1000, columns=names) if names else ():
+                texts += _paths_in(batch)
         return files_fingerprint((path.name, path) for path in self._paths) + _referenced(texts, self)
 
 
@@ -162,12 +194,10 @@ class DatasetRows:
             raise ValueError(
                 "the Dataset has a set_transform that would be ignored: use .map, or .reset_format() first"
             )
-        from datasets import Image
-
         for name, feature in dataset.features.items():
-            if isinstance(feature, Image) and feature.decode:
-                # We decode ourselves: a damaged picture must name its row, not end the pass.
-                dataset = dataset.cast_column(name, Image(decode=False))
+            # We decode ourselves: a damaged picture must name its row, not end the pass.
+            if (plain := _undecoded(feature)) != feature:
+                dataset = dataset.cast_column(name, plain)
         self._data = dataset.with_format(None)
         self.columns, self.roots = list(dataset.column_names), tuple(roots)
 
@@ -180,6 +210,11 @@ class DatasetRows:
 
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         return dict(self._data[row])
+
+    def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """Every row in order, these columns only."""
+        names = [name for name in columns if name in self.columns]
+        return iter(self._data.select_columns(names))
 
     def fingerprint(self) -> str:
         if self._data.data.nbytes > READ_WHOLE:
@@ -213,6 +248,19 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
     return sha.hexdigest()
 
 
+def _undecoded(feature: Any) -> Any:
+    """The feature with every picture in it, however deep, as its bytes and path."""
+    from datasets import Image, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
+    return feature
+
+
 def _union(items: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(key) for item in items for key in item))
 
@@ -221,37 +269,57 @@ def _add_value(sha: Any, value: Any, texts: list[str]) -> None:
     """Hash a raw value: pictures by their pixels, bytes as they are, the rest by its text; texts may turn out paths."""
     from PIL import Image
 
-    if isinstance(value, Image.Image):
-        sha.update(f"{value.mode}{value.size}".encode())
-        try:
-            sha.update(value.tobytes())
-        except (OSError, SyntaxError, ValueError):
-            sha.update(b"damaged")
-    elif isinstance(value, bytes | bytearray | memoryview):
-        sha.update(hashlib.sha256(value).digest())
-    elif isinstance(value, Mapping):
-        for key in sorted(value):
-            sha.update(f"|{key}:".encode())
-            _add_value(sha, value[key], texts)
-    else:
-        sha.update(repr(value).encode())
-        if isinstance(value, str | Path):
-            texts.append(str(value))
+    # A stack of our own: JSON may be nested more deeply than Python calls may be.
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Image.Image):
+            sha.update(f"{value.mode}{value.size}".encode())
+            try:
+                sha.update(value.tobytes())
+            except (OSError, SyntaxError, ValueError):
+                sha.update(b"damaged")
+        elif isinstance(value, bytes | bytearray | memoryview):
+            sha.update(hashlib.sha256(value).digest())
+        elif isinstance(value, Mapping):
+            keys = sorted(value, key=str)
+            sha.update(f"|{keys}:".encode(errors="backslashreplace"))
+            waiting += [value[key] for key in reversed(keys)]
+        elif isinstance(value, list | tuple):
+            sha.update(f"|{len(value)}:".encode())
+            waiting += reversed(value)
+        else:
+            # hex: Python refuses to write integers of more than 4300 digits in decimal.
+            sha.update((hex(value) if type(value) is int else repr(value)).encode(errors="backslashreplace"))
+            if isinstance(value, str | Path):
+                texts.append(str(value))
 
 
 def _paths_in(table: Any) -> list[str]:
-    """The paths, in an arrow table, of pictures that do not lie in the table itself."""
+    """The paths, in an arrow table or batch, of pictures that do not lie in it themselves."""
     import pyarrow.compute as pc
 
-    found: list[str | None] = []
-    for name in set(_MEDIA) & set(table.column_names):
-        column = table[name]
-        if str(column.type) == "string":
-            found += column.to_pylist()
-        elif str(column.type).startswith("struct<bytes"):
+    found: list[str] = []
+    for name in sorted(set(_MEDIA) & set(table.schema.names)):
+        column = table.column(name)
+        if str(column.type).startswith("struct<bytes"):
             elsewhere = column.filter(pc.is_null(pc.struct_field(column, "bytes")))
-            found += pc.struct_field(elsewhere, "path").to_pylist()
-    return [text for text in found if text]
+            found += filter(None, pc.struct_field(elsewhere, "path").to_pylist())
+        elif "string" in str(column.type):
+            _add_texts(column.to_pylist(), found)
+    return found
+
+
+def _add_texts(value: Any, found: list[str]) -> None:
+    """All texts in nested lists and dicts, but not the path beside a picture's bytes."""
+    if isinstance(value, str):
+        found.append(value)
+    elif isinstance(value, Mapping):
+        if value.get("bytes") is None:
+            _add_texts(list(value.values()), found)
+    elif isinstance(value, list):
+        for item in value:
+            _add_texts(item, found)
 
 
 def _referenced(texts: Iterable[str], rows: Rows) -> str:

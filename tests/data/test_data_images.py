@@ -146,3 +146,19 @@ def test_fit_leaves_a_picture_of_the_right_size_alone(picture: Picture) -> None:
     pixels = to_pixels(Image.new("RGB", (2, 3), (0, 255, 51)))
     assert pixels.shape == (3, 3, 2)
     torch.testing.assert_close(pixels[:, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="only Linux lists a process's open files")
+def test_a_bad_file_is_closed_at_once(tmp_path: Path, packed: Packed, picture: Picture) -> None:
+    """Also while its error is still held: a pass over many damaged files runs out of handles otherwise."""
+    files = {"cut.png": packed(picture(64, 64))[:3000], "huge.png": packed(Image.new("1", (300, 300)))}
+    errors = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(BadImage) as caught:
+            to_rgb(name, roots=[tmp_path], max_pixels=50_000)
+        errors.append(caught.value)
+    still_open = [
+        link.readlink().name for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and link.exists()
+    ]
+    assert len(errors) == 2 and not set(files) & set(still_open)

@@ -1,0 +1,115 @@
+"""`mmalign validate-data`: every pair read as training would, its problems by row, and a sheet to look at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmalign.cli.options import Alias, Command, Option, whole
+from mmalign.files import staged
+
+if TYPE_CHECKING:
+    from mmalign.data import DataReport, PairSource
+
+_SHOWN_PAIRS = 16
+_SHOWN_KINDS = 40
+_SHEET, _BAD_ROWS = "contact_sheet.png", "bad_rows.jsonl"
+VERB = Command(
+    prog="mmalign validate-data",
+    description=(
+        "Reads every row as training would. Prints pairs, ties and kinds of problems, and writes bad_rows.jsonl and "
+        f"contact_sheet.png ({_SHOWN_PAIRS} pairs, evenly spaced)."
+    ),
+    example="mmalign validate-data my-pairs/ --output-dir validation",
+    options=[
+        Option(
+            name="data",
+            help='a Hub id, a parquet, .json or .jsonl file, a folder, or "playground"; may stand first without --data',
+            metavar="DATA",
+            required=True,
+        ),
+        Option(name="output_dir", help="where the two files go", metavar="DIR", default="validation"),
+        Option(name="split", help="which split; none is train where there are several", metavar="NAME", nullable=True),
+        Option(name="revision", help="of a Hub data set", metavar="NAME", nullable=True),
+        Option(name="root", help="the folder that paths in the data are relative to", metavar="DIR", nullable=True),
+        Option(name="max_rows", help="only the first N rows", convert=whole, metavar="N", nullable=True),
+        Option(
+            name="resolution", help="side of the square that training crops to", convert=whole, metavar="N", default=512
+        ),
+        Option(name="workers", help="threads that decode", convert=whole, metavar="N", default=4),
+    ],
+    aliases=[
+        Alias("dataset_name", "is data", lambda value: {"data": value}),
+        Alias("dataset_split_name", "is split", lambda value: {"split": value}),
+        Alias("train_split", "is split", lambda value: {"split": value}),
+    ],
+    epilog="Exit code: 0 every row can be used; 1 some rows were left out, or all; 2 the data could not be opened.\n",
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Checks, writes both files, prints the summary."""
+    words = list(argv)
+    given = VERB.read(["--data", *words] if words and not words[0].startswith("-") else words)
+    if given is None:
+        return 0
+    from mmalign.data import load_pairs, validate_pairs
+
+    source = load_pairs(
+        given["data"],
+        split=given["split"],
+        revision=given["revision"],
+        root=given["root"],
+        max_rows=given["max_rows"],
+    )
+    report = validate_pairs(source, resolution=given["resolution"], workers=given["workers"])
+    folder = Path(given["output_dir"]).expanduser()
+    sheet = _contact_sheet(source, report)
+    with staged(folder) as part:
+        lines = [{"row": bad.row, "field": bad.field, "reason": bad.reason} for bad in report.bad_rows]
+        (part / _BAD_ROWS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        if sheet is not None:
+            sheet.save(part / _SHEET)
+    if sheet is None:
+        # An earlier check's sheet would show pairs that this data does not hold.
+        (folder / _SHEET).unlink(missing_ok=True)
+    print(summary(source, report))
+    print(f"written: {folder / _BAD_ROWS}" + (f", {folder / _SHEET}" if sheet is not None else ""))
+    return 1 if report.bad_rows else 0
+
+
+def summary(source: PairSource, report: DataReport) -> str:
+    """What is printed: counts, then a line for each kind of problem with the first rows that have it."""
+    usable, ties = len(report.usable), report.num_ties
+    users = f", {report.num_users} users" if report.num_users else ""
+    lines = [
+        f"{source.name}: {report.num_rows} rows, {source.form} columns",
+        f"usable:   {usable} pairs of {report.num_prompts} prompts{users}; {ties} of them ties",
+        f"left out: {len(report.bad_rows)} rows",
+    ]
+    problems = report.problems
+    for problem in problems[:_SHOWN_KINDS]:
+        first = ", ".join(map(str, problem.rows[:5])) + (", …" if len(problem.rows) > 5 else "")
+        lines.append(f"{len(problem.rows):>8}  {problem.example.field}: {problem.example.reason}\n{'':10}rows {first}")
+    if len(problems) > _SHOWN_KINDS:
+        lines.append(f"          and {len(problems) - _SHOWN_KINDS} more kinds, all in {_BAD_ROWS}")
+    return "\n".join(lines)
+
+
+def _contact_sheet(source: PairSource, report: DataReport) -> Any:
+    """Pairs evenly spaced over the usable rows, the preferred picture first; None where no row is usable."""
+    from mmalign.evaluation import side_by_side
+
+    number = min(_SHOWN_PAIRS, len(report.usable))
+    if number == 0:
+        return None
+    pictures, captions = [], []
+    for at in range(number):
+        record = source[report.usable[at * len(report.usable) // number]]
+        sides = [record.image_0, record.image_1]
+        pictures.append(sides if record.label >= 0.5 else sides[::-1])
+        told = "tie" if record.label == 0.5 else f"{max(record.label, 1 - record.label):.0%}"
+        captions.append(f"row {record.row} ({told}): {' '.join(record.prompt.split())}")
+    return side_by_side(pictures, captions, ["preferred", "other"], rows_per_line=min(2, number))
