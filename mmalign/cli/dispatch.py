@@ -58,6 +58,18 @@ VERBS = {
             "mmalign.cli.evaluate",
         ),
         Verb(
+            "score",
+            "what scorers say of pictures that are already there",
+            "mmalign score --pictures pictures/ --scorers hpsv2.1 aesthetic",
+            "mmalign.cli.score",
+        ),
+        Verb(
+            "validate-data",
+            "read every preference pair as training would; problems by row, bad_rows.jsonl, a contact sheet",
+            "mmalign validate-data my-pairs/",
+            "mmalign.cli.validate_data",
+        ),
+        Verb(
             "cache",
             "where encoded data sets and downloads lie, how large they are; --clear removes ours",
             "mmalign cache",

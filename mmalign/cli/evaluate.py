@@ -47,8 +47,9 @@ VERB = Command(
         ),
         Option(
             name="scorers",
-            help="judge-A, judge-B, playground (the playground's own), pickscore, clip:<Hub id or folder>. The first that was not "
-            "trained on makes the headline. none is judge-B and playground for the playground's prompts, else pickscore",
+            help="judge-A, judge-B, playground (the playground's own), pickscore, hpsv2, hpsv2.1, aesthetic, imagereward, "
+            "clip:<Hub id or folder>. The first that was not trained on makes the headline. none is judge-B and playground for the "
+            "playground's prompts, else pickscore",
             metavar="NAME",
             many=True,
             group=_JUDGED,

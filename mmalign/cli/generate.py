@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmalign.cli.models import (
     device_option,
@@ -83,11 +85,17 @@ def _counted(given: Given, prompts: list[str]) -> range:
 
 
 def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]:
-    """The files that were written: a picture each, then the sheet."""
-    from mmalign.evaluation import generate, side_by_side
+    """The files that were written, batch by batch: a picture each, then what they show (`metadata.jsonl`), then the sheet."""
+    from mmalign.evaluation import side_by_side
+    from mmalign.evaluation.generate import generate_batches
+    from mmalign.files import write_file, written_aside
 
     pipe = load_pipeline(given, lora=given["lora"])
-    images = generate(
+    folder = Path(given["output_dir"])
+    names = [f"{number:04d}-seed{seed}-{slug(prompt)}.png" for number, (prompt, seed) in enumerate(pairs)]
+    files = [folder / name for name in names]
+    images: list[Any] = []
+    for batch in generate_batches(
         pipe,
         [prompt for prompt, _ in pairs],
         [seed for _, seed in pairs],
@@ -96,13 +104,15 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         batch_size=given["batch_size"],
         height=given["height"],
         width=given["width"],
-    )
-    folder = Path(given["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for number, ((prompt, seed), image) in enumerate(zip(pairs, images, strict=True)):
-        files.append(folder / f"{number:04d}-seed{seed}-{slug(prompt)}.png")
-        image.save(files[-1])
+    ):
+        for image in batch:
+            with written_aside(files[len(images)]) as part:
+                image.save(part, "PNG")
+            images.append(image)
+    shown = [
+        {"file_name": name, "prompt": prompt, "seed": seed} for name, (prompt, seed) in zip(names, pairs, strict=True)
+    ]
+    write_file(folder / "metadata.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in shown))
     if given["grid"]:
         rows = [images[start : start + columns] for start in range(0, len(images), columns)][:_SHEET_ROWS]
         captions = [pairs[start][0] for start in range(0, len(pairs), columns)][:_SHEET_ROWS]

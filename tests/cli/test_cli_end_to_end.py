@@ -150,6 +150,7 @@ def test_generate_writes_pictures_that_depend_on_prompt_and_seed_only(place, run
         "0002-seed3-a-blue-bag-on-white.png",
         "0003-seed4-a-blue-bag-on-white.png",
         "grid.png",
+        "metadata.jsonl",
     ]
     assert cli.main([*words, "--prompt", PROMPTS[1], "--seed", "4", "--no-grid", "--output-dir", "one"]) == 0
     one, four = (np.asarray(Image.open(place / name)).astype(int) for name in (
