@@ -57,12 +57,12 @@ class Denoiser(ABC):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         """How many of the prompts are longer than the text encoder reads."""
 
-    @abstractmethod
     def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
         """Attach each image's (height, width, crop top, crop left, target height, target width).
 
         Families that are not conditioned on sizes have nothing to attach and return the conditioning as it is.
         """
+        return conditioning
 
     @abstractmethod
     def predict(

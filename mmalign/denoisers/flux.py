@@ -49,9 +49,6 @@ class FluxDenoiser(Denoiser):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         return count_truncated(self.pipe.tokenizer_2, prompts, T5_LENGTH)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
-        return conditioning
-
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:

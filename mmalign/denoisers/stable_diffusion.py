@@ -31,9 +31,6 @@ class StableDiffusionDenoiser(Denoiser):
     def count_truncated(self, prompts: Sequence[str]) -> int:
         return count_truncated(self.pipe.tokenizer, prompts)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
-        return conditioning
-
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:

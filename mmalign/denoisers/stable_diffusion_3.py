@@ -42,9 +42,6 @@ class StableDiffusion3Denoiser(Denoiser):
             return count_truncated(self.pipe.tokenizer, prompts)
         return count_truncated(self.pipe.tokenizer_3, prompts, T5_LENGTH)
 
-    def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
-        return conditioning
-
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:
