@@ -14,7 +14,7 @@ from mmalign.likelihood.denoising import (
     pair_log_probs,
     prediction_error,
 )
-from mmalign.likelihood.grids import LandingTable, draw_timesteps, fixed_grid, landing_table, path_weights
+from mmalign.likelihood.grids import LandingTable, draw_timesteps, landing_table
 from mmalign.likelihood.inversion import Inversion, PathPoint, RoundTrip, invert, reconstruct, round_trip
 from mmalign.likelihood.reference import Reference, make_reference
 
@@ -23,7 +23,6 @@ __all__ = [
     "draw_timesteps",
     "draws",
     "excess_errors",
-    "fixed_grid",
     "forward_points",
     "Inversion",
     "InversionConfig",
@@ -35,7 +34,6 @@ __all__ = [
     "OFFICIAL_INVERSION",
     "output_space_scale",
     "pair_log_probs",
-    "path_weights",
     "PathPoint",
     "prediction_error",
     "reconstruct",

@@ -15,7 +15,8 @@ class InversionConfig:
     eta            0 is deterministic; noise of this share of the forward process is mixed into every move
     eta_form       "bayes": the inverse of DDIM-η, whose η = 1 is the forward process; "published": InPO's released code
     share_eta_noise  the two sides of a pair, laid out [chosen…, rejected…], get the same noise
-    grid           "per_sample": each row's own grid ends at its timestep; "fixed": timesteps come from one grid
+    grid           "per_sample": moves of about equal length from the data to the row's timestep; "strided": landings a fixed
+                   stride apart, counted down from it (for training on every landing)
     compat         "official-0.20" repeats the released scripts, defects included: the network is told the source
                    timestep (a negative one first), landings miss the conditioning timestep, τ is taken at the latter
     fp16_alphas    with compat, ᾱ in float16 where τ is taken, as released
@@ -28,7 +29,7 @@ class InversionConfig:
     eta: float = 0.0
     eta_form: Literal["bayes", "published"] = "bayes"
     share_eta_noise: bool = False
-    grid: Literal["per_sample", "fixed"] = "per_sample"
+    grid: Literal["per_sample", "strided"] = "per_sample"
     compat: Literal["official-0.20"] | None = None
     fp16_alphas: bool = False
 
@@ -57,7 +58,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "combine": ("last", "mean", "mean_refined"),
     "solver": ("euler", "heun"),
     "eta_form": ("bayes", "published"),
-    "grid": ("per_sample", "fixed"),
+    "grid": ("per_sample", "strided"),
     "compat": (None, "official-0.20"),
 }
 

@@ -31,6 +31,14 @@ def forward_points(
     return DenoisingPoint(schedule.add_noise(x0, noise, t), schedule.target(x0, noise, t), t)
 
 
+def landing_points(
+    schedule: Schedule, x0: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."], t: Int[Tensor, " B"]
+) -> DenoisingPoint:
+    """The point that an exact landing's target belongs to: x_t = scale_t · (x_0 + λ_t · target), VP and flow alike."""
+    level, scale = rows_like(schedule.level(t), x0), rows_like(schedule.scale(t), x0)
+    return DenoisingPoint(scale * (precise(x0) + level * precise(target)), precise(target), t)
+
+
 def mean_squared_error(prediction: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
     """Mean over everything but the row of (prediction − target)², in float32 or better."""
     return (precise(prediction) - precise(target)).square().flatten(1).mean(1)

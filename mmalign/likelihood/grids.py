@@ -51,42 +51,24 @@ def make_grid(schedule: Schedule, t: Int[Tensor, " B"], config: InversionConfig)
         )
     if config.compat is not None:
         return _official_grid(schedule, t, config)
-    target, moves = _per_sample(schedule, t, config) if config.grid == "per_sample" else _fixed(schedule, t, config)
+    target, moves = (_strided if config.grid == "strided" else _per_sample)(schedule, t, config)
     source = torch.cat([torch.full_like(target[:, :1], -1), target[:, :-1]], dim=1)
     # The data have no timestep of their own; 0 is the nearest one a network knows.
     first = source.clamp(min=0) if config.solver == "heun" else target
     return Grid(source, target, first, target, moves)
 
 
-def fixed_grid(schedule: Schedule, num_steps: int) -> Int[Tensor, " N"]:
-    """The N timesteps round((t_max+1)·k/N) − 1, k = 1 … N, ending at the schedule's largest drawable one."""
-    top = schedule.max_timestep + 1
-    if not 1 <= num_steps <= top:
-        raise ValueError(f"num_steps must lie in 1 … {top}, got {num_steps}")
-    return _round_half_up(top * torch.arange(1, num_steps + 1), torch.tensor(num_steps)) - 1
-
-
 def draw_timesteps(
-    schedule: Schedule, generators: Sequence[torch.Generator], config: InversionConfig | None = None
+    schedule: Schedule, generators: Sequence[torch.Generator], *, last_stratum_of: int | None = None
 ) -> Int[Tensor, " B"]:
-    """Uniform over the drawable timesteps, or over the fixed grid's if the config has one; (B,)."""
-    if config is not None and config.grid == "fixed":
-        return fixed_grid(schedule, config.num_steps)[draws.randint(generators, 0, config.num_steps)]
-    return draws.randint(generators, 0, schedule.max_timestep + 1)
+    """Uniform over the drawable timesteps; with last_stratum_of = N over the last ⌈T/N⌉ of them, (B,).
 
-
-def path_weights(schedule: Schedule, config: InversionConfig) -> Float[Tensor, " T"]:
-    """w_s = P(t = s) / E[number of landings at s], for training on every landing of a path (keep_path=True).
-
-    With t drawn uniformly (draw_timesteps), small timesteps are landed on more often than drawn. Weighted by w, the sum
-    over a path's landings has the expectation of the single landing at t; timesteps never landed on have weight 0.
+    A strided grid of N steps from there lands in each of N strata once. The landings of all rows are then uniform over all timesteps,
+    to within one timestep a stratum, and need no weights (those of per-sample grids crowd at small timesteps).
     """
-    drawn = _drawable(schedule, config)
-    grid = make_grid(schedule, drawn, config)
-    used = torch.arange(grid.target.shape[1]) < grid.moves[:, None]
-    landings = torch.bincount(grid.target[used], minlength=schedule.num_timesteps).double()
-    chosen = torch.bincount(drawn, minlength=schedule.num_timesteps).double()
-    return torch.where(landings > 0, chosen / landings.clamp(min=1), torch.zeros_like(landings))
+    top = schedule.max_timestep + 1
+    low = 0 if last_stratum_of is None else top + (-top // last_stratum_of)
+    return draws.randint(generators, low, top)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +86,10 @@ class LandingTable:
 
 def landing_table(schedule: Schedule, config: InversionConfig) -> LandingTable:
     """The landing of every drawable timestep under a config: exact grids give leak 0 and spread 1."""
-    t = _drawable(schedule, config)
+    t = torch.arange(schedule.max_timestep + 1)
     landing = make_grid(schedule, t, config).landing
     leak = (schedule.signal[landing] - schedule.signal[t]) / schedule.noise[t]
     return LandingTable(t, landing, leak, schedule.noise[landing] / schedule.noise[t])
-
-
-def _drawable(schedule: Schedule, config: InversionConfig) -> Tensor:
-    fixed = config.grid == "fixed"
-    return fixed_grid(schedule, config.num_steps) if fixed else torch.arange(schedule.max_timestep + 1)
 
 
 def _per_sample(schedule: Schedule, t: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
@@ -125,14 +102,15 @@ def _per_sample(schedule: Schedule, t: Tensor, config: InversionConfig) -> tuple
     return torch.minimum(target, t[:, None]), moves
 
 
-def _fixed(schedule: Schedule, t: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
-    grid = fixed_grid(schedule, config.num_steps)
-    if not torch.isin(t, grid).all():
-        raise ValueError(
-            f"with grid='fixed' timesteps must come from {grid.tolist()}; draw them with draw_timesteps(…, config)"
-        )
-    moves = torch.searchsorted(grid, t) + 1
-    return grid[: int(moves.max())].expand(len(t), -1), moves
+def _strided(schedule: Schedule, t: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
+    """Landings t − ⌊jT/N⌋, j = N−1 … 0, those below 0 left out: the same stride from the row's own timestep down."""
+    top = schedule.max_timestep + 1
+    if config.num_steps > top:
+        raise ValueError(f"num_steps must lie in 1 … {top}, got {config.num_steps}")
+    landing = t[:, None] - top * torch.arange(config.num_steps) // config.num_steps
+    moves = (landing >= 0).sum(1)
+    k = torch.arange(int(moves.max()))
+    return landing.gather(1, (moves[:, None] - 1 - k).clamp(min=0)), moves
 
 
 def _official_grid(schedule: Schedule, t: Tensor, config: InversionConfig) -> Grid:

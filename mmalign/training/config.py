@@ -39,8 +39,11 @@ class DenoiserConfig(TrainingArguments):
                        Diffusion-DPO, in which 2000–5000 is usual for Stable Diffusion
     inversion_*        `mmalign.likelihood.config.InversionConfig`, for latents "ddim" and "renoise"
     inversion_model    whose path: the policy's (the papers) or the reference's
-    inversion_landings   "last" (the papers): one training point a path; "all": every landing of a path over the whole fixed grid, so
-                       that a batch holds inversion_steps points a pair, for one inversion
+    inversion_landings   "last" (the papers): one training point a path; "all": every landing of a path over the whole schedule, so
+                       that a batch holds inversion_steps points a pair, for one inversion; "in_turn": paths are kept, with the
+                       reference's errors on them, and every visit of a pair takes the next landing: those of the reference in
+                       cache_dir, for later runs too, those of the policy in memory
+    inversion_refresh    for how many optimiser steps a kept path of the policy serves
     scorer             reward for comparisons other than "human": "playground", "pickscore", "hpsv2", "hpsv2.1", "aesthetic",
                        "imagereward", "clip:<id or folder>"
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
@@ -82,7 +85,8 @@ class DenoiserConfig(TrainingArguments):
     inversion_compat: Literal["official-0.20"] | None = None
     inversion_fp16_alphas: bool = False
     inversion_model: Literal["policy", "reference"] = "policy"
-    inversion_landings: Literal["last", "all"] = "last"
+    inversion_landings: Literal["last", "all", "in_turn"] = "last"
+    inversion_refresh: int | None = None
 
     comparison: Literal["human", "relabel", "smoothed", "bradley_terry"] = "human"
     scorer: str | None = None
@@ -179,10 +183,18 @@ class DenoiserConfig(TrainingArguments):
                 self.reference_cache and self.latents != "forward" and self.inversion_model == "policy"
             ),
             "reference_cache keeps one point a pair: leave inversion_landings out": self.reference_cache
-            and self.inversion_landings == "all",
-            "inversion_landings='all' needs exact landings: leave inversion_compat out": self.inversion_landings
-            == "all"
-            and self.inversion_compat is not None,
+            and self.inversion_landings != "last",
+            f"inversion_landings={self.inversion_landings!r} needs exact landings: leave inversion_compat out": (
+                self.inversion_landings != "last" and self.inversion_compat is not None
+            ),
+            "inversion_refresh belongs to inversion_landings='in_turn' with inversion_model='policy', and they need it": (
+                (self.inversion_refresh is not None)
+                != (self.inversion_landings == "in_turn" and self.inversion_model == "policy")
+            ),
+            "inversion_refresh must be at least 1": self.inversion_refresh is not None and self.inversion_refresh < 1,
+            "checkpoints must lie where paths are renewed, so that a resumed run sees the same ones: make save_steps a multiple of "
+            "inversion_refresh, with save_strategy 'steps' or 'no'": self.inversion_refresh is not None
+            and not self._saves_where_paths_are_renewed(),
             f"comparison={self.comparison!r} needs a scorer": self.comparison != "human" and self.scorer is None,
             "scorer has no effect with comparison='human'": self.comparison == "human" and self.scorer is not None,
             "keep_human_ties needs a comparison by a scorer": self.keep_human_ties and self.comparison == "human",
@@ -207,6 +219,10 @@ class DenoiserConfig(TrainingArguments):
                     f"latents={self.latents!r} and comparison={self.comparison!r}" if readers else "validation_steps=0"
                 )
                 raise ValueError(f"{name} has no effect with {where}")
+
+    def _saves_where_paths_are_renewed(self) -> bool:
+        strategy, every = _plain(self.save_strategy), self.inversion_refresh or 1
+        return strategy == "no" or (strategy == "steps" and self.save_steps >= 1 and self.save_steps % every == 0)
 
     def _check_losses(self) -> None:
         """Refuses, before any picture is encoded, what the losses would refuse at the first step."""
@@ -246,9 +262,10 @@ class DenoiserConfig(TrainingArguments):
         )
 
     def _check_batch_coupled(self, key: str) -> None:
-        if self.inversion_landings == "all":
+        if self.inversion_landings != "last":
             raise ValueError(
-                f"loss_type {key!r} sorts its batch, which must not mix the noise levels of inversion_landings='all'"
+                f"loss_type {key!r} sorts its batch, which must not mix the noise levels of inversion_landings="
+                f"{self.inversion_landings!r}"
             )
         if self.reference_cache:
             raise ValueError(
@@ -299,7 +316,7 @@ class DenoiserConfig(TrainingArguments):
             eta=self.inversion_eta,
             eta_form=self.inversion_eta_form,
             share_eta_noise=self.inversion_share_eta_noise,
-            grid="fixed" if self.inversion_landings == "all" else "per_sample",
+            grid="per_sample" if self.inversion_landings == "last" else "strided",
             compat=self.inversion_compat,
             fp16_alphas=self.inversion_fp16_alphas,
         )
@@ -425,6 +442,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {
     "inversion_compat": _INVERTED,
     "inversion_fp16_alphas": _INVERTED,
     "inversion_landings": _INVERTED,
+    "inversion_refresh": _INVERTED,
     "smoothing_gamma": ("smoothed",),
     "smoothing_normalizer": ("smoothed",),
     "validation_seed": (),

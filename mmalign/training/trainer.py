@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,14 @@ from mmalign import losses
 from mmalign.data import default_cache_dir
 from mmalign.denoisers import Denoiser, adapter_for
 from mmalign.denoisers.parts import evaluating, networks
+from mmalign.likelihood.denoising import DenoisingPoint
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
+from mmalign.training.in_turn import LandingsInTurn, compute_paths
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
 from mmalign.training.prepare import Prepared, Shuffled, batch_of, check_held_out, prepare
 from mmalign.training.progress import Bar, LastStep, Lines
@@ -100,6 +102,12 @@ class DenoiserTrainer(SavingTrainer):
                 f"{len(self._train.dataset)} usable pairs do not fill one batch of {args.per_device_train_batch_size} in each of "
                 f"{args.world_size} process(es): lower per_device_train_batch_size"
             )
+        steps_an_epoch = len(self._train.dataset) / args.pairs_per_step
+        if args.inversion_refresh is not None and args.inversion_refresh <= steps_an_epoch:
+            raise ValueError(
+                f"inversion_refresh={args.inversion_refresh}: no pair comes twice in so few steps, since an epoch has "
+                f"{steps_an_epoch:.0f}; raise it, or take inversion_landings='all'"
+            )
         # One process drives one device; more of them are started by `accelerate launch`.
         args._n_gpu = min(1, args.n_gpu)
         # Every trained weight of a denoiser gets a gradient in every step.
@@ -122,14 +130,14 @@ class DenoiserTrainer(SavingTrainer):
         # Grids are made on the CPU, losses on the device: each has the tables where it works.
         self.denoiser.schedule = storable(self.denoiser.schedule, args.device)
         self._schedule = self.denoiser.schedule.to(args.device)
-        self._max_timestep = self.denoiser.schedule.max_timestep
         self._method = Method(
             inversion=args.inversion(),
             inversion_by_reference=args.inversion_model == "reference",
-            every_landing=args.inversion_landings == "all",
+            landings=args.inversion_landings,
             loss_space=args.loss_space,
             sdpo_mu=args.sdpo_mu,
         )
+        self._in_turn = self._landings_in_turn()
         self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
         self._warned: set[str] = set()
         self._kept: dict[str, ReferenceErrors] = {}
@@ -147,6 +155,10 @@ class DenoiserTrainer(SavingTrainer):
             raise ValueError("inversion_eta is noise of variance-preserving models; a flow model needs inversion_eta=0")
         if args.reference == "adapter" and peft_config is None:
             raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
+        if args.inversion_refresh is not None and args.world_size > 1:
+            raise ValueError(
+                "inversion_refresh keeps paths in the memory of one process: leave it out, or start one process"
+            )
 
     def _make_reference(self, ref_model: Any) -> Reference:
         args = self.args
@@ -158,6 +170,23 @@ class DenoiserTrainer(SavingTrainer):
                 "ref_model has another dtype than the policy, and rounding would look like preference: load both alike"
             )
         return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
+
+    def _landings_in_turn(self) -> LandingsInTurn:
+        compute = partial(
+            compute_paths,
+            self.denoiser,
+            self.network,
+            self.reference,
+            method=self._method,
+            schedule=self._schedule,
+            autocast=self.accelerator.autocast,
+        )
+        return LandingsInTurn(
+            compute,
+            cache_dir=self._cache_dir if self.args.inversion_model == "reference" else None,
+            num_landings=self.args.inversion_steps,
+            seed=self.args.seed,
+        )
 
     def _add_our_callbacks(self) -> None:
         for kind in (ProgressCallback, PrinterCallback):
@@ -188,7 +217,7 @@ class DenoiserTrainer(SavingTrainer):
         try:
             with self._at_work():
                 result = super().train(resume_from_checkpoint=resume or None, **options)
-            self._write_kept_errors()
+            self._write_kept()
             return result
         finally:
             self.network.eval()
@@ -236,18 +265,29 @@ class DenoiserTrainer(SavingTrainer):
 
         With inversion_landings="all" a pair stands there once a landing, in the losses as in the pairs that are returned.
         """
-        args, pairs = self.args, self._pairs(data or self._train, inputs, epoch)
+        args, data = self.args, data or self._train
+        key = self._draws_key(epoch)
+        pairs = self._pairs(data, inputs, key)
         drawn = draw(
             pairs.rows,
             seed=args.seed,
-            epoch=epoch,
-            max_timestep=self._max_timestep,
+            epoch=key,
+            schedule=self.denoiser.schedule,
             share_noise=args.share_noise,
             share_eta_noise=args.inversion_share_eta_noise,
             one_timestep=self._is_batch_coupled,
+            last_stratum_of=None if args.inversion_landings == "last" else args.inversion_steps,
         )
-        kept = self._kept_errors(data or self._train) if args.reference_cache else None
-        known = kept.find(epoch, pairs.rows) if kept else None
+        point: DenoisingPoint | None = None
+        known: Tensor | None = None
+        if args.inversion_landings == "in_turn":
+            about = partial(self._points, data)
+            point, known = self._in_turn.next(
+                pairs, drawn, self._schedule, data=data.fingerprint, round_=key, visit=epoch, about=about
+            )
+        kept = self._kept_errors(data) if args.reference_cache else None
+        if kept:
+            known = kept.find(epoch, pairs.rows)
         with self._dropout_keyed(pairs.rows, epoch):
             measured = measure(
                 self.denoiser,
@@ -259,43 +299,56 @@ class DenoiserTrainer(SavingTrainer):
                 self._method,
                 schedule=self._schedule,
                 autocast=self.accelerator.autocast,
+                known_point=point,
                 known_reference=None if known is None else known.to(pairs.x0.device, pairs.x0.dtype),
             )
         if kept and known is None and measured.reference_error is not None:
             kept.keep(epoch, pairs.rows, measured.reference_error)
         return self._loss_of(measured, measured.pairs), measured, measured.pairs
 
+    def _draws_key(self, epoch: int) -> int:
+        """What a row's draws are keyed by: the epoch or, where its path is kept, how often paths were renewed."""
+        if self.args.inversion_landings != "in_turn" or epoch == _EVAL_EPOCH:
+            return epoch
+        every = self.args.inversion_refresh
+        return 0 if every is None else self.state.global_step // every
+
+    @property
+    def _cache_dir(self) -> Path:
+        return Path(self.args.cache_dir) if self.args.cache_dir else default_cache_dir()
+
+    def _points(self, data: Prepared) -> dict[str, Any]:
+        """Everything that points and the reference's errors on them depend on, where the policy does not choose them."""
+        args = self.args
+        drawn = ("seed", "share_noise", "prompt_dropout", "loss_space", "latents")
+        return {
+            "format": 1,
+            "reference": self.reference.fingerprint(),
+            "data": data.points,
+            "schedule": self.denoiser.schedule.fingerprint(),
+            "precision": [str(next(self.network.parameters()).dtype), args.fp16, args.bf16, bool(args.tf32)],
+            "made on": [args.device.type, torch.__version__],
+            **{name: getattr(args, name) for name in drawn},
+            "inversion": repr(args.inversion()),
+        }
+
     def _kept_errors(self, data: Prepared) -> ReferenceErrors:
         """The reference's errors on these data's points, as far as they are known."""
         if data.fingerprint not in self._kept:
-            args, network = self.args, self.network
-            folder = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
-            parts = {
-                "format": 1,
-                "reference": self.reference.fingerprint(),
-                "data": data.points,
-                "schedule": self.denoiser.schedule.fingerprint(),
-                "precision": [str(next(network.parameters()).dtype), args.fp16, args.bf16, bool(args.tf32)],
-                "made on": [args.device.type, torch.__version__],
-                **{
-                    name: getattr(args, name)
-                    for name in ("seed", "share_noise", "prompt_dropout", "loss_space", "latents")
-                },
-                "inversion": repr(args.inversion()),
-            }
             self._kept[data.fingerprint] = ReferenceErrors(
-                folder, parts, num_rows=int(data.encoded.rows.max()) + 1, sides=2
+                self._cache_dir, self._points(data), num_rows=int(data.encoded.rows.max()) + 1, sides=2
             )
         return self._kept[data.fingerprint]
 
-    def _write_kept_errors(self) -> None:
+    def _write_kept(self) -> None:
+        self._in_turn.write()
         for errors in self._kept.values():
             errors.write(self.args.world_size, self.args.process_index)
             logger.info("reference errors: %d of %d were known; kept in %s", errors.found, errors.asked, errors.path)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self._write_kept_errors()
+        self._write_kept()
 
     @contextmanager
     def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:

@@ -14,10 +14,8 @@ from mmalign.denoisers import Schedule
 from mmalign.likelihood import (
     InversionConfig,
     draws,
-    fixed_grid,
     invert,
     landing_table,
-    path_weights,
     reconstruct,
     round_trip,
 )
@@ -88,8 +86,8 @@ def test_timesteps_outside_the_schedule_are_refused() -> None:
     for bad in ([-1], [49], [3, 50]):
         with pytest.raises(ValueError, match="0 … 48"):
             invert(wavy, zero_snr, latents(len(bad)), torch.tensor(bad), InversionConfig())
-    with pytest.raises(ValueError, match="must come from"):
-        invert(wavy, zero_snr, latents(1), torch.tensor([3]), InversionConfig(num_steps=5, grid="fixed"))
+    with pytest.raises(ValueError, match="num_steps must lie in 1 … 49"):
+        invert(wavy, zero_snr, latents(1), torch.tensor([3]), InversionConfig(num_steps=50, grid="strided"))
 
 
 # --- the target ----------------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def test_inversion_is_diffusers_inverse_ddim() -> None:
         set_alpha_to_one=True,
     )
     scheduler.set_timesteps(10)
-    assert scheduler.timesteps.tolist() == fixed_grid(schedule, 10).tolist()
+    assert scheduler.timesteps.tolist() == list(range(99, 1000, 100))
     expected, rows = x0, torch.arange(2)
     for step in scheduler.timesteps:
         expected = scheduler.step(wavy(expected, step.expand(2), rows), step, expected).prev_sample
@@ -320,16 +318,29 @@ def test_inversion_leaves_no_graph_and_does_not_change_its_input() -> None:
 # --- paths ---------------------------------------------------------------------------------------------------------
 
 
-def test_each_landing_on_a_fixed_grid_is_the_inversion_to_that_timestep() -> None:
-    schedule, x0, config = stable_diffusion(), latents(2), InversionConfig(num_steps=5, renoise_steps=1, grid="fixed")
-    grid = fixed_grid(schedule, 5)
-    path = invert(wavy, schedule, x0, grid[[4, 2]], config, keep_path=True).path
-    assert [point.rows.tolist() for point in path] == [[0, 1], [0, 1], [0, 1], [0], [0]]
-    for k, point in enumerate(path):
-        direct = invert(wavy, schedule, x0, grid[[k, k]], config)
-        torch.testing.assert_close(point.x_t, direct.x_t[: len(point.rows)], rtol=0, atol=1e-13)
-        torch.testing.assert_close(point.target, direct.target[: len(point.rows)], rtol=0, atol=1e-13)
-        assert (point.timestep == grid[k]).all()
+def test_each_landing_on_a_strided_grid_is_the_inversion_to_that_timestep() -> None:
+    schedule, x0 = stable_diffusion(), latents(2)
+    config = InversionConfig(num_steps=5, renoise_steps=1, grid="strided")
+    path = invert(wavy, schedule, x0, torch.tensor([967, 451]), config, keep_path=True).path
+    assert [point.timestep.tolist() for point in path] == [[167, 51], [367, 251], [567, 451], [767], [967]]
+    for point in path:
+        t = point.timestep
+        direct = invert(wavy, schedule, x0[point.rows], t, config)
+        torch.testing.assert_close(point.x_t, direct.x_t, rtol=0, atol=1e-13)
+        torch.testing.assert_close(point.target, direct.target, rtol=0, atol=1e-13)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 60))
+def test_strided_landings_from_the_last_stratum_are_uniform(top: int, steps: int) -> None:
+    """Over every timestep of the last stratum, all others are landed on once or, where strata cannot be equal, at most twice."""
+    steps = min(steps, top)
+    schedule = Schedule("flow", *(torch.linspace(0, 1, top, dtype=torch.float64) for _ in range(2)))
+    last = torch.arange(top + (-top // steps), top)
+    grid = make_grid(schedule, last, InversionConfig(num_steps=steps, grid="strided"))
+    assert (grid.moves == steps).all() and (grid.target.diff(dim=1) > 0).all()
+    counts = torch.bincount(grid.target.flatten(), minlength=top)
+    assert counts.min() == 1 and counts.max() <= (1 if top % steps == 0 else 2)
 
 
 @pytest.mark.parametrize("schedule", [stable_diffusion(), flow()])
@@ -345,23 +356,6 @@ def test_every_landing_of_a_per_sample_path_is_a_valid_point(schedule: Schedule)
     assert last.rows.tolist() == [0] and torch.equal(last.x_t[0], result.x_t[0])
     with pytest.raises(ValueError, match="keep_path"):
         invert(wavy, stable_diffusion(), x0, t, InversionConfig(compat="official-0.20"), keep_path=True)
-
-
-@pytest.mark.parametrize("config", [InversionConfig(num_steps=10), InversionConfig(num_steps=10, grid="fixed")])
-def test_path_weights_undo_the_excess_of_small_timesteps(config: InversionConfig) -> None:
-    """Over all t of one draw each, weighted landings count every drawable timestep once."""
-    schedule = stable_diffusion()
-    weights = path_weights(schedule, config)
-    drawn = fixed_grid(schedule, 10).tolist() if config.grid == "fixed" else range(1000)
-    counts = torch.zeros(1000, dtype=torch.float64)
-    grid = make_grid(schedule, torch.tensor(list(drawn)), config)
-    for landings, moves in zip(grid.target.tolist(), grid.moves.tolist(), strict=True):
-        for landing in landings[:moves]:
-            counts[landing] += weights[landing]
-    expected = torch.zeros(1000, dtype=torch.float64)
-    expected[list(drawn)] = 1
-    torch.testing.assert_close(counts, expected)
-    assert weights.max() == weights[999] == 1 and weights[99] < 0.35
 
 
 # --- configuration -------------------------------------------------------------------------------------------------
@@ -388,7 +382,7 @@ def test_options_that_cannot_act_are_refused(options: dict[str, object], message
 
 
 def test_exact_grids_have_no_leak() -> None:
-    for config in (InversionConfig(), InversionConfig(grid="fixed")):
+    for config in (InversionConfig(), InversionConfig(grid="strided")):
         table = landing_table(stable_diffusion(), config)
         assert torch.equal(table.landing, table.timestep)
         assert table.leak.abs().max() == 0 and (table.spread - 1).abs().max() == 0

@@ -96,7 +96,7 @@ def test_a_step_needs_no_float64_on_a_device_that_has_none(kind: str, inversion:
     reference.module.to("meta")
     text = denoiser.encode_prompt(["a red shirt"] * 4).to("meta")
     pairs_ = Pairs(torch.zeros(4, 4, 8, 8, device="meta"), text, [3, 8], torch.ones(2, device="meta"))
-    drawn = draw([3, 8], seed=0, epoch=0, max_timestep=999, share_noise=True, share_eta_noise=False)
+    drawn = draw([3, 8], seed=0, epoch=0, schedule=denoiser.schedule, share_noise=True, share_eta_noise=False)
 
     def policy(x: torch.Tensor, t: torch.Tensor, conditioning: Any) -> torch.Tensor:
         return denoiser.predict(denoiser.module, x, t, conditioning)

@@ -7,8 +7,6 @@ import pytest
 import torch
 from training.runs import batch, history, losses, moved_lora, trainer
 
-from mmalign.likelihood.grids import fixed_grid
-
 EVERY: dict[str, Any] = {"inversion_landings": "all", "inversion_steps": 3}
 
 
@@ -17,10 +15,10 @@ def test_every_landing_is_a_point_of_its_own_pair(method: str, tmp_path: Path) -
     run = trainer(tmp_path, method, peft_config=moved_lora(), **EVERY)
     loss, measured, pairs_ = run.pair_losses(run.model, batch(run, (0, 2)), epoch=0)
     rows = batch(run, (0, 2))["row"]
-    grid = fixed_grid(run.denoiser.schedule, 3)
     assert loss.shape == (6,) and pairs_.rows == rows * 3
-    assert torch.equal(measured.timestep, grid.repeat_interleave(2))
-    assert torch.equal(measured.point.timestep, grid.repeat_interleave(2).repeat(2))
+    landed = measured.timestep.unflatten(0, (3, 2))
+    assert (landed // 334 == torch.arange(3)[:, None]).all() and (landed.diff(dim=0) - 333).abs().max() <= 1
+    assert torch.equal(measured.point.timestep, measured.timestep.repeat(2))
     # A latent that stood beside another picture's would not be rebuilt from its target.
     rebuilt = run.denoiser.schedule.add_noise(pairs_.x0, measured.point.target, measured.point.timestep)
     torch.testing.assert_close(rebuilt, measured.point.x_t, rtol=1e-4, atol=1e-4)
@@ -41,7 +39,9 @@ def test_the_last_landing_alone_would_be_one_of_them(tmp_path: Path) -> None:
     """On a grid of one step the only landing is the last one."""
     every = trainer(tmp_path, "smpo", **EVERY | {"inversion_steps": 1})
     loss, measured, _ = every.pair_losses(every.model, batch(every), epoch=0)
-    assert loss.shape == (2,) and measured.timestep.tolist() == [999, 999]
+    alone = trainer(tmp_path, "smpo", inversion_steps=1)
+    again, drawn, _ = alone.pair_losses(alone.model, batch(alone), epoch=0)
+    assert loss.shape == (2,) and torch.equal(measured.timestep, drawn.timestep) and torch.equal(loss, again)
 
 
 @pytest.mark.parametrize("method", ["inpo", "smpo", "sft"])

@@ -12,6 +12,7 @@ from tiny import KINDS, tiny_pipeline
 from torch import Tensor
 from training.runs import METHODS, batch, gradients, history, lora, losses, moved_lora, pairs, trainer
 
+from mmalign.denoisers import adapter_for
 from mmalign.likelihood import draws
 from mmalign.training.measurement import draw, dropped_prompts
 
@@ -99,7 +100,8 @@ def test_a_pair_shares_prompt_dropout_timestep_and_in_dpo_the_noise(tmp_path: Pa
 
 
 def test_draws_belong_to_rows_not_to_places_in_a_batch() -> None:
-    options: dict[str, Any] = dict(seed=3, epoch=1, max_timestep=999, share_noise=True, share_eta_noise=False)
+    schedule = adapter_for(tiny_pipeline("sd")).schedule
+    options: dict[str, Any] = dict(seed=3, epoch=1, schedule=schedule, share_noise=True, share_eta_noise=False)
     one, two = draw([7, 2, 9], **options), draw([9, 7], **options)
     assert one.timestep[0] == two.timestep[1] and one.timestep[2] == two.timestep[0]
     assert torch.equal(draws.randn(one.noise[:1], (3,)), draws.randn(two.noise[1:2], (3,)))
@@ -116,7 +118,9 @@ def by_hand(run: Any, unet: torch.nn.Module, items: tuple[int, ...], *, sides: i
     """Errors (sides · B,) of a network on the draws of these items."""
     inputs = batch(run, items)
     rows = inputs["row"]
-    drawn = draw(rows, seed=run.args.seed, epoch=0, max_timestep=999, share_noise=True, share_eta_noise=False)
+    drawn = draw(
+        rows, seed=run.args.seed, epoch=0, schedule=run.denoiser.schedule, share_noise=True, share_eta_noise=False
+    )
     noise = draws.randn(drawn.noise[: len(rows)], (4, 8, 8)).double().repeat(sides, 1, 1, 1)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     t = drawn.timestep.repeat(sides)

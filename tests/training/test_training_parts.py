@@ -49,7 +49,7 @@ def test_forward_equivalents_are_those_of_the_published_costs() -> None:
 @pytest.mark.parametrize(("corrections", "a_point"), [(0, 5), (1, 6)], ids=["inpo", "smpo"])
 def test_a_training_point_costs_less_where_every_landing_is_one(corrections: int, a_point: int) -> None:
     schedule = adapter_for(tiny_pipeline("sd")).schedule
-    config = InversionConfig(num_steps=10, renoise_steps=corrections, grid="fixed")
+    config = InversionConfig(num_steps=10, renoise_steps=corrections, grid="strided")
     assert forward_equivalents(schedule, config, has_reference=True, every_landing=True) == 10 * a_point
 
 
