@@ -50,6 +50,8 @@ class DenoiserConfig(TrainingArguments):
     reference_cache    keep the reference's errors in cache_dir: a second run over the same pairs and seed (another beta, learning rate,
                        loss) then needs no reference, and evaluation needs it once; for points that the policy does not choose
     smoothing_gamma    SmPO's γ: a pair counts γ · (2p − 1)
+    strength_sampling  share of the pairs that an epoch draws, in proportion to their |strength|; losses are divided by how likely
+                       they were to be drawn: the same expectation, and pairs of little weight seldom cost anything
     prompt_dropout     share of pairs whose prompt becomes empty, for both sides at once
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
@@ -94,6 +96,7 @@ class DenoiserConfig(TrainingArguments):
     smoothing_normalizer: Literal["extrema", "quantile", "official"] = "extrema"
     keep_human_ties: bool = False
     min_abs_strength: float = 0.0
+    strength_sampling: float | None = None
 
     prompt_dropout: float = 0.2
     loss_space: Literal["epsilon", "velocity"] | None = None
@@ -199,6 +202,11 @@ class DenoiserConfig(TrainingArguments):
             "scorer has no effect with comparison='human'": self.comparison == "human" and self.scorer is not None,
             "keep_human_ties needs a comparison by a scorer": self.keep_human_ties and self.comparison == "human",
             "min_abs_strength needs comparison 'smoothed' or 'bradley_terry'": self.min_abs_strength > 0 and not graded,
+            "strength_sampling must lie between 0 and 1": self.strength_sampling is not None
+            and not 0 < self.strength_sampling < 1,
+            "strength_sampling needs comparison 'smoothed' or 'bradley_terry', where pairs differ in strength": (
+                self.strength_sampling is not None and not graded
+            ),
             "smoothing_normalizer='official' fits the cosines of scorer='pickscore' only": self.comparison == "smoothed"
             and self.smoothing_normalizer == "official"
             and self.scorer != "pickscore",

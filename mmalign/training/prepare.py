@@ -2,13 +2,11 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
 
 from mmalign.data import (
     EncodedPairs,
@@ -96,24 +94,6 @@ def batch_of(items: list[PreferenceItem]) -> dict[str, Any]:
     """`collate`, with what is looked up on the CPU as plain numbers, which no loader sends to a device and back."""
     batch = collate(items)
     return {**batch, "row": batch["row"].tolist(), "prompt_index": batch["prompt_index"].tolist()}
-
-
-class Shuffled(Sampler[int]):
-    """All rows in an order drawn from (seed, epoch), whatever became of the process's own random state.
-
-    The epoch is asked for when it begins: accelerate hands `set_epoch` on to its own sampler only, once a sharded loader is resumed.
-    """
-
-    def __init__(self, length: int, seed: int, epoch: Callable[[], int]) -> None:
-        self.length, self.seed, self.epoch = length, seed, epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        digest = hashlib.sha256(f"{self.seed}/{self.epoch()}/row order".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        yield from torch.randperm(self.length, generator=generator).tolist()
 
 
 def _normalizer(args: DenoiserConfig, scores: torch.Tensor, reward: Any) -> Normalizer:

@@ -31,10 +31,11 @@ from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
 from mmalign.training.in_turn import LandingsInTurn, compute_paths
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
-from mmalign.training.prepare import Prepared, Shuffled, batch_of, check_held_out, prepare
+from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
 from mmalign.training.progress import Bar, LastStep, Lines
 from mmalign.training.reference_cache import ReferenceErrors
 from mmalign.training.samples import SamplePictures
+from mmalign.training.sampling import Shuffled, ShuffledByProbability, inclusion_probabilities
 from mmalign.training.saving import SavingTrainer
 from mmalign.training.weights import made_trainable
 
@@ -232,7 +233,21 @@ class DenoiserTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if self.args.strength_sampling is not None:
+            return ShuffledByProbability(self._probabilities, seed, lambda: self._epoch)
         return Shuffled(len(self._train.dataset), seed, lambda: self._epoch)
+
+    @cached_property
+    def _probabilities(self) -> Tensor:
+        """How likely an epoch is to draw each training pair (R,)."""
+        return inclusion_probabilities(self._train.dataset.compared.strength, self.args.strength_sampling or 1.0)
+
+    @cached_property
+    def _sampling_weights(self) -> dict[int, float]:
+        """Row → by how much its loss counts more for being drawn seldom: mean 1 over the rows of an epoch."""
+        compared, encoded = self._train.dataset.compared, self._train.encoded
+        weights = self._probabilities.sum() / (len(self._probabilities) * self._probabilities)
+        return dict(zip(encoded.rows[compared.kept].tolist(), weights.tolist(), strict=True))
 
     @property
     def _epoch(self) -> int:
@@ -253,6 +268,8 @@ class DenoiserTrainer(SavingTrainer):
         """Mean of the per-pair losses of one micro-batch; raises FloatingPointError, naming rows, where one is not finite."""
         loss, measured, pairs = self.pair_losses(model, inputs, epoch=self._epoch)
         self._record("train", measured, pairs, loss.detach())
+        if self.args.strength_sampling is not None:
+            loss = loss * torch.tensor([self._sampling_weights[row] for row in pairs.rows]).to(loss)
         mean = loss.mean()
         if self._pairs_in_step:
             mean = mean * (len(inputs["row"]) * self.current_gradient_accumulation_steps / self._pairs_in_step)
