@@ -12,8 +12,10 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 
 import mmalign
+from mmalign.data import load_pairs
 from mmalign.denoisers import adapter_for
 from mmalign.evaluation import generate, win_rate, win_rate_difference
 from mmalign.files import write_file, write_json
@@ -50,6 +53,7 @@ class Row:
 
 
 _BY_REWARD = {"scorer": "playground"}
+_IN_TURN = {"inversion_landings": "in_turn", "inversion_model": "reference"}
 ROWS: dict[str, Row] = {
     "sft": Row("sft"),
     # Its teachers were drawn with guidance: does it then need less of it?
@@ -73,6 +77,10 @@ ROWS: dict[str, Row] = {
     # The link, from DPO (sigmoid). IPO's gradient is not multiplied by beta and would drown in Adam's usual epsilon.
     "dpo, ipo": Row("dpo", {"loss_type": "ipo", "adam_epsilon": 1e-12}),
     "dpo, hinge": Row("dpo", {"loss_type": "hinge"}),
+    # One inversion by the reference for all visits of a pair: as a later run meets it, and in one run that visits each pair four times.
+    "smpo, in turn": Row("smpo", _IN_TURN),
+    "smpo, 400 pairs": Row("smpo", data="400 pairs"),
+    "smpo, 400 pairs, in turn": Row("smpo", _IN_TURN, data="400 pairs"),
     # What the released code computes, off-grid landings included.
     "smpo, official": Row("smpo", {"inversion_compat": "official-0.20", "inversion_steps": 10}),
 }
@@ -99,7 +107,7 @@ def run(row: str, seed: int) -> None:
         pipe = getattr(mmalign, f"{NAMES[spec.method]}Pipeline").from_pretrained("playground")
         steps = round(STEPS * cost("smpo") / cost(spec.method)) if spec.longer else STEPS
         changes = {"max_steps": steps, "seed": seed, **spec.changes}
-        data = photograph_pairs(4000) if spec.data == "photographs" else spec.data
+        data = DATA[spec.data]()
         with tempfile.TemporaryDirectory() as folder:
             options = {"preset": "playground", "save_strategy": "no", "report_to": "none", **changes}
             result = pipe.align(data, output_dir=folder, **options)
@@ -165,6 +173,23 @@ def photograph_pairs(number: int) -> list[dict[str, Any]]:
     ]
 
 
+def first_pairs(number: int) -> list[dict[str, Any]]:
+    """The first of the playground's own pairs that a rater preferred one side of."""
+    source = load_pairs("playground")
+    decided = (record for record in map(source.__getitem__, range(len(source))) if record.label != 0.5)
+    return [
+        {"caption": r.prompt, "jpg_0": r.image_0, "jpg_1": r.image_1, "label_0": r.label, "label_1": 1 - r.label}
+        for r in islice(decided, number)
+    ]
+
+
+DATA: dict[str, Callable[[], Any]] = {
+    "playground": lambda: "playground",
+    "400 pairs": lambda: first_pairs(400),
+    "photographs": lambda: photograph_pairs(4000),
+}
+
+
 def table() -> str:
     """The finished cells as Markdown: win rate against the base over all seeds, clustered by prompt."""
     prompts = pairs.prompts().test
@@ -198,6 +223,8 @@ CONTRASTS = (
     ("inpo, eta 1", "inpo"),
     ("smpo", "smpo, 10 inversion steps"),
     ("smpo, official", "smpo, 10 inversion steps"),
+    ("smpo, in turn", "smpo"),
+    ("smpo, 400 pairs, in turn", "smpo, 400 pairs"),
 )
 
 
