@@ -115,8 +115,8 @@ def table() -> str:
             official = f"{released(method):.1f}" if mode == "exact" else ""
             lines.append(f"| {method} | {mode} | {costs[0]:.2f} | {costs[1]:.2f} | {official} |")
             print(lines[-1], flush=True)
-    head = f"Forward passes a training point; torch {torch.__version__}, {PAIRS} pairs, batches of {BATCH}, {STEPS} inversion steps.\n\n"
-    return head + "\n".join(lines) + "\n"
+    sizes = f"{PAIRS} pairs, batches of {BATCH}, {STEPS} inversion steps"
+    return "\n".join([f"Forward passes a training point: {sizes}, torch {torch.__version__}.", "", *lines]) + "\n"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 from mmalign.cli import evaluate, train
@@ -94,33 +95,17 @@ def _real(given: Given) -> int:
     """The same as two verbs: `mmalign train`, then `mmalign evaluate`."""
     if given["prompts"] is None:
         raise UsageError("--prompts is missing: a file of prompts to evaluate on, which the pairs do not hold")
-    folder = Path(given["output_dir"])
-    chosen = ["--preset", given["preset"]] if given["preset"] else []
-    steps = "200" if given["max_steps"] is None else str(given["max_steps"])
-    words = [given["method"], "--model", given["model"], "--data", given["data"], "--output-dir", str(folder), *chosen]
-    code = train.run(
-        [
-            *words,
-            "--max-steps",
-            steps,
-            "--seed",
-            str(given["seed"]),
-            "--save-pipeline",
-        ]
-    )
-    if code:
+    folder, seed = Path(given["output_dir"]), str(given["seed"])
+    words = {"--model": given["model"], "--data": given["data"], "--output-dir": str(folder), "--seed": seed}
+    words |= {"--max-steps": str(given["max_steps"] or 200)}
+    if given["preset"]:
+        words |= {"--preset": given["preset"]}
+    if code := train.run([given["method"], *chain(*words.items()), "--save-pipeline"]):
         return code
-    words = [
-        "--model",
-        given["model"],
-        "--lora",
-        str(folder),
-        "--prompts",
-        given["prompts"],
-        "--seed",
-        str(given["seed"]),
-    ]
+    words = {"--model": given["model"], "--lora": str(folder), "--prompts": given["prompts"], "--seed": seed}
     if given["num_prompts"] is not None:
-        words += ["--num-prompts", str(given["num_prompts"])]
+        words |= {"--num-prompts": str(given["num_prompts"])}
     trained_on = ["--trained-on", "pickscore"] if given["method"] == "smpo" else []
-    return evaluate.run([*words, "--scorers", *_REAL_SCORERS, *trained_on, "--output-dir", str(folder / "evaluation")])
+    return evaluate.run(
+        [*chain(*words.items()), "--scorers", *_REAL_SCORERS, *trained_on, "--output-dir", str(folder / "evaluation")]
+    )

@@ -23,7 +23,7 @@ __all__ = [
     "StableDiffusionXLDenoiser",
 ]
 
-# The network's class → the adapters that can drive it; of several, the one with the most components that are there.
+# The network's class → the adapters that can drive it; of several, the first whose components are all there.
 _FAMILIES: dict[str, tuple[type[Denoiser], ...]] = {
     "UNet2DConditionModel": (StableDiffusionXLDenoiser, StableDiffusionDenoiser),
     "SD3Transformer2DModel": (StableDiffusion3Denoiser,),
