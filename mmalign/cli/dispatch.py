@@ -64,6 +64,12 @@ VERBS = {
             "mmalign.cli.score",
         ),
         Verb(
+            "make-pairs",
+            "preference pairs from your own prompts: drawn by a model, judged by a scorer",
+            "mmalign make-pairs --model playground --prompts playground --scorer playground --num-prompts 8",
+            "mmalign.cli.make_pairs",
+        ),
+        Verb(
             "validate-data",
             "read every preference pair as training would; problems by row, bad_rows.jsonl, a contact sheet",
             "mmalign validate-data my-pairs/",

@@ -5,6 +5,7 @@ from mmalign.evaluation.evaluate import compare_sides, evaluate
 from mmalign.evaluation.fingerprint import model_fingerprint
 from mmalign.evaluation.generate import generate
 from mmalign.evaluation.grid import side_by_side
+from mmalign.evaluation.make_pairs import MadePairs, make_pairs
 from mmalign.evaluation.report import ReportFiles, read_report, write_report
 from mmalign.evaluation.result import EvaluationResult, PictureStatistic, Row, ScorerResult, Summary
 from mmalign.evaluation.scorers import Scorer
@@ -19,6 +20,8 @@ __all__ = [
     "EvaluationResult",
     "generate",
     "headline",
+    "MadePairs",
+    "make_pairs",
     "model_fingerprint",
     "paired_difference",
     "PictureStatistic",
