@@ -41,8 +41,7 @@ class DenoiserConfig(TrainingArguments):
     inversion_model    whose path: the policy's (the papers) or the reference's
     inversion_landings   "last" (the papers): one training point a path; "all": every landing of a path over the whole fixed grid, so
                        that a batch holds inversion_steps points a pair, for one inversion
-    scorer             reward for comparisons other than "human": "playground", "pickscore", "hpsv2", "hpsv2.1", "aesthetic",
-                       "imagereward", "clip:<id or folder>"
+    scorer             reward for comparisons other than "human": a name that `mmalign.rewards.scorer` knows, such as "pickscore"
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
     reference_cache    keep the reference's errors in cache_dir: a second run over the same pairs and seed (another beta, learning rate,
                        loss) then needs no reference, and evaluation needs it once; for points that the policy does not choose
