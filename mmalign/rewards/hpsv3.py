@@ -190,7 +190,7 @@ def _template(wheel: Path) -> str:
         source = archive.open(_SOURCE).read(2**16) if _SOURCE in archive.namelist() else b""
     if hashlib.sha256(source).hexdigest() != _SOURCE_HASH:
         raise ValueError(f"{wheel} has not the text that HPSv3 was trained with: give {WHEEL}")
-    texts = {
+    texts: dict[str, Any] = {
         place.id: node.value.value
         for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
