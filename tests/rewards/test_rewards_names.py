@@ -18,7 +18,9 @@ def test_files_are_known_for_the_listed_names() -> None:
 
 @pytest.mark.parametrize("name", ["beauty", "clip", "clip:", "hpsv3:", "pickscore:own.pt"])
 def test_unknown_names_get_the_list(name: str) -> None:
-    with pytest.raises(ValueError, match=f"no scorer {name!r}; there are {', '.join(SCORERS)}, and hpsv2, .* ':<file>'"):
+    with pytest.raises(
+        ValueError, match=f"no scorer {name!r}; there are {', '.join(SCORERS)}, and hpsv2, .* ':<file>'"
+    ):
         scorer(name)
 
 
