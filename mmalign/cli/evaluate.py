@@ -18,6 +18,7 @@ from mmalign.cli.models import (
     sampling_options,
 )
 from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, whole
+from mmalign.scorer_names import SCORERS
 
 _MODEL, _WHAT, _JUDGED = "the two models", "what is drawn", "who judges"
 VERB = Command(
@@ -47,9 +48,8 @@ VERB = Command(
         ),
         Option(
             name="scorers",
-            help="judge-A, judge-B, playground (the playground's own), pickscore, hpsv2, hpsv2.1, aesthetic, imagereward, "
-            "clip:<Hub id or folder>. The first that was not trained on makes the headline. none is judge-B and playground for the "
-            "playground's prompts, else pickscore",
+            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B. The first that was not trained on "
+            "makes the headline. none is judge-B and playground for the playground's prompts, else pickscore",
             metavar="NAME",
             many=True,
             group=_JUDGED,

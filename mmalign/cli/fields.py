@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmalign.cli.options import Convert, Option, mapping_or_text, number, one_of, switch, text, whole
+from mmalign.scorer_names import SCORERS
 
 OWN = "the method: latents × comparison × loss"
 USUAL = "training"
@@ -35,6 +36,7 @@ _EXPLAINED = {
     "simpo_gamma": "target margin of loss_type simpo",
     "cpo_alpha": "weight of the likelihood term of loss_type cpo",
     "latents": "how the log-ratio is measured: forward noise, DDIM inversion, ReNoise inversion",
+    "scorer": f"reward for comparisons other than human: {', '.join(SCORERS)}",
     "comparison": "what a pair is worth: its human label, relabelled by the scorer, smoothed by it, Bradley–Terry weight",
     "smoothing_normalizer": "how the scorer's values are normalised before smoothing",
     "keep_human_ties": "let the scorer decide pairs that humans called a tie",

@@ -16,6 +16,7 @@ from mmalign.cli.models import (
     sampling_options,
 )
 from mmalign.cli.options import Command, Option, number, whole
+from mmalign.scorer_names import SCORERS
 
 _MODEL, _WHAT = "the model", "which pairs"
 VERB = Command(
@@ -30,7 +31,7 @@ VERB = Command(
         *prompt_options(_WHAT),
         Option(
             name="scorer",
-            help="pickscore, hpsv2, hpsv2.1, aesthetic, imagereward, clip:<Hub id or folder>, playground",
+            help=", ".join(SCORERS),
             metavar="NAME",
             required=True,
             group=_WHAT,

@@ -10,6 +10,7 @@ from typing import Any
 from mmalign.cli.evaluate import scorer_named
 from mmalign.cli.models import best_device, device_option
 from mmalign.cli.options import Command, Option, UsageError
+from mmalign.scorer_names import SCORERS
 
 _WHAT, _JUDGED = "the pictures", "who judges"
 _AT_ONCE = 256
@@ -30,8 +31,7 @@ VERB = Command(
         device_option(_WHAT),
         Option(
             name="scorers",
-            help="pickscore, hpsv2, hpsv2.1, aesthetic, imagereward, clip:<Hub id or folder>; for the playground's pictures "
-            "playground, judge-A, judge-B",
+            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B",
             metavar="NAME",
             many=True,
             required=True,

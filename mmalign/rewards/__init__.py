@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 
-from mmalign.rewards import aesthetic, hpsv2, imagereward
+from mmalign.rewards import aesthetic, hpsv2, hpsv3, imagereward
 from mmalign.rewards.aesthetic import AestheticScorer
 from mmalign.rewards.base import NetworkScorer
 from mmalign.rewards.checkpoints import hub_file
 from mmalign.rewards.clip import ClipScorer
 from mmalign.rewards.ensemble import Ensemble, Member, standardised
 from mmalign.rewards.hpsv2 import HPSv2Scorer
+from mmalign.rewards.hpsv3 import HPSv3Scorer
 from mmalign.rewards.imagereward import ImageRewardScorer
 from mmalign.rewards.scorer import PixelScorer, Scorer
+from mmalign.scorer_names import FROM_FILES, SCORERS
 
 __all__ = [
     "AestheticScorer",
     "ClipScorer",
     "Ensemble",
     "HPSv2Scorer",
+    "HPSv3Scorer",
     "ImageRewardScorer",
     "Member",
     "NetworkScorer",
@@ -40,16 +43,24 @@ __all__ = [
 _PICKSCORE = "yuvalkirstain/PickScore_v1"
 _PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
+# Who reads them, and where they are published.
+_FILES: dict[str, tuple[Any, str, str]] = {
+    **{version: (HPSv2Scorer, hpsv2.REPO, file) for version, file in hpsv2.FILES.items()},
+    "hpsv3": (HPSv3Scorer, hpsv3.REPO, hpsv3.FILE),
+    "aesthetic": (AestheticScorer, aesthetic.REPO, aesthetic.FILE),
+    "imagereward": (ImageRewardScorer, imagereward.REPO, imagereward.FILE),
+}
+
 
 def scorer(
-    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, batch_size: int = 32
+    name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, batch_size: int = 32
 ) -> NetworkScorer:
-    """A scorer by name.
+    """A scorer by name, one of mmalign.scorer_names.SCORERS.
 
-    "playground", "pickscore", "hpsv2", "hpsv2.1", "aesthetic", "imagereward", or "clip:<Hub id or folder>". Published weights come
-    from the Hub; "hpsv2:<file>" and so on read a file of your own, for the last four.
+    Published weights come from the Hub; "hpsv2:<file>" and so on, for FROM_FILES, read a file of your own. dtype: None is the
+    scorer's own, which is float32, and for HPSv3 on a GPU bfloat16.
     """
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_size": batch_size}
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size} | ({} if dtype is None else {"dtype": dtype})
     kind, _, source = name.partition(":")
     if name == "playground":
         folder = Path(str(files("mmalign"))) / "assets" / "reward-clip"
@@ -62,14 +73,9 @@ def scorer(
         return ClipScorer.from_pretrained(_PICKSCORE, _PICKSCORE_PROCESSOR, name=name, **options)
     if kind == "clip" and source:
         return ClipScorer.from_pretrained(source, name=name, **options)
-    if name == kind or source:
-        if kind in hpsv2.FILES:
-            return HPSv2Scorer.from_file(source or hub_file(hpsv2.REPO, hpsv2.FILES[kind], kind), name=kind, **options)
-        if kind == "aesthetic":
-            return AestheticScorer.from_file(source or hub_file(aesthetic.REPO, aesthetic.FILE, kind), **options)
-        if kind == "imagereward":
-            return ImageRewardScorer.from_file(source or hub_file(imagereward.REPO, imagereward.FILE, kind), **options)
+    if kind in _FILES and (name == kind or source):
+        reader, repo, file = _FILES[kind]
+        return reader.from_file(source or hub_file(repo, file, kind), name=kind, **options)
     raise ValueError(
-        f"no scorer {name!r}; there are 'playground', 'pickscore' and 'clip:<Hub id or folder>', and 'hpsv2', 'hpsv2.1', "
-        "'aesthetic' and 'imagereward', each also with ':<file>'"
+        f"no scorer {name!r}; there are {', '.join(SCORERS)}, and {', '.join(FROM_FILES)} also each with ':<file>'"
     )

@@ -47,15 +47,15 @@ class NetworkScorer(ABC):
         """How many of the prompts are longer than the text encoder reads."""
 
     @abstractmethod
-    def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 h w"]:
-        """What the network reads of pictures, to the bit as its authors had it."""
+    def preprocess(self, images: Sequence[Image.Image]) -> Any:
+        """What the network reads of pictures, to the bit as its authors had it: (B, 3, h, w), or what else has a `to(device)`."""
 
     @abstractmethod
-    def preprocess_pixels(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
+    def preprocess_pixels(self, pixels: Float[Tensor, "B 3 H W"]) -> Any:
         """The same of pixels in [0, 1], with gradient."""
 
     @abstractmethod
-    def reward(self, inputs: Float[Tensor, "B 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+    def reward(self, inputs: Any, prompts: Sequence[str]) -> Float[Tensor, " B"]:
         """Score of preprocessed picture i and prompt i, in float32 on the model's device, with gradient to the inputs."""
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ def hub_file(repo: str, filename: str, name: str) -> Path:
     """A file of a Hub repository, downloaded once. `name`: of the scorer, for the error."""
     from huggingface_hub import hf_hub_download
 
-    with absence_explained(f"download {filename} of https://huggingface.co/{repo} and ask for '{name}:<file>'"):
+    remedy = f"run `hf download {repo} {filename} --local-dir .` where the Hub is reached, and ask for '{name}:<file>'"
+    with absence_explained(remedy):
         return Path(hf_hub_download(repo, filename))
 
 
@@ -59,6 +60,24 @@ def shape_of(state: dict[str, Tensor], key: str, what: str) -> torch.Size:
     if key not in state:
         raise ValueError(f"not the weights of {what}: {key} is missing; give the published file")
     return state[key].shape
+
+
+def part_of(state: dict[str, Tensor], prefix: str, what: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without this beginning."""
+    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not part:
+        raise ValueError(f"not the weights of {what}: nothing in it is called {prefix}…; give the published file")
+    return part
+
+
+def fitted(make: Callable[[], Any], state: dict[str, Tensor], what: str) -> Any:
+    """The network that `make` builds, with these weights; drawing random ones first would take longer than reading the file."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        module = make()
+    fit_weights(module, state, what)
+    return module
 
 
 def fit_weights(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.rewards.base import NetworkScorer, distinct
-from mmalign.rewards.checkpoints import fit_weights, read_checkpoint
+from mmalign.rewards.checkpoints import fitted, read_checkpoint
 from mmalign.rewards.fingerprints import module_hash, text_hash
 from mmalign.rewards.pixels import normalise, pad_pixels, to_pixels
 
@@ -55,16 +55,12 @@ class HPSv2Scorer(NetworkScorer):
     ) -> HPSv2Scorer:
         """From the published file, or its state dict as safetensors. layout: a model that open_clip knows by name."""
         import open_clip
-        from accelerate import init_empty_weights
 
         state = read_checkpoint(path)
         config = open_clip.get_model_config(layout)
         if config is None:
             raise ValueError(f"open_clip knows no layout {layout!r}; HPSv2's is 'ViT-H-14'")
-        # Drawing a billion random weights, to be replaced at once, would take longer than reading the file.
-        with init_empty_weights():
-            model = open_clip.CLIP(**config)
-        fit_weights(model, state, f"HPSv2 ({layout})")
+        model = fitted(lambda: open_clip.CLIP(**config), state, f"HPSv2 ({layout})")
         return cls(model.to(device, dtype), name=name, config=config, antialias=antialias, batch_size=batch_size)
 
     @property

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mmalign.rewards.base import NetworkScorer
-from mmalign.rewards.checkpoints import absence_explained, fit_weights, linear_head, read_checkpoint, shape_of
+from mmalign.rewards.checkpoints import absence_explained, fitted, linear_head, part_of, read_checkpoint, shape_of
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 from mmalign.rewards.pixels import crop_images, crop_pixels, normalise
 
@@ -74,9 +74,9 @@ class ImageRewardScorer(NetworkScorer):
         from transformers import BertTokenizer
 
         state = read_checkpoint(path)
-        vision = _vision(_part(state, "blip.visual_encoder.")).to(device, dtype)
-        text = _text(_part(state, "blip.text_encoder.")).to(device, dtype)
-        head = linear_head(_part(state, "mlp."), "ImageReward's head").to(device)
+        vision = _vision(part_of(state, "blip.visual_encoder.", "ImageReward")).to(device, dtype)
+        text = _text(part_of(state, "blip.text_encoder.", "ImageReward")).to(device, dtype)
+        head = linear_head(part_of(state, "mlp.", "ImageReward"), "ImageReward's head").to(device)
         with absence_explained(f"download {TOKENIZER} from the Hub and pass from_file(…, tokenizer=<folder>)"):
             words = BertTokenizer.from_pretrained(tokenizer)
         return cls(vision, text, head, words, name=name, batch_size=batch_size)
@@ -111,15 +111,7 @@ class ImageRewardScorer(NetworkScorer):
         return (self.head(read[:, 0].float())[:, 0] - _MEAN) / _STD
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    if not part:
-        raise ValueError(f"not the weights of ImageReward: nothing in it is called {prefix}…; give the published file")
-    return part
-
-
 def _vision(state: dict[str, Tensor]) -> Any:
-    from accelerate import init_empty_weights
     from transformers import BlipVisionConfig, BlipVisionModel
 
     for pattern, name in _RENAMED:
@@ -137,14 +129,10 @@ def _vision(state: dict[str, Tensor]) -> Any:
         # BLIP's; transformers' default is ten times as much.
         layer_norm_eps=1e-6,
     )
-    with init_empty_weights():
-        model = BlipVisionModel(config)
-    fit_weights(model, state, what)
-    return model
+    return fitted(lambda: BlipVisionModel(config), state, what)
 
 
 def _text(state: dict[str, Tensor]) -> Any:
-    from accelerate import init_empty_weights
     from transformers import BlipTextConfig, BlipTextModel
 
     # Counts from 0 up, which transformers makes itself.
@@ -160,10 +148,7 @@ def _text(state: dict[str, Tensor]) -> Any:
         num_attention_heads=width // _HEAD_WIDTH,
         max_position_embeddings=shape_of(state, "embeddings.position_embeddings.weight", what)[0],
     )
-    with init_empty_weights():
-        model = BlipTextModel(config, add_pooling_layer=False)
-    fit_weights(model, state, what)
-    return model
+    return fitted(lambda: BlipTextModel(config, add_pooling_layer=False), state, what)
 
 
 def _depth(state: dict[str, Tensor], prefix: str) -> int:

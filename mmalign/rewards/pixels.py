@@ -35,6 +35,15 @@ def normalise(
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 
+def resize_pixels(pixels: Float[Tensor, "B 3 H W"], height: int, width: int) -> Float[Tensor, "B 3 height width"]:
+    """Pillow's bicubic with gradient; nothing is rounded to 8 bits."""
+    # Bicubic overshoots at edges; Pillow resizes rows, then columns, and its 8 bits cut the overshoot off both times.
+    for size in ((pixels.shape[2], width), (height, width)):
+        if size != tuple(pixels.shape[2:]):
+            pixels = _bicubic(pixels, *size, antialias=True).clamp(0, 1)
+    return pixels
+
+
 def crop_images(images: Sequence[Image.Image], size: int) -> Float[Tensor, "B 3 size size"]:
     """Shorter side to `size`, then the middle square: Pillow's bicubic, in 8 bits, as CLIP's and BLIP's authors did it."""
     from PIL import Image
@@ -57,10 +66,7 @@ def crop_pixels(
     that needs no resizing is the same.
     """
     height, width = _short_side_size(pixels.shape[2], pixels.shape[3], short or size)
-    # Bicubic overshoots at edges; Pillow resizes rows, then columns, and its 8 bits cut the overshoot off both times.
-    for size_after in ((pixels.shape[2], width), (height, width)):
-        if size_after != tuple(pixels.shape[2:]):
-            pixels = _bicubic(pixels, *size_after, antialias=True).clamp(0, 1)
+    pixels = resize_pixels(pixels, height, width)
     top, left = rounding((height - size) / 2), rounding((width - size) / 2)
     return pixels[:, :, top : top + size, left : left + size]
 

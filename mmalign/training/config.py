@@ -44,8 +44,7 @@ class DenoiserConfig(TrainingArguments):
                        reference's errors on them, and every visit of a pair takes the next landing: those of the reference in
                        cache_dir, for later runs too, those of the policy in memory
     inversion_refresh    for how many optimiser steps a kept path of the policy serves
-    scorer             reward for comparisons other than "human": "playground", "pickscore", "hpsv2", "hpsv2.1", "aesthetic",
-                       "imagereward", "clip:<id or folder>"
+    scorer             reward for comparisons other than "human": a name that `mmalign.rewards.scorer` knows, such as "pickscore"
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
     reference_cache    keep the reference's errors in cache_dir: a second run over the same pairs and seed (another beta, learning rate,
                        loss) then needs no reference, and evaluation needs it once; for points that the policy does not choose

@@ -1,6 +1,8 @@
 """Straight-line float64 transformers on bare weights, and the pictures and prompts that every scorer is tried on."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,8 +91,13 @@ def cropped(image: Image.Image, size: int) -> Tensor:
     return transforms.Compose(steps)(image)
 
 
-def check_gradients(scorer: NetworkScorer, size: int, *, levels: float) -> None:
-    """score_pixels against score, its gradient against a difference, and what is read of other sizes to so many levels of 255."""
+def check_gradients(
+    scorer: NetworkScorer, size: int, *, levels: float, read: Callable[[Any], Tensor] = lambda inputs: inputs
+) -> None:
+    """score_pixels against score, its gradient against a difference, and what is read of other sizes to so many levels of 255.
+
+    read: the tensor in what the scorer preprocessed.
+    """
     from mmalign.rewards.pixels import to_pixels
 
     images, prompts = pictures(), PROMPTS
@@ -108,7 +115,7 @@ def check_gradients(scorer: NetworkScorer, size: int, *, levels: float) -> None:
     scorer.score_pixels(at_middle, prompts).sum().backward()
     torch.testing.assert_close(moved, 2 * (at_middle.grad * step).sum(), rtol=2e-2, atol=1e-5)
     for image in images:
-        off = scorer.preprocess_pixels(to_pixels(image)) - scorer.preprocess([image])
+        off = read(scorer.preprocess_pixels(to_pixels(image))) - read(scorer.preprocess([image]))
         assert off.abs().max() <= levels / 255 / min(STD) + 1e-6
     assert all(parameter.grad is None for parameter in scorer.model.parameters())
 

@@ -60,6 +60,7 @@ def test_weights_keep_their_dtype_and_replace_those_on_meta() -> None:
     [
         ("hpsv2", "xswu/HPSv2", "HPS_v2_compressed.pt"),
         ("hpsv2.1", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+        ("hpsv3", "MizzenAI/HPSv3", "HPSv3.safetensors"),
         ("aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"),
         ("imagereward", "THUDM/ImageReward", "ImageReward.pt"),
     ],
@@ -69,9 +70,7 @@ def test_absent_weights_name_the_remedy(monkeypatch: pytest.MonkeyPatch, name: s
         raise LocalEntryNotFoundError("no network")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(
-        ValueError, match=f"download {file} of https://huggingface.co/{repo} and ask for '{name}:<file>'"
-    ):
+    with pytest.raises(ValueError, match=f"run `hf download {repo} {file} .* and ask for '{name}:<file>'"):
         scorer(name)
 
 
@@ -91,7 +90,7 @@ def test_absent_second_parts_name_the_remedy(tmp_path: Path, monkeypatch: pytest
     ):
         AestheticScorer.from_file(tmp_path)
     monkeypatch.setattr(imagereward, "read_checkpoint", lambda path: {"blip": torch.ones(1)})
-    for name in ("_part", "_vision", "_text", "linear_head"):
+    for name in ("part_of", "_vision", "_text", "linear_head"):
         monkeypatch.setattr(imagereward, name, lambda *_: torch.nn.Identity())
     monkeypatch.setattr(transformers.BertTokenizer, "from_pretrained", unreachable)
     with pytest.raises(ValueError, match="download google-bert/bert-base-uncased .* pass .*tokenizer=<folder>"):
