@@ -160,11 +160,12 @@ def load_pipeline(
             from diffusers import AutoencoderKL
 
             options["vae"] = AutoencoderKL.from_pretrained(given["vae"], dtype=dtype, use_safetensors=True)
+    is_file = str(name).endswith((".safetensors", ".ckpt", ".pt"))
     if quantization is not None:
-        options["quantization_config"] = quantized(quantization, dtype)
-    if str(name).endswith((".safetensors", ".ckpt", ".pt")):
-        if quantization is not None:
+        if is_file:
             raise UsageError("--base-quantization needs a diffusers folder or a Hub id, not a single file")
+        options["quantization_config"] = quantized(quantization, dtype)
+    if is_file:
         load, options["base"] = (
             single_file if pipeline_class is None else pipeline_class.from_single_file,
             given["base_class"],

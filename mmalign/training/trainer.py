@@ -212,7 +212,9 @@ class DenoiserTrainer(SavingTrainer):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         frozen = [self.reference.module] if self.reference.kind == "copy" and self.reference.module is not None else []
-        with on_device([self.network, *frozen], self.args.device):
+        # Text encoders and VAE have done their part; those that bitsandbytes holds cannot all be moved.
+        idle = [part for part in networks(self.pipe).values() if part is not self.network and not is_quantized(part)]
+        with on_device(idle, torch.device("cpu")), on_device([self.network, *frozen], self.args.device):
             yield
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
