@@ -1,5 +1,6 @@
 """Optimisers of 8 and 4 bits: what they need, what they keep, and that they train and resume where their package is installed."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,17 @@ ON_CPU = [name for name in PACKED if "paged" not in name]
 
 
 def need(name: str) -> None:
-    """Skips without the package; torchao compiles its step, which needs a C++ compiler."""
+    """Skips without the package."""
     package = needed_package(name)
     if package is not None and find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """torchao compiles its step, anew for every shape, which takes longer than all these tests."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def held(value: Any) -> int:
