@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from mmalign.training.weights import load_trained
 
 # Where a checkpoint keeps it, in the files of `save_trained`, so that plain diffusers loads it too.
-FOLDER = "ema"
+AVERAGE_FOLDER = "ema"
 
 
 class MovingAverage(TrainerCallback):
@@ -51,7 +51,7 @@ class MovingAverage(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         """Reads the average of a checkpoint; the network holds it then."""
-        load_trained(self._network, folder / FOLDER)
+        load_trained(self._network, folder / AVERAGE_FOLDER)
         self._ema.shadow_params = [parameter.detach().clone() for parameter in self._trained()]
 
     def finish(self) -> None:

@@ -16,7 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mmalign.denoisers import Denoiser
 from mmalign.files import full_disk_explained, staged, write_json
 from mmalign.likelihood.reference import Reference
-from mmalign.training import average
+from mmalign.training.average import AVERAGE_FOLDER, MovingAverage
 from mmalign.training.card import write_card
 from mmalign.training.checkpoints import STAGING, check_facts, read_manifest, write_manifest
 from mmalign.training.config import DenoiserConfig
@@ -37,7 +37,7 @@ class SavingTrainer(Trainer):
     args: DenoiserConfig
     _train: Prepared
     _run_dir: str | None = None
-    _average: average.MovingAverage | None = None
+    _average: MovingAverage | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -79,7 +79,7 @@ class SavingTrainer(Trainer):
             self._write(folder)
             if self._average is not None:
                 with self.averaged():
-                    save_trained(self.pipe, self.network, folder / average.FOLDER)
+                    save_trained(self.pipe, self.network, folder / AVERAGE_FOLDER)
             return
         with staged(folder) as part, self.averaged():
             self._write(part)
