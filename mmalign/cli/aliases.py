@@ -58,7 +58,6 @@ REFUSED = {
     "snr_gamma": "denoising errors are not reweighted by SNR in these methods",
     "train_method": "the method stands after the verb: mmalign train dpo",
     "unet_init": "give a pipeline folder that holds this UNet to --model",
-    "use_ema": "no moving average of the weights is kept",
     "vae_encode_batch_size": "pictures are encoded once, in batches that fit",
 }
 
@@ -81,6 +80,8 @@ def _translated(method: str) -> list[Alias]:
     return [
         Alias("mixed_precision", "sets fp16 and bf16", _mixed_precision),
         Alias("use_8bit_adam", "is optim adamw_bnb_8bit", _if_true(optim="adamw_bnb_8bit")),
+        # The decay of diffusers' EMAModel where nothing is said.
+        Alias("use_ema", "keeps a moving average of the weights", _if_true(ema_decay=0.9999)),
         Alias("use_adafactor", "is optim adafactor", _if_true(optim="adafactor")),
         Alias("center_crop", "is what happens", _only(True, "pictures are encoded with a centre crop, always")),
         Alias("no_hflip", "is what happens", _only(True, "pictures are never flipped")),

@@ -134,12 +134,22 @@ def prompt_options(group: str, *, default: str | None = None) -> list[Option]:
 
 
 def load_pipeline(
-    given: Given, pipeline_class: Any = None, *, model: str | None = None, lora: str | None = None, device: Any = None
+    given: Given,
+    pipeline_class: Any = None,
+    *,
+    model: str | None = None,
+    lora: str | None = None,
+    device: Any = None,
+    quantization: str | None = None,
 ) -> Any:
-    """The pipeline that was asked for, on its device. pipeline_class: one of ours; plain diffusers without it."""
+    """The pipeline that was asked for, on its device. pipeline_class: one of ours; plain diffusers without it.
+
+    quantization: "nf4" or "int8" puts the network on the GPU in that form, and leaves the other parts on the CPU.
+    """
     import torch
 
     from mmalign.training.loading import load_base, single_file
+    from mmalign.training.loading import quantization as quantized
 
     name = model or given["model"]
     dtype = getattr(torch, given["dtype"])
@@ -150,7 +160,12 @@ def load_pipeline(
             from diffusers import AutoencoderKL
 
             options["vae"] = AutoencoderKL.from_pretrained(given["vae"], dtype=dtype, use_safetensors=True)
-    if str(name).endswith((".safetensors", ".ckpt", ".pt")):
+    is_file = str(name).endswith((".safetensors", ".ckpt", ".pt"))
+    if quantization is not None:
+        if is_file:
+            raise UsageError("--base-quantization needs a diffusers folder or a Hub id, not a single file")
+        options["quantization_config"] = quantized(quantization, dtype)
+    if is_file:
         load, options["base"] = (
             single_file if pipeline_class is None else pipeline_class.from_single_file,
             given["base_class"],
@@ -164,6 +179,8 @@ def load_pipeline(
         pipe.load_lora_weights(_lora_folder(lora), adapter_name="aligned")
         if given["lora_scale"] != 1:
             pipe.set_adapters(["aligned"], [given["lora_scale"]])
+    if quantization is not None:
+        return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
 
 

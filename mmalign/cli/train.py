@@ -171,6 +171,14 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
             **lora,
         ),
         Option(
+            name="base_quantization",
+            help="hold the frozen base in 4 or 8 bits, by bitsandbytes on a GPU; the LoRA stays in float32",
+            convert=one_of("nf4", "int8"),
+            metavar="nf4|int8",
+            nullable=True,
+            **lora,
+        ),
+        Option(
             name="save_pipeline",
             help="also save the whole aligned pipeline, LoRA merged, in output_dir/pipeline (always with --full)",
             convert=switch,
@@ -296,6 +304,18 @@ def _lora(given: Given) -> Any:
     return lora
 
 
+def _base_quantization(given: Given) -> str | None:
+    """How the base is quantised; UsageError beside what a quantised base cannot do."""
+    kind: str | None = given["base_quantization"]
+    if kind is not None and given["full"]:
+        raise UsageError("--full trains every weight, and quantised ones cannot be trained: drop --base-quantization")
+    if kind is not None and given["save_pipeline"]:
+        raise UsageError(
+            "--save-pipeline merges the LoRA, which a quantised base would round: drop one of it and --base-quantization"
+        )
+    return kind
+
+
 def _source(given: Given) -> Any:
     """The training data as the trainer takes it; cut to its first rows where that was asked for."""
     if given["max_rows"] is None:
@@ -307,7 +327,7 @@ def _source(given: Given) -> Any:
 
 def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
     config_class = pipeline_class.config_class
-    lora = _lora(given)
+    lora, quantization = _lora(given), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():
@@ -315,7 +335,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
             f"{world_size()} processes run, but training would use {config.world_size}: on a machine without GPUs add --use-cpu"
         )
     # The trainer brings each part to its device while it is needed there.
-    pipe = load_pipeline(given, pipeline_class, device="cpu")
+    pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
     source = _source(given)
     if given["max_rows"] is not None:
         options["train_split"] = None

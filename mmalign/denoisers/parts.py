@@ -1,15 +1,28 @@
-"""A pipeline's parts: which of them have weights, and the pipeline in eval mode or without its bar for a while."""
+"""A pipeline's parts: which of them have weights and how these are stored; eval mode, or no bar, for a while."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that have weights, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's values: itself, or numbers and scales of a quantised one."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in stored(getattr(tensor, name))]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether some weights are stored as small whole numbers, by whatever library, and cannot be trained."""
+    return any(not p.is_floating_point() or is_traceable_wrapper_subclass(p) for p in module.parameters())
 
 
 @contextmanager

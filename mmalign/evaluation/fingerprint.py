@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmalign.denoisers.parts import stored
 from mmalign.evaluation.generate import Pipeline
 
 
@@ -49,7 +50,8 @@ def _add_weights(sha: Any, name: str, module: torch.nn.Module) -> None:
                 "(any text that changes when the model does), or draw without sequential offload."
             )
         sha.update(f"{name}.{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part in stored(tensor):
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _add_adapters(sha: Any, module: torch.nn.Module) -> None:

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmalign.denoisers.parts import stored
+
 ReferenceKind = Literal["adapter", "copy", "none"]
 
 
@@ -48,8 +50,9 @@ class Reference:
         digest = hashlib.sha256()
         for name, tensor in sorted(_base_state(self.module).items()):
             digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            for part in stored(tensor):
+                flat = part.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

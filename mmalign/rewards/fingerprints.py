@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmalign.denoisers.parts import stored
+
 
 def text_hash(value: Any) -> str:
     """sha256 of a JSON value."""
@@ -30,7 +32,8 @@ def module_hash(module: nn.Module, name: str = "module") -> str:
                 f"{name}.{key} is offloaded and cannot be read: switch sequential offload off for this step"
             )
         sha.update(f"|{key}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in stored(tensor):
+            sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     sha.update(text_hash(_adapter_state(module)).encode())
     return sha.hexdigest()
 

@@ -18,6 +18,7 @@ from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
+from mmalign.training.optimizers import check_optimizer
 
 # What the methods' presets for the playground share. Learning rate, beta and number of inversion steps were chosen on training
 # prompts by judge A (benchmarks/playground_settings.py), before judge B had told anything.
@@ -56,6 +57,8 @@ class DenoiserConfig(TrainingArguments):
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
     resolution         pixels of the short side and of the centre crop; None is the model's own
+    ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
+                       products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 
@@ -101,6 +104,7 @@ class DenoiserConfig(TrainingArguments):
     loss_space: Literal["epsilon", "velocity"] | None = None
     reference: Literal["auto", "adapter", "copy"] = "auto"
     reference_cache: bool = False
+    ema_decay: float | None = None
     train_split: str | None = None
     eval_split: str | None = None
     resolution: int | None = None
@@ -162,11 +166,7 @@ class DenoiserConfig(TrainingArguments):
         """What accelerate and transformers would ignore without a word."""
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 has no effect on a CPU: use bf16=True there, or fp16=False")
-        optim = _plain(self.optim)
-        if not any(kind in optim for kind in ("adam", "lion", "lamb")):
-            for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-                if getattr(self, name) != TrainingArguments.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name} has no effect with optim={optim!r}")
+        check_optimizer(self)
 
     def _check_axes(self) -> None:
         graded = self.comparison in ("smoothed", "bradley_terry")
@@ -175,6 +175,7 @@ class DenoiserConfig(TrainingArguments):
             "prompt_dropout must lie in 0 … 1": not 0 <= self.prompt_dropout <= 1,
             "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
+            "ema_decay must be 0 or more and below 1": self.ema_decay is not None and not 0 <= self.ema_decay < 1,
             "resolution must be positive": self.resolution is not None and self.resolution < 1,
             "validation_steps must be 0 or more": self.validation_steps < 0,
             "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
@@ -393,6 +394,11 @@ class DenoiserConfig(TrainingArguments):
             )
         elif self.comparison != "human":
             lines.append(f"pairs compared by {self.scorer}")
+        if self.ema_decay is not None:
+            lines.append(
+                f"evaluated, drawn and saved: the moving average of the trained weights, decay {self.ema_decay:g} (ema_decay), not "
+                "those of the last step"
+            )
         return "\n".join(lines)
 
     def _schedule(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,35 @@ def single_file(link_or_path: str, base: str, **options: Any) -> Any:
     if "://" not in name and not Path(name).expanduser().is_file():
         raise ValueError(f"{name}: no such file")
     return kind.from_single_file(name, **options)
+
+
+def quantization(kind: str, dtype: torch.dtype) -> Any:
+    """diffusers' `quantization_config` for a base whose network, and nothing else, is held by bitsandbytes as "nf4" or "int8".
+
+    `dtype`: what the network computes in. Raises ImportError without bitsandbytes, ValueError without a GPU.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise ImportError('a quantised base needs bitsandbytes: pip install "mmalign[8bit]"')
+    if not torch.accelerator.is_available():
+        raise ValueError(
+            "diffusers quantises by bitsandbytes on a GPU only, and there is none: load the base unquantised"
+        )
+    from diffusers import PipelineQuantizationConfig
+
+    return PipelineQuantizationConfig(
+        components_to_quantize=["unet", "transformer"],
+        **{
+            "nf4": {
+                "quant_backend": "bitsandbytes_4bit",
+                "quant_kwargs": {
+                    "load_in_4bit": True,
+                    "bnb_4bit_quant_type": "nf4",
+                    "bnb_4bit_compute_dtype": dtype,
+                },
+            },
+            "int8": {"quant_backend": "bitsandbytes_8bit", "quant_kwargs": {"load_in_8bit": True}},
+        }[kind],
+    )
 
 
 def playground_folder() -> Path:

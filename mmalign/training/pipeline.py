@@ -86,8 +86,12 @@ class AlignPipeline:
         return AlignResult(trainer.last_metrics() | trained.metrics, list(trainer.state.log_history), Path(output_dir))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Saves a folder that plain diffusers loads. An active adapter is merged into a copy, and also written as a LoRA file."""
+        """Saves a folder that plain diffusers loads. An active adapter is merged into a copy, and also written as a LoRA file.
+
+        ValueError for an adapter on quantised weights.
+        """
         from mmalign.denoisers import adapter_for
+        from mmalign.denoisers.parts import is_quantized
         from mmalign.files import staged
 
         network, folder = adapter_for(self).module, Path(save_directory)
@@ -96,6 +100,11 @@ class AlignPipeline:
         components = dict(self.components)  # type: ignore[attr-defined]
         with staged(folder) as part:
             if has_adapter(network):
+                if is_quantized(network):
+                    raise ValueError(
+                        f"the {component_name(self, network)} is quantised, and merging its LoRA would round both: load the LoRA file "
+                        "of the run into the unquantised base (load_lora_weights) and save that"
+                    )
                 if ADAPTER in network.peft_config:  # type: ignore[operator]
                     save_trained(self, network, part)
                 merged = copy.deepcopy(network)

@@ -2,6 +2,8 @@
 
 import inspect
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ class SamplePictures(TrainerCallback):
     """Draws `validation_prompts` before the first step and every `validation_steps` steps into `samples/step-*.png`.
 
     A sheet has a row a prompt: what the model drew when this run was started, and what it draws now.
+    `weights`: puts those in place that are to draw.
     """
 
-    def __init__(self, pipe: Any) -> None:
-        self.pipe = pipe
+    def __init__(self, pipe: Any, weights: Callable[[], AbstractContextManager]) -> None:
+        self.pipe, self._weights = pipe, weights
         self._first: tuple[int, list[Image.Image]] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -39,7 +42,8 @@ class SamplePictures(TrainerCallback):
             self._save(args, state.global_step)
 
     def _save(self, args: DenoiserConfig, step: int) -> None:
-        images = draw(self.pipe, args)
+        with self._weights():
+            images = draw(self.pipe, args)
         self._first = self._first or (step, images)
         before, first = self._first
         titles = [f"step {before}"] if step == before else [f"step {before}", f"step {step}"]

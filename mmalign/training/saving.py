@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +16,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mmalign.denoisers import Denoiser
 from mmalign.files import full_disk_explained, staged, write_json
 from mmalign.likelihood.reference import Reference
+from mmalign.training.average import AVERAGE_FOLDER, MovingAverage
 from mmalign.training.card import write_card
 from mmalign.training.checkpoints import STAGING, check_facts, read_manifest, write_manifest
 from mmalign.training.config import DenoiserConfig
@@ -35,6 +37,7 @@ class SavingTrainer(Trainer):
     args: DenoiserConfig
     _train: Prepared
     _run_dir: str | None = None
+    _average: MovingAverage | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -58,6 +61,10 @@ class SavingTrainer(Trainer):
         }
         return cast(dict[str, Any], json.loads(json.dumps(facts)))
 
+    def averaged(self) -> AbstractContextManager:
+        """The network with the weights that count: the moving average where one is kept."""
+        return nullcontext() if self._average is None else self._average.in_place()
+
     def last_metrics(self) -> dict[str, float]:
         """The last logged training entry and the last evaluation."""
         history = self.state.log_history
@@ -70,8 +77,11 @@ class SavingTrainer(Trainer):
             return
         if self._run_dir is not None:
             self._write(folder)
+            if self._average is not None:
+                with self.averaged():
+                    save_trained(self.pipe, self.network, folder / AVERAGE_FOLDER)
             return
-        with staged(folder) as part:
+        with staged(folder) as part, self.averaged():
             self._write(part)
             self._write_card(part)
             write_json(part / "history.json", self.state.log_history)
@@ -145,10 +155,15 @@ class SavingTrainer(Trainer):
             raise ValueError(
                 f"{folder} was saved with save_only_model and cannot be continued: load its weights into a pipeline and start anew"
             )
+        if self._average is not None:
+            self._average.load(folder)
         load_trained(self.network, folder)
 
     def _load_best_model(self) -> None:
         best = Path(cast(str, self.state.best_model_checkpoint))
         read_manifest(best)
-        load_trained(self.network, best)
+        if self._average is not None:
+            self._average.load(best)
+        else:
+            load_trained(self.network, best)
         logger.info("best checkpoint: %s (%s = %g)", best, self.args.metric_for_best_model, self.state.best_metric or 0)

@@ -21,11 +21,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from mmalign import losses
 from mmalign.data import default_cache_dir
 from mmalign.denoisers import Denoiser, adapter_for
-from mmalign.denoisers.parts import evaluating, networks
+from mmalign.denoisers.base import module_dtype
+from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.denoising import DenoisingPoint
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
+from mmalign.training.average import MovingAverage
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
@@ -148,6 +150,10 @@ class DenoiserTrainer(SavingTrainer):
 
     def _check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
         refuse_offloading(self.pipe)
+        if peft_config is None and is_quantized(self.network):
+            raise ValueError(
+                "quantised weights cannot be trained: pass a peft_config, or load the pipeline unquantised"
+            )
         if train_dataset is None:
             raise ValueError("train_dataset is missing: a hub id, a folder, a parquet file, rows, or 'playground'")
         if eval_dataset is None and args.eval_split is not None:
@@ -166,9 +172,9 @@ class DenoiserTrainer(SavingTrainer):
         needed = args.needs_pairs and (not args.is_reference_free or args.inversion_model == "reference")
         if ref_model is not None and not isinstance(ref_model, nn.Module):
             ref_model = adapter_for(ref_model).module
-        if ref_model is not None and next(ref_model.parameters()).dtype != next(self.network.parameters()).dtype:
+        if ref_model is not None and _precision(ref_model) != _precision(self.network):
             raise ValueError(
-                "ref_model has another dtype than the policy, and rounding would look like preference: load both alike"
+                "ref_model has another dtype or quantisation than the policy, and rounding would look like preference: load both alike"
             )
         return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
 
@@ -195,8 +201,11 @@ class DenoiserTrainer(SavingTrainer):
         self.add_callback(Announcement(self))
         self.add_callback(Lines() if self.args.disable_tqdm else Bar())
         self.add_callback(LastStep())
+        if self.args.ema_decay is not None:
+            self._average = MovingAverage(self.network, self.args.ema_decay)
+            self.add_callback(self._average)
         if self.args.validation_steps:
-            self.add_callback(SamplePictures(self.pipe))
+            self.add_callback(SamplePictures(self.pipe, self.averaged))
 
     @property
     def elements(self) -> int:
@@ -208,7 +217,8 @@ class DenoiserTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As in transformers; True or "latest" resumes from the newest checkpoint in `output_dir`, if there is one.
 
-        `args.resume_from_checkpoint` acts where nothing is passed. Afterwards the network is where it was, in eval mode.
+        `args.resume_from_checkpoint` acts where nothing is passed. Afterwards the network is where it was, in eval mode,
+        and with `ema_decay` holds the averaged weights.
         """
         resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         if resume is True or str(resume).lower() in ("latest", "true"):
@@ -217,10 +227,14 @@ class DenoiserTrainer(SavingTrainer):
                 logger.info("no checkpoint in %s yet: starting at step 0", self.args.output_dir)
         try:
             with self._at_work():
+                if self._average is not None:
+                    self._average.start()
                 result = super().train(resume_from_checkpoint=resume or None, **options)
             self._write_kept()
             return result
         finally:
+            if self._average is not None:
+                self._average.finish()
             self.network.eval()
             if self.args.gradient_checkpointing:
                 cast(Any, self.network).disable_gradient_checkpointing()
@@ -228,7 +242,9 @@ class DenoiserTrainer(SavingTrainer):
     @contextmanager
     def _at_work(self) -> Iterator[None]:
         frozen = [self.reference.module] if self.reference.kind == "copy" and self.reference.module is not None else []
-        with on_device([self.network, *frozen], self.args.device):
+        # Text encoders and VAE have done their part; those that bitsandbytes holds cannot all be moved.
+        idle = [part for part in networks(self.pipe).values() if part is not self.network and not is_quantized(part)]
+        with on_device(idle, torch.device("cpu")), on_device([self.network, *frozen], self.args.device):
             yield
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -343,7 +359,7 @@ class DenoiserTrainer(SavingTrainer):
             "reference": self.reference.fingerprint(),
             "data": data.points,
             "schedule": self.denoiser.schedule.fingerprint(),
-            "precision": [str(next(self.network.parameters()).dtype), args.fp16, args.bf16, bool(args.tf32)],
+            "precision": [str(module_dtype(self.network)), args.fp16, args.bf16, bool(args.tf32)],
             "made on": [args.device.type, torch.__version__],
             **{name: getattr(args, name) for name in drawn},
             "inversion": repr(args.inversion()),
@@ -397,7 +413,7 @@ class DenoiserTrainer(SavingTrainer):
 
     def _pairs(self, data: Prepared, inputs: dict[str, Any], epoch: int) -> Pairs:
         device, encoded = self.args.device, data.encoded
-        dtype = torch.float64 if next(self.network.parameters()).dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if module_dtype(self.network) == torch.float64 else torch.float32
         rows: list[int] = inputs["row"]
         share = self.args.prompt_dropout if epoch != _EVAL_EPOCH else 0.0
         dropped = dropped_prompts(rows, seed=self.args.seed, epoch=epoch, share=share)
@@ -485,7 +501,7 @@ class DenoiserTrainer(SavingTrainer):
             raise ValueError("there is no eval_dataset to evaluate on")
         mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
         loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
-        with torch.no_grad(), self._at_work(), evaluating([self.network]):
+        with torch.no_grad(), self._at_work(), self.averaged(), evaluating([self.network]):
             for inputs in loader:
                 loss, measured, pairs = self.pair_losses(
                     self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data
@@ -495,6 +511,10 @@ class DenoiserTrainer(SavingTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
+
+
+def _precision(network: nn.Module) -> tuple[torch.dtype, bool]:
+    return module_dtype(network), is_quantized(network)
 
 
 def _zero() -> list[float]:

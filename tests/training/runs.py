@@ -109,6 +109,11 @@ def gradients(run: Any) -> dict[str, Tensor]:
     }
 
 
+def trained(run: Any) -> dict[str, Tensor]:
+    """Copies of the trained weights, as the network holds them now."""
+    return {name: p.detach().clone() for name, p in run.network.named_parameters() if p.requires_grad}
+
+
 def history(run: Any, name: str = "loss") -> list[float]:
     """A metric at every logged step."""
     return [entry[name] for entry in run.state.log_history if "loss" in entry]

@@ -1,5 +1,6 @@
 """Where weights stand before, during and after a run, in which precision, and on devices without float64."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,23 @@ def test_parts_go_to_a_device_and_back() -> None:
 def test_everything_encodes_on_the_training_device_and_the_network_alone_trains_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moved: list[tuple[int, torch.device]] = []
+    moved: list[tuple[list[str], str]] = []
 
     def recording(parts: list[nn.Module], device: torch.device) -> Any:
-        moved.append((len(parts), device))
-        return on_device(parts, device)
+        moved.append(([type(part).__name__ for part in parts], device.type))
+        return nullcontext()
 
     monkeypatch.setattr(training, "on_device", recording)
-    cpu = torch.device("cpu")
     run = trainer(tmp_path, peft_config=None)
-    # UNet, VAE and text encoder; then the UNet with its frozen copy.
-    assert moved == [(3, cpu)]
-    run.train()
-    assert moved == [(3, cpu), (2, cpu)]
+    parts, device = moved.pop()
+    assert sorted(parts) == ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"] and device == "cpu"
+    # Whatever the training device is, the encoders wait on the CPU; the UNet is there with its frozen copy.
+    monkeypatch.setattr(type(run.args), "device", torch.device("meta"))
+    with run._at_work():
+        assert [(sorted(parts), device) for parts, device in moved] == [
+            (["AutoencoderKL", "CLIPTextModel"], "cpu"),
+            (["UNet2DConditionModel", "UNet2DConditionModel"], "meta"),
+        ]
 
 
 def test_only_what_stands_elsewhere_is_moved() -> None:

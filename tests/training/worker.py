@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
-from training.runs import Watch, trainer
+from training.runs import Watch, trained, trainer
 from transformers import TrainerCallback
 
 from mmalign import DiffusionDPOTrainer
@@ -72,7 +72,7 @@ def train(
 
 
 def share(rank: int, world: int, port: int, folder: str, options: dict[str, Any], resume: Any = None) -> None:
-    """One of `world` processes; writes its per-row losses and the gradients of every step."""
+    """One of `world` processes; writes its per-row losses, the gradients of every step and the weights at the end."""
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -84,6 +84,7 @@ def share(rank: int, world: int, port: int, folder: str, options: dict[str, Any]
     run.train(resume_from_checkpoint=resume)
     metrics = run.evaluate() if run._eval is not None else {}
     result = {"rows": rows, "gradients": watch.gradients, "history": run.state.log_history, "metrics": metrics}
+    result["trained"] = trained(run)
     torch.save(result, Path(folder) / f"rank-{rank}.pt")
     torch.distributed.destroy_process_group()
 
