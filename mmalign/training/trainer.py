@@ -25,6 +25,7 @@ from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
+from mmalign.training.auto_beta import AutoBeta
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
@@ -135,6 +136,8 @@ class DenoiserTrainer(SavingTrainer):
         self._kept: dict[str, ReferenceErrors] = {}
         self._pairs_in_step = 0
         self._logged_at: tuple[int, float] | None = None
+        self.beta = args.starting_beta
+        self._auto_beta = AutoBeta(self) if args.beta == "auto" else None
         self._add_our_callbacks()
 
     def _check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
@@ -165,6 +168,8 @@ class DenoiserTrainer(SavingTrainer):
         self.add_callback(Announcement(self))
         self.add_callback(Lines() if self.args.disable_tqdm else Bar())
         self.add_callback(LastStep())
+        if self._auto_beta:
+            self.add_callback(self._auto_beta)
         if self.args.validation_steps:
             self.add_callback(SamplePictures(self.pipe))
 
@@ -224,6 +229,8 @@ class DenoiserTrainer(SavingTrainer):
         """Mean of the per-pair losses of one micro-batch; raises FloatingPointError, naming rows, where one is not finite."""
         loss, measured, pairs = self.pair_losses(model, inputs, epoch=self._epoch)
         self._record("train", measured, pairs, loss.detach())
+        if self._auto_beta and measured.logps is not None:
+            self._auto_beta.observe(pairs.strength * measured.logps.margin)
         mean = loss.mean()
         if self._pairs_in_step:
             mean = mean * (len(inputs["row"]) * self.current_gradient_accumulation_steps / self._pairs_in_step)
@@ -293,6 +300,16 @@ class DenoiserTrainer(SavingTrainer):
             errors.write(self.args.world_size, self.args.process_index)
             logger.info("reference errors: %d of %d were known; kept in %s", errors.found, errors.asked, errors.path)
 
+    def _write(self, folder: Path) -> None:
+        super()._write(folder)
+        if self._auto_beta:
+            self._auto_beta.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._auto_beta:
+            self._auto_beta.load(Path(resume_from_checkpoint))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self._write_kept_errors()
@@ -319,6 +336,8 @@ class DenoiserTrainer(SavingTrainer):
     def _loss_of(self, measured: Measurement, pairs: Pairs) -> Tensor:
         assert measured.logps is not None
         options = self.args.loss_options()
+        if self._auto_beta:
+            options["beta"] = self.beta
         if self.args.comparison in ("smoothed", "bradley_terry"):
             options["strength"] = pairs.strength
         if measured.rejected_scale is not None:
@@ -357,7 +376,7 @@ class DenoiserTrainer(SavingTrainer):
     # Metrics.
 
     def _record(self, mode: str, measured: Measurement, pairs: Pairs, loss: Tensor) -> None:
-        panel = health.panel(measured, pairs, loss, beta=self.args.beta, schedule=self._schedule)
+        panel = health.panel(measured, pairs, loss, beta=self.beta, schedule=self._schedule)
         if not math.isfinite(panel["loss"][0]):
             rows = [row for row, value in zip(pairs.rows, loss.tolist(), strict=True) if not math.isfinite(value)]
             raise FloatingPointError(
@@ -383,6 +402,8 @@ class DenoiserTrainer(SavingTrainer):
         if "loss" in logs:
             logs.update({name: value for name, value in self._drain("train").items() if name != "loss"})
             logs.update(self._speed(start_time))
+            if self._auto_beta:
+                logs["beta"] = self.beta
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             for finding in health.findings(self.state.log_history):
