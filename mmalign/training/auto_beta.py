@@ -6,11 +6,12 @@
 gone as far with it as it has. For the logistic link it is the mean of tanh(β|u|/2). It takes |u|, as the slope at −u says nothing of
 how far the policy went. Losses without a β do not count in a sum.
 
-Why it is held after a while. β is what the policy's distance from the reference costs. Were β to follow the log-ratios for a whole run
-(SimpleTuner's auto_beta does: σ(−z) = 0.2 at a running mean of |z|, here a saturation of 0.6), wider log-ratios would make it smaller,
-which lets them grow wider, and so on: a loss that no drift ever ends. Held, the link saturates as the log-ratios outgrow it, as with any
-β that was typed in. And why it is not solved for at once: at the first step all u are 0, whatever β is; Adam, whose steps do not depend
-on the loss's scale, then lets the log-ratios grow alike for any β, so that they can be measured under the one that a run starts with.
+Why it is held after a while. β is what the policy's distance from the reference costs. Were β to follow the log-ratios for a whole
+run (SimpleTuner's auto_beta does: σ(−z) = 0.2 at a running mean of |z|, here a saturation of 0.6), wider log-ratios would make it
+smaller, which lets them grow wider, and so on: a loss that no drift ever ends. Held, the link saturates as the log-ratios outgrow it,
+as with any β that was typed in. And why it is not solved for at once: at the first step all u are 0, whatever β is; Adam, whose steps
+hardly depend on the loss's scale, then lets the log-ratios grow alike for any β, so that they can be measured under the one that a run
+starts with.
 """
 
 import json
@@ -74,10 +75,10 @@ class Slope:
         return low
 
 
-def slope_of(args: Any) -> Slope:
-    """The part of the config's objective that β scales; ValueError where it has none or no single slope."""
-    if not 0 < args.beta_saturation < 1:
-        raise ValueError(f"beta_saturation must lie between 0 and 1, got {args.beta_saturation}")
+def slope_of(args: Any, saturation: float) -> Slope:
+    """The part of the config's objective that β scales; ValueError where it has none, no slope of its own, or never that saturation."""
+    if not 0 < saturation < 1:
+        raise ValueError(f"beta_saturation must lie between 0 and 1, got {saturation}")
     weights = args.loss_weights or [1.0] * len(args.loss_type)
     chosen = [
         (key, weight)
@@ -104,10 +105,10 @@ def slope_of(args: Any) -> Slope:
             f"beta='auto' needs a loss that falls at policy = reference, and loss_type {named!r} does not: set beta"
         )
     most = slope.saturation(torch.tensor([_FAR]), 1.0)
-    if not most > args.beta_saturation:
+    if not most > saturation:
         raise ValueError(
             f"loss_type {named!r} keeps a slope however large beta is (saturation {most:.3g} at most): lower beta_saturation from "
-            f"{args.beta_saturation:g}, or set beta"
+            f"{saturation:g}, or set beta"
         )
     return slope
 
@@ -117,7 +118,7 @@ def check_auto_beta(args: Any) -> None:
     if args.beta_calibration_steps < 1:
         raise ValueError(f"beta_calibration_steps must be at least 1, got {args.beta_calibration_steps}")
     if args.beta == "auto":
-        slope_of(args)
+        slope_of(args, args.beta_saturation)
         return
     for name in ("beta_saturation", "beta_calibration_steps"):
         if getattr(args, name) != type(args).__dataclass_fields__[name].default:
@@ -132,7 +133,7 @@ class AutoBeta(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.slope = slope_of(trainer.args)
+        self.slope = slope_of(trainer.args, trainer.args.beta_saturation)
         self._step: list[float] = []
         self._window: deque[list[float]] = deque(maxlen=WINDOW)
 

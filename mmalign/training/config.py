@@ -299,7 +299,11 @@ class DenoiserConfig(TrainingArguments):
             "cpo_alpha",
         )
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return chosen | {"beta": self.starting_beta} if any("beta" in losses.get(k).hyper for k in self.loss_type) else chosen
+        return (
+            chosen | {"beta": self.starting_beta}
+            if any("beta" in losses.get(k).hyper for k in self.loss_type)
+            else chosen
+        )
 
     def inversion(self) -> InversionConfig | None:
         """How latents are inverted; None for forward noise."""
@@ -376,8 +380,8 @@ class DenoiserConfig(TrainingArguments):
             lines.append(f"beta {self.starting_beta:g} {self._convention(elements)}")
             if self.beta == "auto":
                 lines.append(
-                    f"beta then moves to a saturation of {self.beta_saturation:g} and is held {self.beta_calibration_steps} steps after "
-                    "the warm-up"
+                    f"beta then moves to a saturation of {self.beta_saturation:g} and is held "
+                    f"{self.beta_calibration_steps} steps after the warm-up"
                 )
         inversion = self.inversion()
         if inversion is not None:
@@ -397,7 +401,9 @@ class DenoiserConfig(TrainingArguments):
     def _convention(self, elements: int | None) -> str:
         if self.is_reference_free:
             return "as the loss's own paper defines it"
-        text = f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.starting_beta / 2:g}"
+        text = (
+            f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.starting_beta / 2:g}"
+        )
         summed = (
             ""
             if elements is None

@@ -419,6 +419,15 @@ class DenoiserTrainer(SavingTrainer):
             return {}
         return {"pairs_per_second": (step - before[0]) * self.args.pairs_per_step / (now - before[1])}
 
+    @torch.no_grad()
+    def held_out_losses(self, data: Prepared) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
+        """`pair_losses` of every batch of this process's share of `data`, at fixed (pair, t, noise) and with every prompt kept."""
+        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
+        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
+        with self._at_work(), evaluating([self.network]):
+            for inputs in loader:
+                yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -434,14 +443,8 @@ class DenoiserTrainer(SavingTrainer):
                 data = prepare(eval_dataset, self.denoiser, self.args, like=self._train)
         if data is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
-        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
-        with torch.no_grad(), self._at_work(), evaluating([self.network]):
-            for inputs in loader:
-                loss, measured, pairs = self.pair_losses(
-                    self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data
-                )
-                self._record("eval", measured, pairs, loss)
+        for loss, measured, pairs in self.held_out_losses(data):
+            self._record("eval", measured, pairs, loss)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain("eval").items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

@@ -1,0 +1,180 @@
+"""What follows from a probe: a rule of thumb, told in words with the numbers it used.
+
+A learning rate is sound where the run stayed finite, at most a tenth of its steps doubled the first step's loss, and held-out winners
+lost no more log-likelihood than the margin gained: −mean ρ_w ≤ mean (ρ_w − ρ_l). Small steps move all log-ratios in proportion, so that
+accuracy on held-out pairs hardly tells one small learning rate from another; large ones add noise to them. The advice is therefore the
+largest sound learning rate whose accuracy is not below the best one's beyond chance, and the β at which its held-out pairs have the
+stated saturation.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmalign.evaluation import WinRate, win_rate, win_rate_difference
+from mmalign.training.auto_beta import slope_of
+
+if TYPE_CHECKING:
+    from mmalign.training.probe import Cell
+
+_SPIKE = 2.0  # times the first step's loss
+_SPIKES = 0.1  # share of the steps
+_LOWEST_BETA, _HIGHEST_BETA = 1e-6, 1e9
+CANNOT_KNOW = (
+    "This is a rule of thumb on a short run: it saw no picture, and a longer run drifts further. Whether pictures get better is for "
+    "`mmalign evaluate` with a judge that nothing was trained on."
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A cell in numbers, over held-out pairs but for loss_spikes and gradient_norm.
+
+    margin: mean of strength · (ρ_w − ρ_l), not scaled by β. saturation: at the probe's β. auto_beta: the β with the stated saturation.
+    chosen, rejected: mean excess error over the reference; below 0: the policy fits better. price: log-likelihood that the winner lost
+    for each unit of margin; None where there was no margin to pay for. why_not: what makes it unsound.
+    """
+
+    learning_rate: float
+    accuracy: float | None = None
+    accuracy_low: float | None = None
+    accuracy_high: float | None = None
+    margin: float | None = None
+    saturation: float | None = None
+    auto_beta: float | None = None
+    chosen: float | None = None
+    chosen_relative: float | None = None
+    rejected: float | None = None
+    price: float | None = None
+    gradient_norm: float | None = None
+    loss_spikes: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The recommended settings with the reasons, a sentence each; None where no cell was sound."""
+
+    learning_rate: float | None
+    beta: float | None
+    reasons: list[str]
+    readings: list[Reading]
+
+
+def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
+    """The largest sound learning rate whose held-out accuracy is not below the best one's beyond chance, and a β for it."""
+    readings = [read(cell, args, saturation) for cell in cells]
+    sound = [(cell, reading) for cell, reading in zip(cells, readings, strict=True) if not reading.why_not]
+    if not sound:
+        why = "; ".join(f"{reading.learning_rate:g} {reading.why_not}" for reading in readings)
+        return Advice(None, None, [f"no learning rate of the grid is sound: {why}. Probe others"], readings)
+    best, best_reading = max(sound, key=lambda pair: pair[1].accuracy or 0)
+    zeros = [0.0] * len(best.gap)
+    level = [pair for pair in sound if win_rate_difference(pair[0].gap, best.gap, zeros, best.prompt).high >= 0]
+    cell, reading = max(level, key=lambda pair: pair[0].learning_rate)
+    told = [
+        f"learning rate {reading.learning_rate:g}: the largest of {len(sound)} sound ones whose accuracy on {len(cell.gap)} held-out "
+        f"pairs ({_percent(reading)}) is not below the best ({_percent(best_reading)} at {best_reading.learning_rate:g}) beyond chance"
+    ]
+    larger = next((r for r in readings if r.learning_rate > reading.learning_rate), None)
+    if larger is None:
+        told.append("it is also the largest that was tried: a larger one may serve, probe it")
+    else:
+        told.append(f"{larger.learning_rate:g} {larger.why_not or f'ranks only {_percent(larger)} right'}")
+    beta = reading.auto_beta
+    if beta is None:
+        told.append("no beta is advised: nothing moved, or the loss has no saturation to aim at")
+    else:
+        told.append(
+            f"beta {beta:.2g}: there held-out pairs have lost {100 * saturation:.0f} % of the link's slope after {cell.steps} "
+            f"steps (at the probe's beta, {args.starting_beta:g}, {100 * (reading.saturation or 0):.0f} %)"
+        )
+    if not (reading.accuracy_low or 0) > 0.5:
+        told.append(
+            "no learning rate is shown to rank held-out pairs better than chance: probe more steps or more pairs"
+        )
+    return Advice(reading.learning_rate, None if beta is None else float(f"{beta:.2g}"), told, readings)
+
+
+def read(cell: "Cell", args: Any, aim: float) -> Reading:
+    """The numbers of a cell."""
+    spikes = sum(loss > _SPIKE * cell.loss[0] for loss in cell.loss) if cell.loss else 0
+    norm = float(torch.tensor(cell.gradient_norm).median()) if cell.gradient_norm else None
+    if cell.diverged:
+        return Reading(cell.learning_rate, gradient_norm=norm, loss_spikes=spikes, why_not="diverged")
+    gap = torch.tensor(cell.gap, dtype=torch.float64)
+    chosen, rejected, reference = (
+        torch.tensor(x, dtype=torch.float64) for x in (cell.chosen, cell.rejected, cell.reference)
+    )
+    rate: WinRate = win_rate(cell.gap, [0.0] * len(cell.gap), cell.prompt)
+    gained = float((rejected - chosen).mean())
+    price = float(chosen.mean()) / gained if gained > 0 else None
+    saturation, beta = _saturation(gap, args, aim)
+    why_not = ""
+    if spikes > _SPIKES * cell.steps:
+        why_not = f"doubled the first step's loss in {spikes} of {cell.steps} steps"
+    elif gained <= 0:
+        why_not = "gained no margin on held-out pairs"
+    elif price is not None and price > 1:
+        why_not = f"costs the winner {price:.2g} of log-likelihood for each 1 of margin"
+    return Reading(
+        learning_rate=cell.learning_rate,
+        accuracy=rate.rate,
+        accuracy_low=rate.low,
+        accuracy_high=rate.high,
+        margin=float(gap.mean()),
+        saturation=saturation,
+        auto_beta=beta,
+        chosen=float(chosen.mean()),
+        chosen_relative=float((chosen / reference.clamp(min=1e-8)).mean()),
+        rejected=float(rejected.mean()),
+        price=price,
+        gradient_norm=norm,
+        loss_spikes=spikes,
+        why_not=why_not,
+    )
+
+
+def _saturation(gap: torch.Tensor, args: Any, aim: float) -> tuple[float | None, float | None]:
+    """At the probe's β, and the β with the stated one; None for objectives that have none to aim at."""
+    try:
+        slope = slope_of(args, aim)
+    except ValueError:
+        return None, None
+    at_now = slope.saturation(gap, args.starting_beta)
+    if not gap.any():
+        return at_now, None
+    return at_now, slope.solve(gap, aim, _LOWEST_BETA, _HIGHEST_BETA)
+
+
+def table(readings: list[Reading]) -> str:
+    """The readings as aligned text, a line a learning rate."""
+    head = ["learning rate", "accuracy", "margin", "saturation", "winner's error", "price", "gradient", "spikes", ""]
+    rows = [head] + [
+        [
+            f"{r.learning_rate:g}",
+            _percent(r),
+            _number(r.margin, ".2g"),
+            _number(r.saturation, ".0%"),
+            _number(r.chosen_relative, "+.2%"),
+            _number(r.price, "+.2g"),
+            _number(r.gradient_norm, ".2g"),
+            str(r.loss_spikes),
+            r.why_not,
+        ]
+        for r in readings
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(f"{text:>{width}}" for text, width in zip(row[:-1], widths, strict=False)) for row in rows]
+    return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))
+
+
+def _percent(reading: Reading) -> str:
+    if reading.accuracy is None or reading.accuracy_low is None or reading.accuracy_high is None:
+        return "–"
+    return f"{100 * reading.accuracy:.1f} % ({100 * reading.accuracy_low:.0f}–{100 * reading.accuracy_high:.0f})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
