@@ -28,9 +28,9 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
     local = name == PLAYGROUND or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local:
         check_folder(folder, options)
-    if name == PLAYGROUND:
+    if name == PLAYGROUND and "torch_dtype" not in options:
         # Its weights are stored in half precision to keep the package small, and work in single.
-        options.setdefault("torch_dtype", torch.float32)
+        options.setdefault("dtype", torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder if local else name, **options)
     except (OSError, ValueError) as error:
