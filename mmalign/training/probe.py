@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmalign import losses
 from mmalign.data import PreferenceDataset
 from mmalign.data.splitting import place_of_prompt
 from mmalign.denoisers import adapter_for
@@ -102,7 +101,7 @@ def probe(
     args = pipe.config_class(**short)
     saturation = options.get("beta_saturation", args.beta_saturation)
     rates = sorted(learning_rates or _around(args.learning_rate))
-    _check(args, rates, steps, held_out, max_held_out)
+    _check(args, rates, steps, held_out, max_held_out, saturation)
     denoiser = adapter_for(pipe)
     with on_device(list(networks(pipe).values()), args.device):
         prepared = prepare(data, denoiser, args)
@@ -181,7 +180,7 @@ def _run(trainer: Any, held: Prepared, rate: float, steps: int) -> Cell:
     return cell
 
 
-def _measured(trainer: Any, held: Prepared) -> dict[str, list[Any]]:
+def _measured(trainer: Any, held: Prepared) -> dict[str, Any]:
     """The columns of a cell that stand for held-out pairs."""
     columns: dict[str, list[Any]] = {name: [] for name in ("gap", "chosen", "rejected", "reference", "prompt")}
     prompts = {int(row): int(p) for row, p in zip(held.encoded.rows, held.encoded.prompt_index, strict=True)}
@@ -217,7 +216,9 @@ def _around(rate: float) -> list[float]:
     return [float(f"{rate * _STEPS_APART**k:.2g}") for k in (-2, -1, 0, 1, 2)]
 
 
-def _check(args: DenoiserConfig, rates: list[float], steps: int, held_out: float, max_held_out: int) -> None:
+def _check(
+    args: DenoiserConfig, rates: list[float], steps: int, held_out: float, max_held_out: int, saturation: float
+) -> None:
     if not args.needs_pairs:
         raise ValueError(
             f"{args.method} compares nothing: it has no beta, and held-out preferences say nothing about it"
@@ -232,10 +233,15 @@ def _check(args: DenoiserConfig, rates: list[float], steps: int, held_out: float
         raise ValueError(f"learning_rates must be positive and differ, got {rates}")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out}")
+    if not 0 < saturation < 1:
+        raise ValueError(f"beta_saturation must lie between 0 and 1, got {saturation}")
     if max_held_out < 1:
         raise ValueError(f"max_held_out must be at least 1, got {max_held_out}")
-    if any(losses.get(key).batch_coupled for key in args.loss_type) and args.per_device_eval_batch_size < 2:
-        raise ValueError("a loss that sorts its batch needs per_device_eval_batch_size of 2 or more")
+    if args.world_size > 1:
+        raise ValueError(
+            f"a probe runs on one process, and {args.world_size} were started: multiply gradient_accumulation_steps by their number "
+            "instead"
+        )
 
 
 def _split(prepared: Prepared, held_out: float, max_held_out: int, seed: int) -> tuple[Prepared, Prepared]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmalign.evaluation import WinRate, win_rate, win_rate_difference
-from mmalign.training.auto_beta import slope_of
+from mmalign.training.auto_beta import Slope, slope_of
 
 if TYPE_CHECKING:
     from mmalign.training.probe import Cell
@@ -64,7 +64,8 @@ class Advice:
 
 def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
     """The largest sound learning rate whose held-out accuracy is not below the best one's beyond chance, and a β for it."""
-    readings = [read(cell, args, saturation) for cell in cells]
+    slope, no_slope = _slope(args, saturation)
+    readings = [read(cell, slope, args.starting_beta, saturation) for cell in cells]
     sound = [(cell, reading) for cell, reading in zip(cells, readings, strict=True) if not reading.why_not]
     if not sound:
         why = "; ".join(f"{reading.learning_rate:g} {reading.why_not}" for reading in readings)
@@ -84,7 +85,7 @@ def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
         told.append(f"{larger.learning_rate:g} {larger.why_not or f'ranks only {_percent(larger)} right'}")
     beta = reading.auto_beta
     if beta is None:
-        told.append("no beta is advised: nothing moved, or the loss has no saturation to aim at")
+        told.append(f"no beta is advised: {no_slope or 'nothing moved'}")
     else:
         told.append(
             f"beta {beta:.2g}: there held-out pairs have lost {100 * saturation:.0f} % of the link's slope after {cell.steps} "
@@ -97,8 +98,8 @@ def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
     return Advice(reading.learning_rate, None if beta is None else float(f"{beta:.2g}"), told, readings)
 
 
-def read(cell: "Cell", args: Any, aim: float) -> Reading:
-    """The numbers of a cell."""
+def read(cell: "Cell", slope: Slope | None, beta: float, aim: float) -> Reading:
+    """The numbers of a cell that ran at `beta`; `slope` None: of an objective without a saturation."""
     spikes = sum(loss > _SPIKE * cell.loss[0] for loss in cell.loss) if cell.loss else 0
     norm = float(torch.tensor(cell.gradient_norm).median()) if cell.gradient_norm else None
     if cell.diverged:
@@ -110,7 +111,6 @@ def read(cell: "Cell", args: Any, aim: float) -> Reading:
     rate: WinRate = win_rate(cell.gap, [0.0] * len(cell.gap), cell.prompt)
     gained = float((rejected - chosen).mean())
     price = float(chosen.mean()) / gained if gained > 0 else None
-    saturation, beta = _saturation(gap, args, aim)
     why_not = ""
     if spikes > _SPIKES * cell.steps:
         why_not = f"doubled the first step's loss in {spikes} of {cell.steps} steps"
@@ -124,8 +124,8 @@ def read(cell: "Cell", args: Any, aim: float) -> Reading:
         accuracy_low=rate.low,
         accuracy_high=rate.high,
         margin=float(gap.mean()),
-        saturation=saturation,
-        auto_beta=beta,
+        saturation=slope.saturation(gap, beta) if slope else None,
+        auto_beta=slope.solve(gap, aim, _LOWEST_BETA, _HIGHEST_BETA) if slope and gap.any() else None,
         chosen=float(chosen.mean()),
         chosen_relative=float((chosen / reference.clamp(min=1e-8)).mean()),
         rejected=float(rejected.mean()),
@@ -136,16 +136,12 @@ def read(cell: "Cell", args: Any, aim: float) -> Reading:
     )
 
 
-def _saturation(gap: torch.Tensor, args: Any, aim: float) -> tuple[float | None, float | None]:
-    """At the probe's β, and the β with the stated one; None for objectives that have none to aim at."""
+def _slope(args: Any, saturation: float) -> tuple[Slope | None, str]:
+    """What tells the saturation, or None and why the objective has none to aim at."""
     try:
-        slope = slope_of(args, aim)
-    except ValueError:
-        return None, None
-    at_now = slope.saturation(gap, args.starting_beta)
-    if not gap.any():
-        return at_now, None
-    return at_now, slope.solve(gap, aim, _LOWEST_BETA, _HIGHEST_BETA)
+        return slope_of(args, saturation), ""
+    except ValueError as error:
+        return None, str(error)
 
 
 def table(readings: list[Reading]) -> str:

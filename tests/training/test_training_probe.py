@@ -130,6 +130,7 @@ def test_the_default_grid_surrounds_the_config_s_rate(tmp_path: Path, monkeypatc
         ({"held_out": 1e-9}, "no prompt of list is held out"),
         ({"held_out": 1 - 1e-9}, "no prompt of list is left to train on"),
         ({"max_held_out": 0}, "max_held_out must be at least 1"),
+        ({"beta_saturation": 2.0}, "beta_saturation must lie between 0 and 1"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -203,6 +204,12 @@ def test_the_largest_sound_rate_is_advised_with_what_speaks_against_the_next(cha
 def test_beta_aims_at_the_saturation_that_was_asked_for() -> None:
     assert advice(cell(1e-3), saturation=0.5).beta == pytest.approx(2 * math.atanh(0.5) / 1e-4, rel=0.05)
     assert advice(cell(1e-3, gap=1e-6), saturation=0.5).beta == pytest.approx(2 * math.atanh(0.5) / 1e-6, rel=0.05)
+
+
+def test_a_loss_without_a_saturation_gets_a_rate_and_the_reason() -> None:
+    told = advise([cell(1e-3)], config("dpo", "unused", loss_type="discopop"), 0.2)
+    assert told.learning_rate == 1e-3 and told.beta is None
+    assert "no beta is advised" in told.reasons[2] and "'discopop' does not" in told.reasons[2]
 
 
 def test_what_the_probe_could_not_show_is_said() -> None:
