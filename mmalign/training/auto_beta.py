@@ -36,6 +36,7 @@ LARGEST_FACTOR = 1.1  # by which β moves in a step at most: Adam's running squa
 WINDOW = 20  # steps whose pairs the saturation is told on
 _PAIRS_OF_A_STEP = 512
 _FAR = 1e6
+_CLOSE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Slope:
 
     def saturation(self, gap: Float[Tensor, " N"], beta: float) -> float:
         """The share of the link's slope that pairs with these u have lost at `beta`, in 0 … 1."""
-        left = self.at(gap.abs(), beta) / self.at(torch.zeros(1), beta)
-        return 1 - float(left.clamp(0, 1).mean())
+        slope = self.at(torch.cat([gap.abs(), gap.new_zeros(1)]), beta)
+        return 1 - float((slope[:-1] / slope[-1]).clamp(0, 1).mean())
 
     def solve(self, gap: Float[Tensor, " N"], target: float, low: float, high: float) -> float:
         """The β in low … high with this saturation, or the end that comes nearest."""
@@ -69,7 +70,7 @@ class Slope:
             return high
         if self.saturation(gap, low) >= target:
             return low
-        for _ in range(40):
+        while high / low > 1 + _CLOSE:
             middle = math.sqrt(low * high)
             low, high = (middle, high) if self.saturation(gap, middle) < target else (low, middle)
         return low

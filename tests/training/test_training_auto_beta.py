@@ -67,14 +67,14 @@ def test_every_pair_loss_reaches_its_saturation_or_says_why_not(key: str) -> Non
     assert found.saturation(GAP, beta) == pytest.approx(0.2, abs=2 / len(GAP))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from(["sigmoid", "hinge", "ipo", "exo_pair", "cdpo"]), st.floats(0.05, 0.9), st.floats(1e-6, 1e3))
 def test_beta_scales_with_the_log_ratios_and_grows_with_the_saturation(key: str, target: float, scale: float) -> None:
     found = slope(loss_type=key)
     gap = GAP / GAP.abs().max() * scale
     beta = found.solve(gap, target, 1e-9, 1e12)
-    assert found.solve(7 * gap, target, 1e-9, 1e12) == pytest.approx(beta / 7, rel=1e-3)
-    assert found.solve(gap, target / 2, 1e-9, 1e12) <= beta
+    assert found.solve(7 * gap, target, 1e-9, 1e12) == pytest.approx(beta / 7, rel=1e-5)
+    assert found.saturation(gap, beta / 2) <= found.saturation(gap, beta) <= found.saturation(gap, 2 * beta)
     assert found.solve(gap, target, beta * 2, beta * 3) == beta * 2
     assert found.solve(gap, target, beta / 3, beta / 2) == beta / 2
 
