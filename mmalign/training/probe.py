@@ -27,11 +27,10 @@ from mmalign.files import write_json
 from mmalign.training.checkpoints import check_facts
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device
-from mmalign.training.estimate import Announcement, duration
+from mmalign.training.estimate import duration
 from mmalign.training.pipeline import default_lora
 from mmalign.training.prepare import Prepared, prepare
 from mmalign.training.probe_advice import Advice, advise
-from mmalign.training.progress import LastStep, Lines
 from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
@@ -158,10 +157,9 @@ def untouched(network: nn.Module, *, trains_all: bool) -> Iterator[None]:
 
 def _run(trainer: Any, held: Prepared, rate: float, steps: int) -> Cell:
     start, diverged = time.perf_counter(), ""
-    for kind in (Announcement, Lines, LastStep):
-        trainer.remove_callback(kind)
     try:
-        trainer.train()
+        with _quiet():
+            trainer.train()
     except FloatingPointError as error:
         diverged = str(error)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -178,6 +176,17 @@ def _run(trainer: Any, held: Prepared, rate: float, steps: int) -> Cell:
     cell = replace(cell, seconds=round(time.perf_counter() - start, 1))
     logger.info("learning rate %.3g: %s", rate, diverged or f"done in {duration(cell.seconds)}")
     return cell
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a run's own lines and warnings: a window of five single steps is noise."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _measured(trainer: Any, held: Prepared) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tiny import save_tiny
 from mmalign import cli
 from mmalign.cli import train
 from mmalign.pipelines.image.dpo import DiffusionDPOConfig
+from mmalign.training import probe as probing
 
 SMALL = ["--steps", "5", "--held-out", "0.4", "--per-device-train-batch-size", "2", "--lora-r", "2", "--use-cpu"]
 
@@ -45,35 +46,51 @@ def advised(shown):
     return train.make_command("dpo", DiffusionDPOConfig).read(words)
 
 
-@pytest.mark.parametrize("beta", [None, "auto"])
-def test_the_command_trains_with_what_was_advised_and_what_was_typed(place, beta, capsys):
-    folder = f"probes/{beta}"
-    typed = ["--beta", beta] if beta else ["--beta-saturation", "0.3"]
-    words = ["--learning-rates", "1e-6", "1e-5", "--output-dir", folder, "--loss-type", "hinge", *typed]
-    exit_code = probe(*words)
+@pytest.fixture
+def ran(monkeypatch):
+    """The learning rates that were run; every run ranks three pairs of four right, and above 1e-4 it diverges."""
+    rates = []
+
+    def run(trainer, held, rate, steps):
+        rates.append(rate)
+        gaps = [1e-4, 1e-4, 1e-4, -1e-4]
+        plain = {"steps": steps, "seconds": 0.0, "loss": [0.7], "gradient_norm": [1.0]}
+        if rate > 1e-4:
+            return probing.Cell(rate, **plain, diverged="the loss is not finite")
+        columns = {"rejected": [0.0] * 4, "reference": [0.01] * 4, "prompt": [0, 1, 2, 3]}
+        return probing.Cell(rate, **plain, gap=gaps, chosen=[-2 * gap for gap in gaps], **columns)
+
+    monkeypatch.setattr(probing, "_run", run)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("typed", "beta"),
+    [([], 4100.0), (["--beta-saturation", "0.5"], 11000.0), (["--beta", "auto"], "auto"), (["--beta_dpo", "70"], 70.0)],
+)
+def test_the_command_trains_with_what_was_advised_and_what_was_typed(place, ran, typed, beta, capsys, tmp_path):
+    words = ["--learning-rates", "1e-5", "1e-4", "1e-3", "--output-dir", str(tmp_path), "--label-smoothing", "0.01"]
+    assert probe(*words, "--loss-type", "cdpo", *typed) == 0 and ran == [1e-5, 1e-4, 1e-3]
     shown = capsys.readouterr().out
-    told = json.loads((place / folder / "probe.json").read_text())["advice"]
-    if told["learning_rate"] is None:
-        assert exit_code == 1 and "no learning rate of the grid is sound" in shown
-        return
-    assert exit_code == 0 and "This is a rule of thumb" in shown and "every number: " in shown
+    assert "diverged" in shown and "This is a rule of thumb" in shown and str(tmp_path / "probe.json") in shown
     given = advised(shown)
-    assert given["learning_rate"] == told["learning_rate"] and given["loss_type"] == ["hinge"]
-    assert given["beta"] == (beta or told["beta"])
+    assert given["learning_rate"] == 1e-4 and given["loss_type"] == ["cdpo"] and given["label_smoothing"] == 0.01
+    assert given["beta"] == (pytest.approx(beta, rel=0.05) if isinstance(beta, float) else beta)
     assert (given["lora_r"], given["per_device_train_batch_size"], given["output_dir"]) == (2, 2, "runs/dpo")
     DiffusionDPOConfig(**train.config_options(given, DiffusionDPOConfig))
 
 
-def test_a_finished_probe_is_told_again_unless_it_is_forgotten(place, capsys, monkeypatch):
-    words = ["--learning-rates", "1e-5", "--output-dir", "probes/again"]
-    probe(*words)
-    before = json.loads((place / "probes/again/probe.json").read_text())
-    probe(*words)
-    assert json.loads((place / "probes/again/probe.json").read_text()) == before
-    assert probe(*words, "--steps", "6") == 2
-    assert "another steps" in capsys.readouterr().err
-    probe(*words, "--steps", "6", "--forget")
-    assert json.loads((place / "probes/again/probe.json").read_text())["cells"][0]["cell"]["steps"] == 6
+def test_no_command_without_a_sound_rate(place, ran, capsys, tmp_path):
+    assert probe("--learning-rates", "1e-3", "--output-dir", str(tmp_path)) == 1
+    shown = capsys.readouterr().out
+    assert "no learning rate of the grid is sound: 0.001 diverged" in shown and "mmalign train" not in shown
+
+
+def test_a_finished_probe_is_told_again_unless_it_is_forgotten(place, ran, capsys, tmp_path):
+    words = ["--learning-rates", "1e-5", "--output-dir", str(tmp_path)]
+    assert probe(*words) == probe(*words) == 0 and ran == [1e-5]
+    assert probe(*words, "--steps", "6") == 2 and "another steps" in capsys.readouterr().err
+    assert probe(*words, "--steps", "6", "--forget") == 0 and ran == [1e-5, 1e-5]
 
 
 def test_help_teaches_to_read_the_table(capsys):

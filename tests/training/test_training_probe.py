@@ -69,13 +69,27 @@ def test_no_cell_trains_on_what_it_is_measured_on(tmp_path: Path, monkeypatch: p
         return plain(self, model, inputs, epoch=epoch, data=data)
 
     monkeypatch.setattr(DiffusionDPOTrainer, "pair_losses", pair_losses)
-    told = probed(tmp_path, learning_rates=[1e-3], steps=8)
+    told = probed(tmp_path, learning_rates=[1e-3])
     assert seen[True] and seen[False] and not seen[True] & seen[False]
     assert len(told.cells[0].gap) == len(seen[False]) == len(set(told.cells[0].prompt))
-    assert len(probed(tmp_path / "few", learning_rates=[1e-3], max_held_out=3).cells[0].gap) == 3
 
 
-def test_the_later_run_finds_the_pairs_encoded(tmp_path: Path) -> None:
+def test_at_most_so_many_pairs_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[int, list[int]] = {}
+
+    def measured(trainer: Any, held: Any, rate: float, steps: int) -> Cell:
+        rows[len(rows)] = [item["row"] for item in held.dataset]
+        return cell(rate)
+
+    monkeypatch.setattr(probing, "_run", measured)
+    for most in (512, 3):
+        probed(tmp_path / str(most), learning_rates=[1e-3], max_held_out=most)
+    assert len(rows[0]) > 4 and len(rows[1]) == 3 and set(rows[1]) < set(rows[0])
+    assert rows[1][0] == rows[0][0] and rows[1][-1] == rows[0][-1]
+
+
+def test_the_later_run_finds_the_pairs_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "_run", lambda trainer, held, rate, steps: cell(rate))
     cache = tmp_path / "cache"
     probed(tmp_path / "probe", learning_rates=[1e-3], cache_dir=str(cache))
     made = sorted(path.name for path in cache.iterdir())
@@ -105,12 +119,18 @@ def test_an_interrupted_probe_goes_on_at_its_next_cell(first: Any, tmp_path: Pat
     assert told.advice == first[0].advice
 
 
-def test_a_run_that_diverges_is_told_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_run_that_diverges_is_told_and_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    told = probed(tmp_path, pipe, learning_rates=[1e-4, 1e25])
+    with caplog.at_level("INFO", "mmalign"):
+        told = probed(tmp_path, pipe, learning_rates=[1e-4, 1e25])
     assert "not finite" in told.cells[1].diverged and told.cells[1].gap == []
     assert told.advice.readings[1].why_not == "diverged" and told.advice.learning_rate != 1e25
+    # A line a cell, and none of what its single steps would say.
+    assert (
+        "learning rate 0.0001: done in" in caplog.text and "learning rate 1e+25: the loss is not finite" in caplog.text
+    )
+    assert "step 1/5" not in caplog.text
     assert all(torch.equal(value, pipe.unet.state_dict()[name]) for name, value in before.items())
 
 
