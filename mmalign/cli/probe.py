@@ -31,7 +31,7 @@ _OWN = [
         help="share of the prompts that no run trains on and all are measured on",
         convert=number,
         metavar="X",
-        default=0.1,
+        default=0.2,
         group=_GRID,
     ),
     Option(
@@ -40,6 +40,14 @@ _OWN = [
         convert=whole,
         metavar="N",
         default=512,
+        group=_GRID,
+    ),
+    Option(
+        name="draws",
+        help="timesteps and noises at which each of them is measured",
+        convert=whole,
+        metavar="N",
+        default=4,
         group=_GRID,
     ),
     Option(
@@ -62,11 +70,12 @@ METHOD is {methods}.
 Options of a method:  mmalign probe dpo --help
 """
 _EPILOG = """How to read the table (held-out pairs, but for the last two columns):
-  accuracy        share of pairs that policy against reference ranks as the label does, with its 95 % interval over prompts
+  accuracy        share of pairs that policy against reference ranks as the label does (mean over the draws), 95 % interval over prompts
   margin          by how much it does: mean of strength × (log-ratio of the winner − log-ratio of the loser), not scaled by beta
   saturation      share of the link's slope that pairs have lost at the beta of the runs; --beta-saturation is what is aimed at (20 %)
   winner's error  of the policy over the reference: above 0 the winner's likelihood falls
-  price           log-likelihood that the winner lost for each unit of margin; above 1 the margin is bought with the winner
+  price           log-likelihood that the winner lost for each unit of margin; above 1 the margin is bought with the winner;
+                  -- where no margin was gained
   gradient        median norm before clipping
   spikes          steps whose loss was over twice the first step's
 All other options are those of `mmalign train`; they stand in the command that is printed last. Encoded pairs are kept for that run.
@@ -140,6 +149,7 @@ def _probe(method: str, pipeline_class: Any, given: Given, words: list[str], typ
         steps=given["steps"],
         held_out=given["held_out"],
         max_held_out=given["max_held_out"],
+        draws=given["draws"],
         peft_config=train.lora_of(given),
         **options,
     )

@@ -47,10 +47,11 @@ _LEFT_OUT = """
 
 @dataclass(frozen=True)
 class Cell:
-    """A short run and, pair by pair, what it did to held-out ones; lists of pairs are empty where the run diverged.
+    """A short run and, point by point, what it did to held-out pairs; lists of points are empty where the run diverged.
 
     loss, gradient_norm: every step's. gap: strength · (ρ_w − ρ_l). chosen, rejected: policy's error minus the reference's on each side.
-    reference: the reference's error on the preferred side. prompt: number of each pair's prompt. diverged: why the run stopped.
+    reference: the reference's error on the preferred side. row, prompt: numbers of the point's pair and prompt. diverged: why the run
+    stopped.
     """
 
     learning_rate: float
@@ -62,6 +63,7 @@ class Cell:
     chosen: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)
     reference: list[float] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     diverged: str = ""
 
@@ -82,8 +84,9 @@ def probe(
     output_dir: str | Path,
     learning_rates: Sequence[float] | None = None,
     steps: int = 50,
-    held_out: float = 0.1,
+    held_out: float = 0.2,
     max_held_out: int = 512,
+    draws: int = 4,
     peft_config: Any = "default",
     preset: str | None = None,
     **options: Any,
@@ -92,15 +95,15 @@ def probe(
 
     pipe: one of our pipelines; its class says which method. options, preset: as in `align`; beta is that of the cells, beta_saturation
     what the advised one aims at. learning_rates: by default five around the config's, each three times the one before. held_out: share
-    of the prompts that no cell trains on, of whose pairs at most max_held_out are measured. Finished cells in `output_dir/probe.json`
-    are not run again. ValueError where that file tells of other settings, for objectives without a reference, and where nothing is held
-    out.
+    of the prompts that no cell trains on, of whose pairs at most max_held_out are measured, each at `draws` timesteps and noises.
+    Finished cells in `output_dir/probe.json` are not run again. ValueError where that file tells of other settings, for objectives
+    without a reference, and where nothing is held out.
     """
     short = _short(pipe.config_class, preset or ("playground" if data == "playground" else None), options, steps)
     args = pipe.config_class(**short)
     saturation = options.get("beta_saturation", args.beta_saturation)
     rates = sorted(learning_rates or _around(args.learning_rate))
-    _check(args, rates, steps, held_out, max_held_out, saturation)
+    _check(args, rates, saturation, held_out, steps=steps, max_held_out=max_held_out, draws=draws)
     denoiser = adapter_for(pipe)
     with on_device(list(networks(pipe).values()), args.device):
         prepared = prepare(data, denoiser, args)
@@ -123,12 +126,12 @@ def probe(
                 train_dataset=training,
                 peft_config=copy.deepcopy(lora),
             )
-            facts = {**trainer.facts, "steps": steps, "held-out pairs": held.fingerprint}
+            facts = {**trainer.facts, "steps": steps, "held-out pairs": held.fingerprint, "draws": draws}
             if rate in known:
                 check_facts(known[rate]["facts"], facts, folder / FILE)
                 cells.append(Cell(**known[rate]["cell"]))
             else:
-                cells.append(_run(trainer, held, rate, steps))
+                cells.append(_run(trainer, held, rate, steps, draws))
                 known[rate] = {"facts": facts, "cell": asdict(cells[-1])}
                 _write(folder, known, None)
     advice = advise(cells, args, saturation)
@@ -155,7 +158,7 @@ def untouched(network: nn.Module, *, trains_all: bool) -> Iterator[None]:
         network.train(mode)
 
 
-def _run(trainer: Any, held: Prepared, rate: float, steps: int) -> Cell:
+def _run(trainer: Any, held: Prepared, rate: float, steps: int, draws: int) -> Cell:
     start, diverged = time.perf_counter(), ""
     try:
         with _quiet():
@@ -172,7 +175,7 @@ def _run(trainer: Any, held: Prepared, rate: float, steps: int) -> Cell:
         diverged=diverged,
     )
     if not diverged:
-        cell = replace(cell, **_measured(trainer, held))
+        cell = replace(cell, **_measured(trainer, held, draws))
     cell = replace(cell, seconds=round(time.perf_counter() - start, 1))
     logger.info("learning rate %.3g: %s", rate, diverged or f"done in {duration(cell.seconds)}")
     return cell
@@ -189,17 +192,19 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _measured(trainer: Any, held: Prepared) -> dict[str, Any]:
-    """The columns of a cell that stand for held-out pairs."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("gap", "chosen", "rejected", "reference", "prompt")}
+def _measured(trainer: Any, held: Prepared, draws: int) -> dict[str, Any]:
+    """The columns of a cell that stand for points of held-out pairs."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("gap", "chosen", "rejected", "reference", "row", "prompt")}
     prompts = {int(row): int(p) for row, p in zip(held.encoded.rows, held.encoded.prompt_index, strict=True)}
-    for _, measured, pairs in trainer.held_out_losses(held):
-        logps = measured.logps
-        columns["gap"] += (pairs.strength * logps.margin).tolist()
-        columns["chosen"] += (-2 * logps.chosen_logratio).tolist()
-        columns["rejected"] += (-2 * logps.rejected_logratio).tolist()
-        columns["reference"] += measured.reference_error[: len(pairs.rows)].tolist()
-        columns["prompt"] += [prompts[row] for row in pairs.rows]
+    for draw in range(draws):
+        for _, measured, pairs in trainer.held_out_losses(held, draw):
+            logps = measured.logps
+            columns["gap"] += (pairs.strength * logps.margin).tolist()
+            columns["chosen"] += (-2 * logps.chosen_logratio).tolist()
+            columns["rejected"] += (-2 * logps.rejected_logratio).tolist()
+            columns["reference"] += measured.reference_error[: len(pairs.rows)].tolist()
+            columns["row"] += pairs.rows
+            columns["prompt"] += [prompts[row] for row in pairs.rows]
     return columns
 
 
@@ -226,7 +231,7 @@ def _around(rate: float) -> list[float]:
 
 
 def _check(
-    args: DenoiserConfig, rates: list[float], steps: int, held_out: float, max_held_out: int, saturation: float
+    args: DenoiserConfig, rates: list[float], saturation: float, held_out: float, *, steps: int, **counts: int
 ) -> None:
     if not args.needs_pairs:
         raise ValueError(
@@ -244,8 +249,9 @@ def _check(
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out}")
     if not 0 < saturation < 1:
         raise ValueError(f"beta_saturation must lie between 0 and 1, got {saturation}")
-    if max_held_out < 1:
-        raise ValueError(f"max_held_out must be at least 1, got {max_held_out}")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
     if args.world_size > 1:
         raise ValueError(
             f"a probe runs on one process, and {args.world_size} were started: multiply gradient_accumulation_steps by their number "

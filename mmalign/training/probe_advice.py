@@ -1,18 +1,21 @@
 """What follows from a probe: a rule of thumb, told in words with the numbers it used.
 
-A learning rate is sound where the run stayed finite, at most a tenth of its steps doubled the first step's loss, and held-out winners
-lost no more log-likelihood than the margin gained: −mean ρ_w ≤ mean (ρ_w − ρ_l). Small steps move all log-ratios in proportion, so that
-accuracy on held-out pairs hardly tells one small learning rate from another; large ones add noise to them. The advice is therefore the
-largest sound learning rate whose accuracy is not below the best one's beyond chance, and the β at which its held-out pairs have the
-stated saturation.
+A learning rate is sound unless the run diverged, more than a tenth of its steps doubled the first step's loss, or held-out pairs show,
+beyond chance, a margin below 0 or winners that lost more log-likelihood than the margin gained (mean of −ρ_w over that of ρ_w − ρ_l).
+Small steps move all log-ratios in proportion, so that accuracy on held-out pairs hardly tells one small learning rate from another;
+large ones add noise to them. The advice is therefore the largest sound learning rate that ranks held-out pairs better than chance and
+not worse than the best one beyond chance, and the β at which its held-out points have the stated saturation. Where none is shown to
+rank them better than chance there is no advice.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mmalign.evaluation import WinRate, win_rate, win_rate_difference
+from mmalign.evaluation import paired_difference, win_rate, win_rate_difference
 from mmalign.training.auto_beta import Slope, slope_of
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ CANNOT_KNOW = (
 
 @dataclass(frozen=True)
 class Reading:
-    """A cell in numbers, over held-out pairs but for loss_spikes and gradient_norm.
+    """A cell in numbers, over held-out pairs (saturation: over their points) but for loss_spikes and gradient_norm.
 
     margin: mean of strength · (ρ_w − ρ_l), not scaled by β. saturation: at the probe's β. auto_beta: the β with the stated saturation.
     chosen, rejected: mean excess error over the reference; below 0: the policy fits better. price: log-likelihood that the winner lost
@@ -41,6 +44,7 @@ class Reading:
     accuracy_low: float | None = None
     accuracy_high: float | None = None
     margin: float | None = None
+    margin_low: float | None = None
     saturation: float | None = None
     auto_beta: float | None = None
     chosen: float | None = None
@@ -50,6 +54,11 @@ class Reading:
     gradient_norm: float | None = None
     loss_spikes: int = 0
     why_not: str = ""
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it ranks held-out pairs better than chance, by their number or by their mean margin."""
+        return (self.accuracy_low or 0) > 0.5 or (self.margin_low or 0) > 0
 
 
 @dataclass(frozen=True)
@@ -71,29 +80,40 @@ def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
         why = "; ".join(f"{reading.learning_rate:g} {reading.why_not}" for reading in readings)
         return Advice(None, None, [f"no learning rate of the grid is sound: {why}. Probe others"], readings)
     best, best_reading = max(sound, key=lambda pair: pair[1].accuracy or 0)
-    zeros = [0.0] * len(best.gap)
-    level = [pair for pair in sound if win_rate_difference(pair[0].gap, best.gap, zeros, best.prompt).high >= 0]
+    gap, prompt = by_pair(best, best.gap), by_pair(best, best.prompt)
+    level = [
+        pair
+        for pair in sound
+        if pair[1].is_shown
+        and win_rate_difference(by_pair(pair[0], pair[0].gap), gap, torch.zeros_like(gap), prompt).high >= 0
+    ]
+    if not level:
+        return Advice(
+            None,
+            None,
+            [
+                "no learning rate is shown to rank held-out pairs better than chance "
+                f"({len(gap)} pairs, {best.steps} steps): probe more steps, or hold out more pairs"
+            ],
+            readings,
+        )
     cell, reading = max(level, key=lambda pair: pair[0].learning_rate)
     told = [
-        f"learning rate {reading.learning_rate:g}: the largest of {len(sound)} sound ones whose accuracy on {len(cell.gap)} held-out "
-        f"pairs ({_percent(reading)}) is not below the best ({_percent(best_reading)} at {best_reading.learning_rate:g}) beyond chance"
+        f"learning rate {reading.learning_rate:g}: the largest sound one that ranks {len(gap)} held-out pairs better than chance "
+        f"({_percent(reading)}) and not worse than the best ({_percent(best_reading)} at {best_reading.learning_rate:g}) beyond chance"
     ]
     larger = next((r for r in readings if r.learning_rate > reading.learning_rate), None)
     if larger is None:
         told.append("it is also the largest that was tried: a larger one may serve, probe it")
     else:
-        told.append(f"{larger.learning_rate:g} {larger.why_not or f'ranks only {_percent(larger)} right'}")
+        told.append(f"{larger.learning_rate:g} {larger.why_not or f'ranks {_percent(larger)} right'}")
     beta = reading.auto_beta
     if beta is None:
         told.append(f"no beta is advised: {no_slope or 'nothing moved'}")
     else:
         told.append(
-            f"beta {beta:.2g}: there held-out pairs have lost {100 * saturation:.0f} % of the link's slope after {cell.steps} "
+            f"beta {beta:.2g}: there held-out points have lost {100 * saturation:.0f} % of the link's slope after {cell.steps} "
             f"steps (at the probe's beta, {args.starting_beta:g}, {100 * (reading.saturation or 0):.0f} %)"
-        )
-    if not (reading.accuracy_low or 0) > 0.5:
-        told.append(
-            "no learning rate is shown to rank held-out pairs better than chance: probe more steps or more pairs"
         )
     return Advice(reading.learning_rate, None if beta is None else float(f"{beta:.2g}"), told, readings)
 
@@ -104,36 +124,42 @@ def read(cell: "Cell", slope: Slope | None, beta: float, aim: float) -> Reading:
     norm = float(torch.tensor(cell.gradient_norm).median()) if cell.gradient_norm else None
     if cell.diverged:
         return Reading(cell.learning_rate, gradient_norm=norm, loss_spikes=spikes, why_not="diverged")
-    gap = torch.tensor(cell.gap, dtype=torch.float64)
-    chosen, rejected, reference = (
-        torch.tensor(x, dtype=torch.float64) for x in (cell.chosen, cell.rejected, cell.reference)
-    )
-    rate: WinRate = win_rate(cell.gap, [0.0] * len(cell.gap), cell.prompt)
+    gap, chosen, rejected = (by_pair(cell, column) for column in (cell.gap, cell.chosen, cell.rejected))
+    prompt, zero = by_pair(cell, cell.prompt), torch.zeros_like(gap)
+    accuracy, margin = win_rate(gap, zero, prompt), paired_difference(gap, zero, prompt)
     gained = float((rejected - chosen).mean())
-    price = float(chosen.mean()) / gained if gained > 0 else None
     why_not = ""
     if spikes > _SPIKES * cell.steps:
         why_not = f"doubled the first step's loss in {spikes} of {cell.steps} steps"
-    elif gained <= 0:
-        why_not = "gained no margin on held-out pairs"
-    elif price is not None and price > 1:
-        why_not = f"costs the winner {price:.2g} of log-likelihood for each 1 of margin"
+    elif margin.high < 0:
+        why_not = "is shown to rank held-out pairs the wrong way round"
+    elif paired_difference(chosen, rejected - chosen, prompt).low > 0:
+        why_not = "is shown to cost the winner more log-likelihood than the margin gained"
+    points, reference = torch.tensor(cell.gap, dtype=torch.float64), by_pair(cell, cell.reference)
     return Reading(
         learning_rate=cell.learning_rate,
-        accuracy=rate.rate,
-        accuracy_low=rate.low,
-        accuracy_high=rate.high,
-        margin=float(gap.mean()),
-        saturation=slope.saturation(gap, beta) if slope else None,
-        auto_beta=slope.solve(gap, aim, _LOWEST_BETA, _HIGHEST_BETA) if slope and gap.any() else None,
+        accuracy=accuracy.rate,
+        accuracy_low=accuracy.low,
+        accuracy_high=accuracy.high,
+        margin=margin.value,
+        margin_low=margin.low,
+        saturation=slope.saturation(points, beta) if slope else None,
+        auto_beta=slope.solve(points, aim, _LOWEST_BETA, _HIGHEST_BETA) if slope and points.any() else None,
         chosen=float(chosen.mean()),
         chosen_relative=float((chosen / reference.clamp(min=1e-8)).mean()),
         rejected=float(rejected.mean()),
-        price=price,
+        price=float(chosen.mean()) / gained if gained > 0 else None,
         gradient_norm=norm,
         loss_spikes=spikes,
         why_not=why_not,
     )
+
+
+def by_pair(cell: "Cell", column: list[Any]) -> Float[Tensor, " P"]:
+    """The mean of a column over the points of each of the P held-out pairs, pairs in the order of their rows."""
+    _, pair, count = torch.tensor(cell.row).unique(return_inverse=True, return_counts=True)
+    values = torch.tensor(column, dtype=torch.float64)
+    return torch.zeros(len(count), dtype=torch.float64).index_add(0, pair, values) / count
 
 
 def _slope(args: Any, saturation: float) -> tuple[Slope | None, str]:

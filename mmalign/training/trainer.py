@@ -348,7 +348,7 @@ class DenoiserTrainer(SavingTrainer):
         device, encoded = self.args.device, data.encoded
         dtype = torch.float64 if next(self.network.parameters()).dtype == torch.float64 else torch.float32
         rows: list[int] = inputs["row"]
-        share = self.args.prompt_dropout if epoch != _EVAL_EPOCH else 0.0
+        share = self.args.prompt_dropout if epoch >= 0 else 0.0
         dropped = dropped_prompts(rows, seed=self.args.seed, epoch=epoch, share=share)
         text = encoded.conditioning(torch.tensor(inputs["prompt_index"])).where(~dropped, encoded.empty).to(device)
         sides = ("chosen", "rejected") if self.args.needs_pairs else ("chosen",)
@@ -420,13 +420,13 @@ class DenoiserTrainer(SavingTrainer):
         return {"pairs_per_second": (step - before[0]) * self.args.pairs_per_step / (now - before[1])}
 
     @torch.no_grad()
-    def held_out_losses(self, data: Prepared) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
-        """`pair_losses` of every batch of this process's share of `data`, at fixed (pair, t, noise) and with every prompt kept."""
+    def held_out_losses(self, data: Prepared, draw: int = 0) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
+        """`pair_losses` of this process's batches of `data`, with every prompt kept, at (t, noise) fixed by pair and `draw`."""
         mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
         loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
         with self._at_work(), evaluating([self.network]):
             for inputs in loader:
-                yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data)
+                yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH - draw, data=data)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

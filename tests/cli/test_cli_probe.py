@@ -48,16 +48,16 @@ def advised(shown):
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The learning rates that were run; every run ranks three pairs of four right, and above 1e-4 it diverges."""
+    """The learning rates that were run; every run ranks 30 pairs of 40 right, and above 1e-4 it diverges."""
     rates = []
 
-    def run(trainer, held, rate, steps):
+    def run(trainer, held, rate, steps, draws):
         rates.append(rate)
-        gaps = [1e-4, 1e-4, 1e-4, -1e-4]
+        gaps = [1e-4] * 30 + [-1e-4] * 10
         plain = {"steps": steps, "seconds": 0.0, "loss": [0.7], "gradient_norm": [1.0]}
         if rate > 1e-4:
             return probing.Cell(rate, **plain, diverged="the loss is not finite")
-        columns = {"rejected": [0.0] * 4, "reference": [0.01] * 4, "prompt": [0, 1, 2, 3]}
+        columns = {"rejected": [0.0] * 40, "reference": [0.01] * 40, "row": [*range(40)], "prompt": [*range(40)]}
         return probing.Cell(rate, **plain, gap=gaps, chosen=[-2 * gap for gap in gaps], **columns)
 
     monkeypatch.setattr(probing, "_run", run)

@@ -16,7 +16,7 @@ from mmalign.training.probe import Cell, probe
 from mmalign.training.probe_advice import advise, table
 
 ROWS = [row | {"prompt": f"{row['prompt']} {i}"} for i, row in enumerate(pairs(20))]
-SMALL: dict[str, Any] = {"steps": 5, "held_out": 0.4, "per_device_train_batch_size": 2, "use_cpu": True}
+SMALL: dict[str, Any] = {"steps": 5, "held_out": 0.4, "draws": 2, "per_device_train_batch_size": 2, "use_cpu": True}
 
 
 def probed(folder: Path, pipe: Any = None, **options: Any) -> Any:
@@ -71,13 +71,16 @@ def test_no_cell_trains_on_what_it_is_measured_on(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(DiffusionDPOTrainer, "pair_losses", pair_losses)
     told = probed(tmp_path, learning_rates=[1e-3])
     assert seen[True] and seen[False] and not seen[True] & seen[False]
-    assert len(told.cells[0].gap) == len(seen[False]) == len(set(told.cells[0].prompt))
+    measured = told.cells[0]
+    assert set(measured.row) == seen[False] and len(set(measured.prompt)) == len(seen[False])
+    # Two draws: each pair at two points.
+    assert sorted(measured.row) == sorted([*seen[False]] * 2) and len(set(measured.gap)) == len(measured.gap)
 
 
 def test_at_most_so_many_pairs_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: dict[int, list[int]] = {}
 
-    def measured(trainer: Any, held: Any, rate: float, steps: int) -> Cell:
+    def measured(trainer: Any, held: Any, rate: float, steps: int, draws: int) -> Cell:
         rows[len(rows)] = [item["row"] for item in held.dataset]
         return cell(rate)
 
@@ -89,7 +92,7 @@ def test_at_most_so_many_pairs_are_measured(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_later_run_finds_the_pairs_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "_run", lambda trainer, held, rate, steps: cell(rate))
+    monkeypatch.setattr(probing, "_run", lambda trainer, held, rate, steps, draws: cell(rate))
     cache = tmp_path / "cache"
     probed(tmp_path / "probe", learning_rates=[1e-3], cache_dir=str(cache))
     made = sorted(path.name for path in cache.iterdir())
@@ -135,7 +138,7 @@ def test_a_run_that_diverges_is_told_and_leaves_no_trace(tmp_path: Path, caplog:
 
 
 def test_the_default_grid_surrounds_the_config_s_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probing, "_run", lambda trainer, held, rate, steps: cell(rate))
+    monkeypatch.setattr(probing, "_run", lambda trainer, held, rate, steps, draws: cell(rate))
     told = probed(tmp_path, learning_rates=None, learning_rate=3e-4)
     assert [one.learning_rate for one in told.cells] == [3.3e-5, 1e-4, 3e-4, 9e-4, 2.7e-3]
 
@@ -150,6 +153,7 @@ def test_the_default_grid_surrounds_the_config_s_rate(tmp_path: Path, monkeypatc
         ({"held_out": 1e-9}, "no prompt of list is held out"),
         ({"held_out": 1 - 1e-9}, "no prompt of list is left to train on"),
         ({"max_held_out": 0}, "max_held_out must be at least 1"),
+        ({"draws": 0}, "draws must be at least 1"),
         ({"beta_saturation": 2.0}, "beta_saturation must lie between 0 and 1"),
     ],
 )
@@ -167,7 +171,7 @@ def test_supervised_fine_tuning_has_nothing_to_probe(tmp_path: Path) -> None:
 # What follows from it.
 
 
-def cell(rate: float, *, right: int = 60, wrong: int = 40, gap: float = 1e-4, **changes: Any) -> Cell:
+def cell(rate: float, *, right: int = 70, wrong: int = 30, gap: float = 1e-4, **changes: Any) -> Cell:
     """A sound cell: `right` pairs with this gap and `wrong` ones with its negative; the winner gained all of the margin."""
     gaps = [gap] * right + [-gap] * wrong
     plain: dict[str, Any] = {
@@ -179,6 +183,7 @@ def cell(rate: float, *, right: int = 60, wrong: int = 40, gap: float = 1e-4, **
         "chosen": [-2 * g for g in gaps],
         "rejected": [0.0] * len(gaps),
         "reference": [0.01] * len(gaps),
+        "row": list(range(len(gaps))),
         "prompt": list(range(len(gaps))),
     }
     return Cell(learning_rate=rate, **plain | changes)
@@ -191,8 +196,8 @@ def advice(*cells: Cell, saturation: float = 0.2) -> Any:
 def test_a_cell_is_read_by_its_definitions() -> None:
     spiky = [0.69] * 8 + [1.5, 2.0]
     told = advice(cell(1e-3, loss=spiky, chosen=[0.001] * 100, rejected=[0.003] * 100)).readings[0]
-    assert told.accuracy == pytest.approx(0.6) and 0.5 < told.accuracy_low < 0.6 < told.accuracy_high < 0.7
-    assert told.margin == pytest.approx(0.2e-4)
+    assert told.accuracy == pytest.approx(0.7) and 0.5 < told.accuracy_low < 0.7 < told.accuracy_high < 0.85
+    assert told.margin == pytest.approx(0.4e-4) and 0 < told.margin_low < told.margin
     assert told.saturation == pytest.approx(math.tanh(2000 * 1e-4 / 2))
     assert told.auto_beta == pytest.approx(2 * math.atanh(0.2) / 1e-4, rel=1e-6)
     # ρ = −½ · excess: the winner lost 0.0005 where the margin gained 0.001.
@@ -206,13 +211,13 @@ def test_a_cell_is_read_by_its_definitions() -> None:
     [
         ({"diverged": "the loss is not finite"}, "diverged"),
         ({"loss": [0.69] * 8 + [1.5] * 2}, "doubled the first step's loss in 2 of 10 steps"),
-        ({"chosen": [0.002] * 100, "rejected": [0.003] * 100}, "costs the winner 2 of log-likelihood"),
-        ({"chosen": [0.002] * 100, "rejected": [0.001] * 100}, "gained no margin"),
-        ({"right": 30, "wrong": 70}, "gained no margin"),
-        # Sound, but beyond chance worse than the best.
-        ({"right": 51, "wrong": 49}, "ranks only 51.0 %"),
+        ({"chosen": [0.002] * 100, "rejected": [0.003] * 100}, "is shown to cost the winner more"),
+        ({"right": 30, "wrong": 70}, "is shown to rank held-out pairs the wrong way round"),
+        # Sound, but beyond chance worse than the best; and not shown to be better than chance.
+        ({"right": 70, "wrong": 30}, "ranks 70.0 %"),
+        ({"right": 52, "wrong": 48}, "ranks 52.0 %"),
     ],
-    ids=["diverged", "spikes", "price", "no-margin", "backwards", "inaccurate"],
+    ids=["diverged", "spikes", "price", "backwards", "inaccurate", "chance"],
 )
 def test_the_largest_sound_rate_is_advised_with_what_speaks_against_the_next(changes: dict[str, Any], why: str) -> None:
     told = advice(cell(1e-4, right=90, wrong=10), cell(3e-4, right=88, wrong=12), cell(1e-3, **changes))
@@ -233,16 +238,31 @@ def test_a_loss_without_a_saturation_gets_a_rate_and_the_reason() -> None:
 
 
 def test_what_the_probe_could_not_show_is_said() -> None:
-    told = advice(cell(1e-3, right=52, wrong=48))
-    assert told.learning_rate == 1e-3 and "the largest that was tried" in told.reasons[1]
-    assert "better than chance" in told.reasons[-1]
-    none = advice(cell(1e-3, diverged="x"), cell(1e-2, right=1, wrong=9))
+    assert "the largest that was tried" in advice(cell(1e-3)).reasons[1]
+    told = advice(cell(1e-4, right=52, wrong=48), cell(1e-3, right=53, wrong=47))
+    assert told.learning_rate is None and told.beta is None
+    assert (
+        "no learning rate is shown to rank held-out pairs better than chance (100 pairs, 10 steps)" in told.reasons[0]
+    )
+    none = advice(cell(1e-3, diverged="x"), cell(1e-2, right=10, wrong=90))
     assert none.learning_rate is None and none.beta is None
-    assert "0.001 diverged; 0.01 gained no margin" in none.reasons[0]
+    assert "0.001 diverged; 0.01 is shown to rank held-out pairs the wrong way round" in none.reasons[0]
+
+
+def test_the_points_of_a_pair_count_once_for_accuracy_and_all_for_saturation() -> None:
+    once = cell(1e-3)
+    # Each pair at three points: its mean gap is the same, and single points lie further out.
+    spread = {name: getattr(once, name) * 3 for name in ("chosen", "rejected", "reference", "row", "prompt")}
+    far = [gap + shift for shift in (-9e-4, 0.0, 9e-4) for gap in once.gap]
+    one, three = advice(once).readings[0], advice(dataclasses.replace(once, gap=far, **spread)).readings[0]
+    assert (three.accuracy, three.accuracy_low) == (one.accuracy, one.accuracy_low)
+    assert three.margin == pytest.approx(one.margin) and three.price == pytest.approx(one.price)
+    expected = torch.tanh(1000 * torch.tensor(far, dtype=torch.float64).abs()).mean()
+    assert three.saturation == pytest.approx(float(expected)) and three.auto_beta < one.auto_beta
 
 
 def test_the_table_has_a_line_a_rate() -> None:
     shown = table(advice(cell(1e-4), cell(1e-3, diverged="x")).readings).splitlines()
     assert len(shown) == 3 and shown[0].split()[0] == "learning"
-    assert "60.0 % (" in shown[1] and shown[2].endswith("diverged") and "–" in shown[2]
+    assert "70.0 % (" in shown[1] and shown[2].endswith("diverged") and "–" in shown[2]
     assert shown[1].split()[0] == "0.0001"
