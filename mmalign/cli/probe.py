@@ -73,6 +73,7 @@ _EPILOG = """How to read the table (held-out pairs, but for the last two columns
   accuracy        share of pairs that policy against reference ranks as the label does (mean over the draws), 95 % interval over prompts
   margin          by how much it does: mean of strength × (log-ratio of the winner − log-ratio of the loser), not scaled by beta
   saturation      share of the link's slope that pairs have lost at the beta of the runs; --beta-saturation is what is aimed at (20 %)
+  beta            the one with the saturation that is aimed at
   winner's error  of the policy over the reference: above 0 the winner's likelihood falls
   price           log-likelihood that the winner lost for each unit of margin; above 1 the margin is bought with the winner;
                   -- where no margin was gained

@@ -1,12 +1,9 @@
 """What follows from a probe: a rule of thumb, told in words with the numbers it used.
 
-A learning rate is sound unless the run diverged, more than a tenth of its steps doubled the first step's loss, or held-out pairs show,
-beyond chance, a margin below 0 or winners that lost more log-likelihood than the margin gained (mean of −ρ_w over that of ρ_w − ρ_l).
-Small steps move all log-ratios in proportion, so that accuracy on held-out pairs hardly tells one small learning rate from another;
-large ones add noise to them. The advice is therefore the largest sound learning rate that ranks held-out pairs better than chance and
-not worse than the best one beyond chance, and the β at which its held-out points have the stated saturation. Where none is shown to
-rank them better than chance there is no advice.
-"""
+A learning rate is sound unless the run diverged, more than a tenth of its steps doubled the first step's loss, or held-out pairs
+show, beyond chance, a margin below 0, or one above 0 that is smaller than what the winners lost in log-likelihood (mean of −ρ_w over
+that of ρ_w − ρ_l). Small steps move all log-ratios in proportion, so that accuracy on held-out pairs hardly tells one small learning
+rate from X"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,7 +33,8 @@ class Reading:
 
     margin: mean of strength · (ρ_w − ρ_l), not scaled by β. saturation: at the probe's β. auto_beta: the β with the stated saturation.
     chosen, rejected: mean excess error over the reference; below 0: the policy fits better. price: log-likelihood that the winner lost
-    for each unit of margin; None where there was no margin to pay for. why_not: what makes it unsound.
+    for each unit of margin; None where there was no margin to pay for. is_shown: whether it ranks pairs
+    better than chance, by their number or by their mean margin. why_not: what makes it unsound.
     """
 
     learning_rate: float
@@ -53,12 +51,8 @@ class Reading:
     price: float | None = None
     gradient_norm: float | None = None
     loss_spikes: int = 0
+    is_shown: bool = False
     why_not: str = ""
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether it ranks held-out pairs better than chance, by their number or by their mean margin."""
-        return (self.accuracy_low or 0) > 0.5 or (self.margin_low or 0) > 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
         why = "; ".join(f"{reading.learning_rate:g} {reading.why_not}" for reading in readings)
         return Advice(None, None, [f"no learning rate of the grid is sound: {why}. Probe others"], readings)
     best, best_reading = max(sound, key=lambda pair: pair[1].accuracy or 0)
-    gap, prompt = by_pair(best, best.gap), by_pair(best, best.prompt)
+    gap, prompt = by_pair(best, best.gap), by_pair(best, best.prompt).tolist()
     level = [
         pair
         for pair in sound
@@ -125,15 +119,16 @@ def read(cell: "Cell", slope: Slope | None, beta: float, aim: float) -> Reading:
     if cell.diverged:
         return Reading(cell.learning_rate, gradient_norm=norm, loss_spikes=spikes, why_not="diverged")
     gap, chosen, rejected = (by_pair(cell, column) for column in (cell.gap, cell.chosen, cell.rejected))
-    prompt, zero = by_pair(cell, cell.prompt), torch.zeros_like(gap)
+    prompt, zero = by_pair(cell, cell.prompt).tolist(), torch.zeros_like(gap)
     accuracy, margin = win_rate(gap, zero, prompt), paired_difference(gap, zero, prompt)
     gained = float((rejected - chosen).mean())
+    is_shown = accuracy.low > 0.5 or margin.low > 0
     why_not = ""
     if spikes > _SPIKES * cell.steps:
         why_not = f"doubled the first step's loss in {spikes} of {cell.steps} steps"
     elif margin.high < 0:
         why_not = "is shown to rank held-out pairs the wrong way round"
-    elif paired_difference(chosen, rejected - chosen, prompt).low > 0:
+    elif is_shown and paired_difference(chosen, rejected - chosen, prompt).low > 0:
         why_not = "is shown to cost the winner more log-likelihood than the margin gained"
     points, reference = torch.tensor(cell.gap, dtype=torch.float64), by_pair(cell, cell.reference)
     return Reading(
@@ -143,6 +138,7 @@ def read(cell: "Cell", slope: Slope | None, beta: float, aim: float) -> Reading:
         accuracy_high=accuracy.high,
         margin=margin.value,
         margin_low=margin.low,
+        is_shown=is_shown,
         saturation=slope.saturation(points, beta) if slope else None,
         auto_beta=slope.solve(points, aim, _LOWEST_BETA, _HIGHEST_BETA) if slope and points.any() else None,
         chosen=float(chosen.mean()),
@@ -172,13 +168,25 @@ def _slope(args: Any, saturation: float) -> tuple[Slope | None, str]:
 
 def table(readings: list[Reading]) -> str:
     """The readings as aligned text, a line a learning rate."""
-    head = ["learning rate", "accuracy", "margin", "saturation", "winner's error", "price", "gradient", "spikes", ""]
+    head = [
+        "learning rate",
+        "accuracy",
+        "margin",
+        "saturation",
+        "beta",
+        "winner's error",
+        "price",
+        "gradient",
+        "spikes",
+        "",
+    ]
     rows = [head] + [
         [
             f"{r.learning_rate:g}",
             _percent(r),
             _number(r.margin, ".2g"),
             _number(r.saturation, ".0%"),
+            _number(r.auto_beta, ".2g"),
             _number(r.chosen_relative, "+.2%"),
             _number(r.price, "+.2g"),
             _number(r.gradient_norm, ".2g"),

@@ -212,12 +212,14 @@ def test_a_cell_is_read_by_its_definitions() -> None:
         ({"diverged": "the loss is not finite"}, "diverged"),
         ({"loss": [0.69] * 8 + [1.5] * 2}, "doubled the first step's loss in 2 of 10 steps"),
         ({"chosen": [0.002] * 100, "rejected": [0.003] * 100}, "is shown to cost the winner more"),
+        # The same price says nothing where no margin is shown.
+        ({"right": 52, "wrong": 48, "chosen": [0.002] * 100, "rejected": [0.003] * 100}, "ranks 52.0 %"),
         ({"right": 30, "wrong": 70}, "is shown to rank held-out pairs the wrong way round"),
         # Sound, but beyond chance worse than the best; and not shown to be better than chance.
         ({"right": 70, "wrong": 30}, "ranks 70.0 %"),
         ({"right": 52, "wrong": 48}, "ranks 52.0 %"),
     ],
-    ids=["diverged", "spikes", "price", "backwards", "inaccurate", "chance"],
+    ids=["diverged", "spikes", "price", "unshown-price", "backwards", "inaccurate", "chance"],
 )
 def test_the_largest_sound_rate_is_advised_with_what_speaks_against_the_next(changes: dict[str, Any], why: str) -> None:
     told = advice(cell(1e-4, right=90, wrong=10), cell(3e-4, right=88, wrong=12), cell(1e-3, **changes))
