@@ -123,18 +123,18 @@ def gaps_seen(run: Any) -> list[torch.Tensor]:
 
 
 def test_beta_waits_for_the_warm_up_moves_step_by_step_and_is_held(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=28, warmup_steps=2, beta_calibration_steps=24, **AUTO)
+    run = trainer(tmp_path, max_steps=36, warmup_steps=3, beta_calibration_steps=30, **AUTO)
     seen = gaps_seen(run)
     run.train()
     betas = history(run, "beta")
-    assert betas[:2] == [5000.0] * 2 and len(set(betas[25:])) == 1 and betas[25] == run.beta != 5000.0
+    assert betas[:3] == [5000.0] * 3 and len(set(betas[32:])) == 1 and betas[32] == run.beta != 5000.0
     factors = [after / before for before, after in zip(betas, betas[1:], strict=False)]
     assert max(max(factors), 1 / min(factors)) == pytest.approx(LARGEST_FACTOR, rel=1e-9)
-    # The last 20 of the 26 steps: what the definition says, by another road.
-    window = torch.cat(seen[6:26]).abs()
+    # The last 20 of the 33 steps: what the definition says, by another road.
+    window = torch.cat(seen[13:33]).abs()
     assert float(torch.tanh(run.beta * window / 2).mean()) == pytest.approx(0.2, abs=1e-6)
     # The margins that are logged are those of the β that was in force.
-    assert history(run, "rewards/margins")[27] == pytest.approx(run.beta * float(seen[27].mean()), rel=1e-5)
+    assert history(run, "rewards/margins")[35] == pytest.approx(run.beta * float(seen[35].mean()), rel=1e-5)
 
 
 def test_another_saturation_gives_another_beta(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_a_cell_is_read_by_its_definitions() -> None:
 def test_the_largest_sound_rate_is_advised_with_what_speaks_against_the_next(changes: dict[str, Any], why: str) -> None:
     told = advice(cell(1e-4, right=90, wrong=10), cell(3e-4, right=88, wrong=12), cell(1e-3, **changes))
     assert told.learning_rate == 3e-4
-    assert "the largest of" in told.reasons[0] and why in told.reasons[1] and told.reasons[1].startswith("0.001 ")
+    assert (
+        "the largest sound one" in told.reasons[0] and why in told.reasons[1] and told.reasons[1].startswith("0.001 ")
+    )
     assert told.beta == pytest.approx(2 * math.atanh(0.2) / 1e-4, rel=0.05)
 
 
