@@ -40,6 +40,12 @@ VERBS = {
             "mmalign.cli.train",
         ),
         Verb(
+            "probe",
+            "which beta and learning rate: short runs, measured on held-out pairs, and the command to train with",
+            "mmalign probe dpo --model playground --data playground",
+            "mmalign.cli.probe",
+        ),
+        Verb(
             "generate",
             "draw pictures, with or without a trained LoRA",
             'mmalign generate --model playground --lora runs/smpo --prompt "a red bag on a blue background"',

@@ -190,6 +190,8 @@ def _conversion(members: list[Any], default: Any) -> tuple[Convert, str]:
         value for part in members if typing.get_origin(part) is typing.Literal for value in typing.get_args(part)
     ]
     enums = [part for part in members if isinstance(part, type) and issubclass(part, enum.Enum)]
+    if literals and float in members:
+        return _number_or(*literals), "|".join(["X", *literals])
     if literals and all(isinstance(value, str) for value in literals):
         return one_of(*literals), "|".join(literals)
     if enums:
@@ -204,6 +206,20 @@ def _conversion(members: list[Any], default: Any) -> tuple[Convert, str]:
     if int in members:
         return whole, "N"
     return text, "TEXT"
+
+
+def _number_or(*words: str) -> Convert:
+    """A number, or one of a few words."""
+
+    def convert(value: Any) -> float | str:
+        if value in words:
+            return str(value)
+        try:
+            return number(value)
+        except ValueError as error:
+            raise ValueError(f"{error}, nor {' or '.join(map(repr, words))}") from error
+
+    return convert
 
 
 def _number_like(default: Any) -> Callable[[Any], int | float]:

@@ -65,7 +65,7 @@ _EPILOG = """Spellings of diffusers' and Salesforce's DPO scripts work too:
 
 def run(argv: Sequence[str]) -> int:
     """Trains, or starts the processes that do."""
-    method, words = _method(list(argv))
+    method, words = method_of(list(argv))
     if method is None:
         lines = [f"  {name:<5} {summary}" for name, (_, _, summary) in METHODS.items()]
         print(_HELP.format(methods="\n".join(lines)), end="")
@@ -104,7 +104,7 @@ def make_command(method: str, config_class: Any) -> Command:
         ],
         aliases=[*aliases(method), *refused],
         epilog=_EPILOG,
-        complete=lambda given: _complete(given, config_class),
+        complete=lambda given: completed(given, config_class),
     )
 
 
@@ -188,7 +188,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
     ]
 
 
-def _method(words: list[str]) -> tuple[str | None, list[str]]:
+def method_of(words: list[str], verb: str = "train") -> tuple[str | None, list[str]]:
     """The method and the other words; launcher options may stand before it."""
     if words and words[0] in METHODS:
         return words[0], words[1:]
@@ -200,11 +200,11 @@ def _method(words: list[str]) -> tuple[str | None, list[str]]:
     first = words[0]
     known = f"the methods are {', '.join(METHODS)}"
     if first.startswith("-"):
-        raise UsageError(f"the method stands after the verb: mmalign train smpo {first} …; {known}")
+        raise UsageError(f"the method stands after the verb: mmalign {verb} smpo {first} …; {known}")
     raise UsageError(f"no method {first!r}{nearest(first, METHODS)}; {known}")
 
 
-def _complete(given: Given, config_class: Any) -> Given:
+def completed(given: Given, config_class: Any) -> Given:
     """Puts the preset under the explicit options; the playground's pairs have their own, and a held-out split."""
     name = given["preset"] or ("playground" if given["data"] == "playground" else None)
     preset = config_class.preset_options(name, given.chosen(given.explicit)) if name else {}
@@ -283,7 +283,7 @@ def _resume_from(given: Given) -> str | None:
     raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
 
 
-def _lora(given: Given) -> Any:
+def lora_of(given: Given) -> Any:
     """The LoRA that is trained; None with --full."""
     if given["full"]:
         # A printed configuration states the defaults too.
@@ -316,7 +316,7 @@ def _base_quantization(given: Given) -> str | None:
     return kind
 
 
-def _source(given: Given) -> Any:
+def source_of(given: Given) -> Any:
     """The training data as the trainer takes it; cut to its first rows where that was asked for."""
     if given["max_rows"] is None:
         return given["data"]
@@ -327,7 +327,7 @@ def _source(given: Given) -> Any:
 
 def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
     config_class = pipeline_class.config_class
-    lora, quantization = _lora(given), _base_quantization(given)
+    lora, quantization = lora_of(given), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():
@@ -336,7 +336,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
         )
     # The trainer brings each part to its device while it is needed there.
     pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
-    source = _source(given)
+    source = source_of(given)
     if given["max_rows"] is not None:
         options["train_split"] = None
     folder = Path(given["output_dir"])

@@ -19,7 +19,7 @@ def split_by_prompt(source: PairSource, held_out: float, *, seed: int = 0) -> tu
         raise ValueError(f"held_out must lie between 0 and 1, got {held_out}")
     parts: tuple[list[int], list[int]] = ([], [])
     for row, prompt in enumerate(source.prompts()):
-        parts[prompt is not None and _place(prompt, seed) < held_out].append(row)
+        parts[prompt is not None and place_of_prompt(prompt, seed) < held_out].append(row)
     if not parts[0] or not parts[1]:
         empty = "held-out" if parts[0] else "first"
         raise ValueError(
@@ -32,8 +32,8 @@ def split_by_prompt(source: PairSource, held_out: float, *, seed: int = 0) -> tu
     )
 
 
-def _place(prompt: str, seed: int) -> float:
-    """A number in [0, 1) for a prompt, evenly spread."""
+def place_of_prompt(prompt: str, seed: int) -> float:
+    """A number in [0, 1) for a prompt, evenly spread; prompts below a share are held out."""
     same = " ".join(prompt.casefold().split())
     digest = hashlib.sha256(f"split/{seed}/{same}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

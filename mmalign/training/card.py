@@ -35,9 +35,11 @@ def write_card(
     base_model: str,
     data: str,
     metrics: dict[str, Any],
+    beta: float,
     trained: tuple[str, str] | None,
 ) -> None:
-    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
+    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA. `beta`:
+    the one that training ended with.
 
     No licence is stated: it is the base model's and the data's, which are not known here.
     """
@@ -54,7 +56,10 @@ def write_card(
     import yaml
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
-    settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **args.loss_options()}
+    options = args.loss_options()
+    if "beta" in options:
+        options["beta"] = beta
+    settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **options}
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---

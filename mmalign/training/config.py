@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
+from mmalign.training.auto_beta import check_auto_beta
 from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
 from mmalign.training.optimizers import check_optimizer
 
@@ -37,7 +38,10 @@ class DenoiserConfig(TrainingArguments):
     """Options shared by SmPO, InPO, Diffusion-DPO and SFT; each method's own class sets their defaults.
 
     beta               scale of the log-ratio −½ · (mean squared error of policy − that of reference); the code convention of
-                       Diffusion-DPO, in which 2000–5000 is usual for Stable Diffusion
+                       Diffusion-DPO, in which 2000–5000 is usual for Stable Diffusion. "auto" starts at the method's default and is
+                       found in training (`mmalign.training.auto_beta`)
+    beta_saturation    with beta "auto": the share of the link's slope that pairs have lost when β is held
+    beta_calibration_steps   with beta "auto": optimiser steps after the warm-up in which β moves; it is then held
     inversion_*        `mmalign.likelihood.config.InversionConfig`, for latents "ddim" and "renoise"
     inversion_model    whose path: the policy's (the papers) or the reference's
     inversion_landings   "last" (the papers): one training point a path; "all": every landing of a path over the whole schedule, so
@@ -66,7 +70,9 @@ class DenoiserConfig(TrainingArguments):
     needs_pairs: ClassVar[bool] = True
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    beta: float = 2000.0
+    beta: float | Literal["auto"] = 2000.0
+    beta_saturation: float = 0.2
+    beta_calibration_steps: int = 50
     loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
     loss_weights: list[float] | None = None
     label_smoothing: float | None = None
@@ -142,6 +148,7 @@ class DenoiserConfig(TrainingArguments):
         self._check_inherited()
         self._check_axes()
         self._check_losses()
+        check_auto_beta(self)
         self.inversion()
 
     @property
@@ -171,7 +178,7 @@ class DenoiserConfig(TrainingArguments):
     def _check_axes(self) -> None:
         graded = self.comparison in ("smoothed", "bradley_terry")
         checks = {
-            "beta must be positive": not self.beta > 0,
+            "beta must be positive": not self.starting_beta > 0,
             "prompt_dropout must lie in 0 … 1": not 0 <= self.prompt_dropout <= 1,
             "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
@@ -295,6 +302,13 @@ class DenoiserConfig(TrainingArguments):
             )
 
     @property
+    def starting_beta(self) -> float:
+        """β at the first step: as given, or the method's default with "auto"."""
+        if isinstance(self.beta, str) and self.beta != "auto":
+            raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
+        return float(self._default("beta") if self.beta == "auto" else self.beta)
+
+    @property
     def is_reference_free(self) -> bool:
         """No loss of the sum needs a reference."""
         return all(losses.get(key).reference_free for key in self.loss_type)
@@ -310,7 +324,11 @@ class DenoiserConfig(TrainingArguments):
             "cpo_alpha",
         )
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return chosen | {"beta": self.beta} if any("beta" in losses.get(k).hyper for k in self.loss_type) else chosen
+        return (
+            chosen | {"beta": self.starting_beta}
+            if any("beta" in losses.get(k).hyper for k in self.loss_type)
+            else chosen
+        )
 
     def inversion(self) -> InversionConfig | None:
         """How latents are inverted; None for forward noise."""
@@ -384,7 +402,12 @@ class DenoiserConfig(TrainingArguments):
             f"{self._schedule()}",
         ]
         if self.needs_pairs and any("beta" in losses.get(key).hyper for key in self.loss_type):
-            lines.append(f"beta {self.beta:g} {self._convention(elements)}")
+            lines.append(f"beta {self.starting_beta:g} {self._convention(elements)}")
+            if self.beta == "auto":
+                lines.append(
+                    f"beta then moves to a saturation of {self.beta_saturation:g} and is held "
+                    f"{self.beta_calibration_steps} steps after the warm-up"
+                )
         inversion = self.inversion()
         if inversion is not None:
             lines.append(f"inversion by the {self.inversion_model}: {inversion}")
@@ -408,11 +431,13 @@ class DenoiserConfig(TrainingArguments):
     def _convention(self, elements: int | None) -> str:
         if self.is_reference_free:
             return "as the loss's own paper defines it"
-        text = f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.beta / 2:g}"
+        text = (
+            f"multiplies −½ · (mean squared error); scripts that leave out the ½ call this {self.starting_beta / 2:g}"
+        )
         summed = (
             ""
             if elements is None
-            else f"; for errors summed over {elements:,} elements it is {self.beta / (2 * elements):.3g}"
+            else f"; for errors summed over {elements:,} elements it is {self.starting_beta / (2 * elements):.3g}"
         )
         return text + summed
 
@@ -424,7 +449,7 @@ def _choices(config_class: type) -> dict[str, tuple[Any, ...]]:
     for name, hint in typing.get_type_hints(config_class).items():
         parts = [hint, *typing.get_args(hint)]
         allowed = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
-        if allowed and name not in TrainingArguments.__dataclass_fields__:
+        if allowed and float not in parts and name not in TrainingArguments.__dataclass_fields__:
             result[name] = (*allowed, None) if type(None) in typing.get_args(hint) else tuple(allowed)
     return result
 

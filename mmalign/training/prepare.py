@@ -43,11 +43,13 @@ class Prepared:
 
 
 def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepared | None = None) -> Prepared:
-    """Encodes `data` (or finds it in the cache) and compares its pairs as `args.comparison` says.
+    """Encodes `data` (or finds it in the cache) and compares its pairs as `args.comparison` says; prepared data stay as they are.
 
     `like`: for evaluation data, the training data, whose normaliser must serve both. The parts of the denoiser's pipeline should stand
     on the training device.
     """
+    if isinstance(data, Prepared):
+        return data
     source = load_pairs(data, split=args.train_split if like is None else args.eval_split)
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     progress = not args.disable_tqdm

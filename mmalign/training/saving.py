@@ -35,6 +35,7 @@ class SavingTrainer(Trainer):
     denoiser: Denoiser
     reference: Reference
     args: DenoiserConfig
+    beta: float
     _train: Prepared
     _run_dir: str | None = None
     _average: MovingAverage | None = None
@@ -99,6 +100,7 @@ class SavingTrainer(Trainer):
             base_model=str(self.pipe.config.get("_name_or_path") or "unknown"),
             data=self._train.name,
             metrics=self.last_metrics(),
+            beta=self.beta,
             trained=None if has_adapter(self.network) else whole,
         )
 

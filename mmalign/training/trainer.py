@@ -27,6 +27,7 @@ from mmalign.likelihood.denoising import DenoisingPoint
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
+from mmalign.training.auto_beta import AutoBeta
 from mmalign.training.average import MovingAverage
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
@@ -146,6 +147,8 @@ class DenoiserTrainer(SavingTrainer):
         self._kept: dict[str, ReferenceErrors] = {}
         self._pairs_in_step = 0
         self._logged_at: tuple[int, float] | None = None
+        self.beta = args.starting_beta
+        self._auto_beta = AutoBeta(self) if args.beta == "auto" else None
         self._add_our_callbacks()
 
     def _check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
@@ -204,6 +207,8 @@ class DenoiserTrainer(SavingTrainer):
         if self.args.ema_decay is not None:
             self._average = MovingAverage(self.network, self.args.ema_decay)
             self.add_callback(self._average)
+        if self._auto_beta:
+            self.add_callback(self._auto_beta)
         if self.args.validation_steps:
             self.add_callback(SamplePictures(self.pipe, self.averaged))
 
@@ -286,6 +291,8 @@ class DenoiserTrainer(SavingTrainer):
         self._record("train", measured, pairs, loss.detach())
         if self.args.strength_sampling is not None:
             loss = loss * torch.tensor([self._sampling_weights[row] for row in pairs.rows]).to(loss)
+        if self._auto_beta and measured.logps is not None:
+            self._auto_beta.observe(pairs.strength * measured.logps.margin)
         mean = loss.mean()
         if self._pairs_in_step:
             mean = mean * (len(inputs["row"]) * self.current_gradient_accumulation_steps / self._pairs_in_step)
@@ -341,7 +348,7 @@ class DenoiserTrainer(SavingTrainer):
 
     def _draws_key(self, epoch: int) -> int:
         """What a row's draws are keyed by: the epoch or, where its path is kept, how often paths were renewed."""
-        if self.args.inversion_landings != "in_turn" or epoch == _EVAL_EPOCH:
+        if self.args.inversion_landings != "in_turn" or epoch < 0:
             return epoch
         every = self.args.inversion_refresh
         return 0 if every is None else self.state.global_step // every
@@ -379,6 +386,16 @@ class DenoiserTrainer(SavingTrainer):
             errors.write(self.args.world_size, self.args.process_index)
             logger.info("reference errors: %d of %d were known; kept in %s", errors.found, errors.asked, errors.path)
 
+    def _write(self, folder: Path) -> None:
+        super()._write(folder)
+        if self._auto_beta:
+            self._auto_beta.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._auto_beta:
+            self._auto_beta.load(Path(resume_from_checkpoint))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self._write_kept()
@@ -405,6 +422,8 @@ class DenoiserTrainer(SavingTrainer):
     def _loss_of(self, measured: Measurement, pairs: Pairs) -> Tensor:
         assert measured.logps is not None
         options = self.args.loss_options()
+        if self._auto_beta:
+            options["beta"] = self.beta
         if self.args.comparison in ("smoothed", "bradley_terry"):
             options["strength"] = pairs.strength
         if measured.rejected_scale is not None:
@@ -415,7 +434,7 @@ class DenoiserTrainer(SavingTrainer):
         device, encoded = self.args.device, data.encoded
         dtype = torch.float64 if module_dtype(self.network) == torch.float64 else torch.float32
         rows: list[int] = inputs["row"]
-        share = self.args.prompt_dropout if epoch != _EVAL_EPOCH else 0.0
+        share = self.args.prompt_dropout if epoch >= 0 else 0.0
         dropped = dropped_prompts(rows, seed=self.args.seed, epoch=epoch, share=share)
         text = encoded.conditioning(torch.tensor(inputs["prompt_index"])).where(~dropped, encoded.empty).to(device)
         sides = ("chosen", "rejected") if self.args.needs_pairs else ("chosen",)
@@ -443,7 +462,7 @@ class DenoiserTrainer(SavingTrainer):
     # Metrics.
 
     def _record(self, mode: str, measured: Measurement, pairs: Pairs, loss: Tensor) -> None:
-        panel = health.panel(measured, pairs, loss, beta=self.args.beta, schedule=self._schedule)
+        panel = health.panel(measured, pairs, loss, beta=self.beta, schedule=self._schedule)
         if not math.isfinite(panel["loss"][0]):
             rows = [row for row, value in zip(pairs.rows, loss.tolist(), strict=True) if not math.isfinite(value)]
             raise FloatingPointError(
@@ -469,6 +488,8 @@ class DenoiserTrainer(SavingTrainer):
         if "loss" in logs:
             logs.update({name: value for name, value in self._drain("train").items() if name != "loss"})
             logs.update(self._speed(start_time))
+            if self._auto_beta:
+                logs["beta"] = self.beta
         super().log(logs, start_time)
         if "loss" in logs and self.is_world_process_zero():
             for finding in health.findings(self.state.log_history):
@@ -483,6 +504,15 @@ class DenoiserTrainer(SavingTrainer):
         if before[1] is None or step <= before[0] or now <= before[1]:
             return {}
         return {"pairs_per_second": (step - before[0]) * self.args.pairs_per_step / (now - before[1])}
+
+    @torch.no_grad()
+    def held_out_losses(self, data: Prepared, draw: int = 0) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
+        """`pair_losses` of this process's batches of `data`, with every prompt kept, at (t, noise) fixed by pair and `draw`."""
+        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
+        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
+        with self._at_work(), self.averaged(), evaluating([self.network]):
+            for inputs in loader:
+                yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH - draw, data=data)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -499,14 +529,8 @@ class DenoiserTrainer(SavingTrainer):
                 data = prepare(eval_dataset, self.denoiser, self.args, like=self._train)
         if data is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
-        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
-        with torch.no_grad(), self._at_work(), self.averaged(), evaluating([self.network]):
-            for inputs in loader:
-                loss, measured, pairs = self.pair_losses(
-                    self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH, data=data
-                )
-                self._record("eval", measured, pairs, loss)
+        for loss, measured, pairs in self.held_out_losses(data):
+            self._record("eval", measured, pairs, loss)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain("eval").items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

@@ -6,7 +6,7 @@ Errors are means over the latent; both sides of a pair share the timestep and, a
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.pipeline import AlignPipeline
@@ -35,7 +35,7 @@ class DiffusionDPOConfig(DenoiserConfig):
         "playground": {**PLAYGROUND},
     }  # fmt: skip
 
-    beta: float = 5000.0
+    beta: float | Literal["auto"] = 5000.0
 
 
 class DiffusionDPOTrainer(DenoiserTrainer):

@@ -14,7 +14,8 @@ from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.trainer import DenoiserTrainer
 
 _COMPARES_NOTHING = (
-    "beta loss_type loss_weights label_smoothing f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha sdpo_mu "
+    "beta beta_saturation beta_calibration_steps loss_type loss_weights label_smoothing "
+    "f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha sdpo_mu "
     "reference reference_cache share_noise inversion_model inversion_share_eta_noise"
 ).split()
 

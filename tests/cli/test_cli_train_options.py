@@ -81,6 +81,8 @@ def test_every_option_of_ours_is_explained():
         (["--inversion-steps", "4"], "inversion_steps", 4),
         (["--validation-prompts", "a red bag", "a blue bag"], "validation_prompts", ["a red bag", "a blue bag"]),
         (["--resolution", "512"], "resolution", 512),
+        (["--beta", "100"], "beta", 100.0),
+        (["--beta", "auto"], "beta", "auto"),
         (["--debug", "underflow_overflow"], "debug", ["underflow_overflow"]),
     ],
 )
@@ -145,6 +147,7 @@ def test_what_has_no_counterpart_is_refused_with_its_reason(name, capsys):
         (["--preset", "sd3"], "--preset takes one of sd15, sdxl, playground, not 'sd3'"),
         (["--neftune-noise-alpha", "5"], "neftune_noise_alpha=5.0 is refused: it perturbs token embeddings"),
         (["--beta", "-1"], "beta must be positive"),
+        (["--beta", "car"], "--beta takes a number, not 'car', nor 'auto'"),
         (["--comparison", "human", "--scorer", "playground"], "scorer has no effect with comparison='human'"),
         (["--optim", "adamm"], "adamm is not a valid OptimizerNames"),
         (["--full", "--lora-r", "4"], "--full trains every weight, so --lora-r has no effect"),
@@ -226,13 +229,13 @@ def test_scale_lr_multiplies_and_says_so(capsys, monkeypatch):
 
 
 def test_lora_options():
-    lora = train._lora(read("smpo", "--rank", "8"))
+    lora = train.lora_of(read("smpo", "--rank", "8"))
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 8, 0.0)
     assert set(lora.target_modules) == {"to_q", "to_k", "to_v", "to_out.0"}
-    lora = train._lora(read("smpo", "--lora-alpha", "4", "--lora-target-modules", "to_q", "to_k"))
+    lora = train.lora_of(read("smpo", "--lora-alpha", "4", "--lora-target-modules", "to_q", "to_k"))
     assert (lora.r, lora.lora_alpha, set(lora.target_modules)) == (16, 4, {"to_q", "to_k"})
-    assert train._lora(read("smpo", "--lora-target-modules", "all-linear")).target_modules == "all-linear"
-    assert train._lora(read("smpo", "--full")) is None
+    assert train.lora_of(read("smpo", "--lora-target-modules", "all-linear")).target_modules == "all-linear"
+    assert train.lora_of(read("smpo", "--full")) is None
 
 
 @pytest.mark.parametrize(
@@ -245,13 +248,13 @@ def test_lora_options():
     ],
 )
 def test_where_the_method_may_stand(words, method, left):
-    assert train._method(words) == (method, left)
+    assert train.method_of(words) == (method, left)
 
 
 @pytest.mark.parametrize("words", [["smop", "--beta", "2"], ["--beta", "2"]])
 def test_a_missing_method_lists_them(words):
     with pytest.raises(UsageError, match="the methods are smpo, inpo, dpo, sft"):
-        train._method(words)
+        train.method_of(words)
 
 
 def test_evaluation_of_the_playground_is_on_its_held_out_pairs():

@@ -57,6 +57,12 @@ def test_a_pipeline_is_the_diffusers_pipeline_it_was_loaded_from(name: str, base
     assert np.array_equal(draw(pipe), draw(tiny_pipeline("sd")))
 
 
+def test_the_playground_takes_a_dtype_and_is_single_without() -> None:
+    # The command line always passes one.
+    for options, expected in (({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        assert next(load_base("playground", **options).unet.parameters()).dtype == expected
+
+
 def test_dtype_acts_under_both_spellings(base: Path) -> None:
     for option in ("dtype", "torch_dtype"):
         assert SmPOPipeline.from_pretrained(base, **{option: torch.bfloat16}).unet.dtype == torch.bfloat16

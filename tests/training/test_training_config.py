@@ -153,7 +153,7 @@ def test_every_field_of_ours_is_flipped_by_a_test() -> None:
         "sdpo_mu", "reference", "reference_cache", "inversion_refresh", "strength_sampling", "ema_decay", "scorer",
         "keep_human_ties", "min_abs_strength", "train_split", "eval_split",
         "cache_dir", "validation_prompts", "validation_seed", "validation_inference_steps", "validation_guidance_scale",
-        "validation_steps",
+        "validation_steps", "beta_saturation", "beta_calibration_steps",
     }  # fmt: skip
     assert CHANGES_LOSSES.keys() | elsewhere == OWN
     assert not CHANGES_LOSSES.keys() & elsewhere
