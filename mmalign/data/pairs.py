@@ -20,12 +20,13 @@ from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
+from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
 
 PLAYGROUND = "playground"
 _FORMS = (
     '"playground", a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder '
     "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
-    "a datasets.Dataset, or a list of dicts"
+    "WebDataset shards (a .tar, a folder of them, or x-{000..011}.tar), a datasets.Dataset, or a list of dicts"
 )
 _FIELDS: dict[Form, tuple[str, str]] = {
     "pickapic": ("jpg_0", "jpg_1"),
@@ -119,13 +120,16 @@ class PairSource:
         if isinstance(first, str | Path) and first and first == second:
             raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
         images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
+        if images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+            raise bad(row, pair.fields[1], f"the same picture as {pair.fields[0]}")
         return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
 
     def _open(self, value: Any, field: str, row: int) -> Any:
         try:
             return to_rgb(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
         except BadImage as error:
-            shown = repr(str(value)[:80]) if isinstance(value, str | Path) else ""
+            name = value.get("path") if isinstance(value, Mapping) else value
+            shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
             where = f" in {shown}" if shown and shown not in str(error) else ""
             raise bad(row, field, f"{error}{where}") from error
 
@@ -142,10 +146,11 @@ def load_pairs(
     """Open a source of preference pairs; nothing is decoded yet.
 
     source: "playground", a Hub data set id, a parquet file or a folder of them, a `save_to_disk` folder, a folder with
-    metadata.jsonl, a .json or .jsonl file, a folder of pictures named in pairs (see named.py), a datasets.Dataset, or a
-    list of dicts. Columns as in Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's
-    messages (see columns.py). split: "train" unless given. revision: of a Hub data set. root: the folder that paths
-    in the data are relative to and stay in. max_rows: only the first so many. max_pixels: larger pictures make a bad row.
+    metadata.jsonl, a .json or .jsonl file, a folder of pictures named in pairs (see named.py), WebDataset shards (a .tar,
+    a folder of them, or x-{000..011}.tar; see tars.py), a datasets.Dataset, or a list of dicts. Columns as in Pick-a-Pic,
+    HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's messages (see columns.py). split: "train"
+    unless given. revision: of a Hub data set. root: the folder that paths in the data are relative to and stay in.
+    max_rows: only the first so many. max_pixels: larger pictures make a bad row.
     """
     options = {"max_rows": max_rows, "max_pixels": max_pixels}
     folder = None if root is None else Path(root).expanduser()
@@ -163,7 +168,14 @@ def load_pairs(
     elif local.exists():
         _refuse("a local path", revision=revision)
         rows = _local(local, split, folder)
-    elif isinstance(source, Path) or name.startswith((".", "/", "~")) or name.endswith((".parquet", ".jsonl")):
+    elif (shards := tar_files(name)) is not None:
+        _refuse("tar files", split=split, revision=revision, root=root)
+        rows = TarRows(shards)
+    elif (
+        isinstance(source, Path)
+        or name.startswith((".", "/", "~"))
+        or name.endswith((".parquet", ".jsonl", *TAR_ENDINGS))
+    ):
         raise ValueError(f"{name}: no such file or folder. A source is {_FORMS}")
     else:
         rows = _from_hub(name, split or "train", revision, folder)
@@ -232,14 +244,20 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
     if path.is_file() and path.suffix == ".parquet":
         _refuse("a single parquet file", split=split)
         return ParquetRows([path], root or path.parent)
+    if path.is_file() and path.name.endswith(TAR_ENDINGS):
+        _refuse("a tar file", split=split, root=root)
+        return TarRows([path])
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if not found and path.is_dir() and holds_pairs(path):
         _refuse("a folder of pictures", split=split, root=root)
         return named_pairs(path)
+    if not found and (tars := sorted(path.rglob("*.tar"))):
+        _refuse("a folder of tar files", root=root)
+        return TarRows(_files_of_split(tars, split, path))
     if not found:
         raise ValueError(
-            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs. "
-            f"A source is {_FORMS}"
+            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "
+            f"tar files. A source is {_FORMS}"
         )
     return ParquetRows(_files_of_split(found, split, path), root or path)
 
