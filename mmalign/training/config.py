@@ -52,6 +52,8 @@ class DenoiserConfig(TrainingArguments):
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
     resolution         pixels of the short side and of the centre crop; None is the model's own
+    aspect_buckets     each pair in a shape near its own, of about resolution² pixels, instead of one square (`mmalign.data.buckets`); a
+                       batch holds one shape, and pairs that fill no batch of theirs wait for another epoch
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 
@@ -98,6 +100,7 @@ class DenoiserConfig(TrainingArguments):
     train_split: str | None = None
     eval_split: str | None = None
     resolution: int | None = None
+    aspect_buckets: bool = False
     cache_dir: str | None = None
 
     validation_prompts: list[str] = field(default_factory=list)
@@ -170,6 +173,9 @@ class DenoiserConfig(TrainingArguments):
             "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
             "resolution must be positive": self.resolution is not None and self.resolution < 1,
+            "aspect_buckets needs dataloader_drop_last=True: a short batch would stand in the middle of an epoch": (
+                self.aspect_buckets and not self.dataloader_drop_last
+            ),
             "validation_steps must be 0 or more": self.validation_steps < 0,
             "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
@@ -404,10 +410,11 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-# Options of ours that change neither losses nor weights, so that a resumed run may have others.
+# Options of ours that change neither losses nor weights, or are told by the fingerprint of the data, so that they need not be compared
+# between a checkpoint and the run that continues it.
 _NOT_THE_RUN = frozenset(
     """
-    train_split eval_split cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
+    train_split eval_split aspect_buckets cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
     validation_inference_steps validation_guidance_scale
     """.split()
 )

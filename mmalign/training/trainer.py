@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,6 +26,7 @@ from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
+from mmalign.training.bucketing import InBuckets, bucket_batches, rows_in_batches, told_buckets
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
@@ -95,11 +97,7 @@ class DenoiserTrainer(SavingTrainer):
             self._eval = None if eval_dataset is None else prepare(eval_dataset, self.denoiser, args, like=self._train)
         if self._eval is not None:
             check_held_out(self._train, self._eval)
-        if len(self._train.dataset) < args.per_device_train_batch_size * args.world_size and args.dataloader_drop_last:
-            raise ValueError(
-                f"{len(self._train.dataset)} usable pairs do not fill one batch of {args.per_device_train_batch_size} in each of "
-                f"{args.world_size} process(es): lower per_device_train_batch_size"
-            )
+        self._check_batches(args)
         # One process drives one device; more of them are started by `accelerate launch`.
         args._n_gpu = min(1, args.n_gpu)
         # Every trained weight of a denoiser gets a gradient in every step.
@@ -147,6 +145,19 @@ class DenoiserTrainer(SavingTrainer):
             raise ValueError("inversion_eta is noise of variance-preserving models; a flow model needs inversion_eta=0")
         if args.reference == "adapter" and peft_config is None:
             raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
+
+    def _check_batches(self, args: DenoiserConfig) -> None:
+        data, size, alike = self._train.dataset, args.per_device_train_batch_size, ""
+        usable = len(data)
+        if data.buckets is not None:
+            told = told_buckets(self._train.encoded.shapes, data.buckets, size)
+            logger.info("%s: %s", self._train.name, told)
+            usable, alike = rows_in_batches(data.buckets, size), f" of one shape ({told})"
+        if usable < size * args.world_size and args.dataloader_drop_last:
+            raise ValueError(
+                f"{len(data)} usable pairs do not fill one batch of {size}{alike} in each of {args.world_size} process(es): "
+                "lower per_device_train_batch_size"
+            )
 
     def _make_reference(self, ref_model: Any) -> Reference:
         args = self.args
@@ -202,8 +213,12 @@ class DenoiserTrainer(SavingTrainer):
             yield
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Shuffled(len(self._train.dataset), seed, lambda: self._epoch)
+        return self._sampler(self.args)
+
+    def _sampler(self, args: DenoiserConfig) -> Sampler[int]:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows, buckets = Shuffled(len(self._train.dataset), seed, lambda: self._epoch), self._train.dataset.buckets
+        return rows if buckets is None else InBuckets(rows, buckets, args.per_device_train_batch_size)
 
     @property
     def _epoch(self) -> int:
@@ -343,8 +358,10 @@ class DenoiserTrainer(SavingTrainer):
 
     def one_forward(self) -> Callable[[], Tensor]:
         """A call that runs the network once on a training batch, to be timed."""
-        size = min(self.args.per_device_train_batch_size, len(self._train.dataset))
-        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in range(size)]))
+        size, buckets = self.args.per_device_train_batch_size, self._train.dataset.buckets
+        items = range(len(self._train.dataset)) if buckets is None else self._sampler(self.args)
+        chosen = list(islice(items, size))
+        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in chosen]))
         pairs = self._pairs(self._train, inputs, epoch=0)
         t = torch.zeros(len(pairs.x0), dtype=torch.long, device=pairs.x0.device)
 
@@ -413,8 +430,11 @@ class DenoiserTrainer(SavingTrainer):
                 data = prepare(eval_dataset, self.denoiser, self.args, like=self._train)
         if data is None:
             raise ValueError("there is no eval_dataset to evaluate on")
-        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
-        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
+        mine = list(range(self.args.process_index, len(data.dataset), self.args.world_size))
+        size, buckets = self.args.per_device_eval_batch_size, data.dataset.buckets
+        alike = torch.zeros(len(data.dataset), dtype=torch.long) if buckets is None else buckets
+        batches = bucket_batches(alike, mine, size, drop_last=False)
+        loader = DataLoader(data.dataset, batch_sampler=batches, collate_fn=batch_of)
         with torch.no_grad(), self._at_work(), evaluating([self.network]):
             for inputs in loader:
                 loss, measured, pairs = self.pair_losses(
