@@ -43,7 +43,7 @@ REFUSED = {
     "dreamlike_pairs_only": "filter the data set before training and give the result to --data",
     "enable_xformers_memory_efficient_attention": "attention runs on torch's own SDPA, which needs no switch",
     "hard_skip_resume": "a resumed run sees the rows that the uninterrupted one would have seen",
-    "image_column": "columns are recognised by name: jpg_0, jpg_1, label_0, or chosen, rejected",
+    "image_column": "columns are recognised by name, as in Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, TRL, or prompt, chosen, rejected",
     "caption_column": "columns are recognised by name: caption or prompt",
     "input_perturbation": "the noise is part of the measured log-ratio and is not perturbed",
     "is_turbo": "distilled turbo models are not supported",

@@ -115,7 +115,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         Option(
             name="data",
             help="preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
-            'x_rejected.png, x.txt, or "playground"',
+            'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"',
             required=True,
             group=_DATA,
         ),
@@ -127,6 +127,20 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
             metavar="N",
             group=_DATA,
             nullable=True,
+        ),
+        Option(
+            name="root",
+            help="the folder that paths in --data are relative to; none is where the file lies",
+            metavar="DIR",
+            group=_DATA,
+            nullable=True,
+        ),
+        Option(
+            name="streaming",
+            help="read a Hub data set as it comes and store its latents only; with --max-rows where its length is not known",
+            convert=switch,
+            default=False,
+            group=_DATA,
         ),
         Option(
             name="output_dir",
@@ -316,13 +330,24 @@ def _base_quantization(given: Given) -> str | None:
     return kind
 
 
+def is_opened_here(given: Given) -> bool:
+    """Whether an option of how the data are read was given, which the trainer has no field for."""
+    return given["max_rows"] is not None or given["root"] is not None or given["streaming"]
+
+
 def source_of(given: Given) -> Any:
-    """The training data as the trainer takes it; cut to its first rows where that was asked for."""
-    if given["max_rows"] is None:
+    """The training data as the trainer takes it."""
+    if not is_opened_here(given):
         return given["data"]
     from mmalign.data import load_pairs
 
-    return load_pairs(given["data"], split=given["train_split"], max_rows=given["max_rows"])
+    return load_pairs(
+        given["data"],
+        split=given["train_split"],
+        root=given["root"],
+        max_rows=given["max_rows"],
+        streaming=given["streaming"],
+    )
 
 
 def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
@@ -337,7 +362,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     # The trainer brings each part to its device while it is needed there.
     pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
     source = source_of(given)
-    if given["max_rows"] is not None:
+    if is_opened_here(given):
         options["train_split"] = None
     folder = Path(given["output_dir"])
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.cli.options import Alias, Command, Option, whole
+from mmalign.cli.options import Alias, Command, Option, switch, whole
 from mmalign.files import staged
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ VERB = Command(
     options=[
         Option(
             name="data",
-            help='a Hub id, a parquet, .json or .jsonl file, a folder, or "playground"; may stand first without --data',
+            help='a Hub id, a parquet, .json, .jsonl or .tar file, a folder, or "playground"; may stand first without --data',
             metavar="DATA",
             required=True,
         ),
@@ -35,6 +35,12 @@ VERB = Command(
         Option(name="revision", help="of a Hub data set", metavar="NAME", nullable=True),
         Option(name="root", help="the folder that paths in the data are relative to", metavar="DIR", nullable=True),
         Option(name="max_rows", help="only the first N rows", convert=whole, metavar="N", nullable=True),
+        Option(
+            name="streaming",
+            help="read a Hub data set as it comes, without storing it",
+            convert=switch,
+            default=False,
+        ),
         Option(
             name="resolution", help="side of the square that training crops to", convert=whole, metavar="N", default=512
         ),
@@ -63,6 +69,7 @@ def run(argv: Sequence[str]) -> int:
         revision=given["revision"],
         root=given["root"],
         max_rows=given["max_rows"],
+        streaming=given["streaming"],
     )
     report = validate_pairs(source, resolution=given["resolution"], workers=given["workers"])
     folder = Path(given["output_dir"]).expanduser()

@@ -6,16 +6,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
+from mmalign.data.buckets import Bucket, most_elements, nearest
 from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
 from mmalign.data.images import BadImage, fit, to_pixels
 from mmalign.data.pairs import PairSource
@@ -34,8 +36,8 @@ class Job:
 
     source: PairSource
     denoiser: Denoiser
-    height: int
-    width: int
+    # One shape, or those among which each pair finds its own.
+    shapes: list[Bucket]
     folder: Path
     batch_size: int
     dtype: torch.dtype
@@ -55,6 +57,7 @@ class _Prepared:
     label: float
     scores: dict[str, tuple[float, float]]
     user_id: str | None
+    shape: Bucket
     pixels: Float[Tensor, "2 3 H W"]
     sizes: Int[Tensor, "2 6"]
 
@@ -153,24 +156,24 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
     """Rows start … stop − 1: tensors of the good ones, and notes with the bad ones and all texts."""
     good: list[_Prepared] = []
     bad: list[BadRow] = []
-    waiting: list[_Prepared] = []
-    c, h, w = job.denoiser.latent_shape(job.height, job.width)
-    latents = [torch.zeros(0, 2, c, h, w, dtype=job.dtype)]
+    waiting: dict[Bucket, list[_Prepared]] = {shape: [] for shape in job.shapes}
+    latents: dict[int, Tensor] = {}
     for item in in_order(lambda row: _prepare(job, row), range(start, stop), job.workers):
         bar.update(1)
         if isinstance(item, BadRow):
             bad.append(item)
             continue
-        waiting.append(item)
-        if len(waiting) == job.batch_size:
-            latents.append(_encode_images(job, waiting))
-            good += map(_without_pixels, waiting)
-            waiting = []
-    if waiting:
-        latents.append(_encode_images(job, waiting))
-        good += map(_without_pixels, waiting)
+        good.append(_without_pixels(item))
+        batch = waiting[item.shape]
+        batch.append(item)
+        if len(batch) == job.batch_size:
+            latents |= _encode_images(job, batch)
+            batch.clear()
+    for batch in waiting.values():
+        if batch:
+            latents |= _encode_images(job, batch)
     tensors = {
-        "latents": torch.cat(latents),
+        "latents": torch.stack([latents[item.row] for item in good]) if good else _no_latents(job),
         "rows": torch.tensor([item.row for item in good], dtype=torch.long),
         "labels": torch.tensor([item.label for item in good], dtype=torch.float32),
         "sizes": torch.stack([item.sizes for item in good]) if good else torch.zeros(0, 2, 6, dtype=torch.long),
@@ -194,30 +197,46 @@ def _prepare(job: Job, row: int) -> _Prepared | BadRow:
         record = job.source[row]
     except InvalidRow as error:
         return error.bad_row
-    pixels, sizes = [], []
-    for field, image in zip(job.source.image_fields, (record.image_0, record.image_1), strict=True):
+    pictures = (record.image_0, record.image_1)
+    shape = job.shapes[0]
+    if len(job.shapes) > 1:
         try:
-            cropped, size = fit(image, job.height, job.width)
+            shape = nearest(job.shapes, pictures)
+        except BadImage as error:
+            return BadRow(row, " and ".join(job.source.image_fields), str(error))
+    pixels, sizes = [], []
+    for field, image in zip(job.source.image_fields, pictures, strict=True):
+        try:
+            cropped, size = fit(image, shape.height, shape.width)
         except BadImage as error:
             return BadRow(row, field, str(error))
         pixels.append(to_pixels(cropped))
         sizes.append(size)
-    return _Prepared(
-        row, record.prompt, record.label, record.scores, record.user_id, torch.stack(pixels), torch.tensor(sizes)
-    )
+    told = (record.prompt, record.label, record.scores, record.user_id)
+    return _Prepared(row, *told, shape, torch.stack(pixels), torch.tensor(sizes))
 
 
 def _without_pixels(item: _Prepared) -> _Prepared:
-    return _Prepared(item.row, item.prompt, item.label, item.scores, item.user_id, item.pixels.new_zeros(0), item.sizes)
+    return replace(item, pixels=item.pixels.new_zeros(0))
 
 
-def _encode_images(job: Job, items: Sequence[_Prepared]) -> Float[Tensor, "B 2 C h w"]:
+def _no_latents(job: Job) -> Tensor:
+    channels, height, width = job.shapes[0].latent
+    shape = (height, width) if len(job.shapes) == 1 else (most_elements(job.shapes),)
+    return torch.zeros(0, 2, channels, *shape, dtype=job.dtype)
+
+
+def _encode_images(job: Job, items: Sequence[_Prepared]) -> dict[int, Float[Tensor, "2 C ..."]]:
+    """Row → latents, (2, C, h, w); where pairs differ in shape, flat and filled up to the largest: (2, C, P)."""
     pixels = torch.stack([item.pixels for item in items]).flatten(0, 1)
     generators = None
     if job.mode == "sample":
         generators = [_generator(job.seed, item.row, side) for item in items for side in (0, 1)]
-    latents = job.denoiser.encode_image(pixels, generators)
-    return latents.unflatten(0, (-1, 2)).to("cpu", job.dtype)
+    latents = job.denoiser.encode_image(pixels, generators).unflatten(0, (-1, 2)).to("cpu", job.dtype)
+    if len(job.shapes) > 1:
+        flat = latents.flatten(-2)
+        latents = functional.pad(flat, (0, most_elements(job.shapes) - flat.shape[-1]))
+    return dict(zip((item.row for item in items), latents, strict=True))
 
 
 def _generator(seed: int, row: int, side: int) -> torch.Generator:

@@ -106,26 +106,12 @@ def read_scores(
 
 
 def _pickapic(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
-    return RawPair(
-        prompt=read_text(raw, "caption", row),
-        label=label_of_pickapic(raw, row),
-        fields=("jpg_0", "jpg_1"),
-        pictures=(raw.get("jpg_0"), raw.get("jpg_1")),
-        scores=read_scores((raw, raw), row, scores),
-        user_id=read_user(raw, row),
-    )
+    return _pair(raw, row, scores, "caption", ("jpg_0", "jpg_1"), label_of_pickapic(raw, row))
 
 
 def _canonical(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
     raw = plain_row(raw, row)
-    return RawPair(
-        prompt=read_text(raw, "prompt", row),
-        label=label_of_chosen(raw, row),
-        fields=("chosen", "rejected"),
-        pictures=(raw.get("chosen"), raw.get("rejected")),
-        scores=read_scores((raw, raw), row, scores),
-        user_id=read_user(raw, row),
-    )
+    return _pair(raw, row, scores, "prompt", ("chosen", "rejected"), label_of_chosen(raw, row))
 
 
 def _hpdv2(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
@@ -133,23 +119,29 @@ def _hpdv2(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str
     if not isinstance(pictures, list | tuple) or len(pictures) != 2:
         found = len(pictures) if isinstance(pictures, list | tuple) else what(pictures)
         raise bad(row, "file_path", f"expected a list of two pictures, got {found}")
-    return RawPair(
-        prompt=read_text(raw, "prompt", row),
-        label=label_of_votes(raw.get("human_preference"), "human_preference", row),
-        fields=("file_path[0]", "file_path[1]"),
-        pictures=(pictures[0], pictures[1]),
-        scores={},
-        user_id=read_user(raw, row),
-    )
+    fields = ("file_path[0]", "file_path[1]")
+    label = label_of_votes(raw.get("human_preference"), "human_preference", row)
+    return _pair({**raw, **dict(zip(fields, pictures, strict=True))}, row, scores, "prompt", fields, label)
 
 
 def _hpdv3(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    return _pair(raw, row, scores, "prompt", ("path1", "path2"), label_of_chosen(raw, row))
+
+
+def _pair(
+    raw: Mapping[str, Any],
+    row: int,
+    scores: Mapping[str, tuple[str, str]],
+    prompt: str,
+    fields: tuple[str, str],
+    label: float,
+) -> RawPair:
     return RawPair(
-        prompt=read_text(raw, "prompt", row),
-        label=label_of_chosen(raw, row),
-        fields=("path1", "path2"),
-        pictures=(raw.get("path1"), raw.get("path2")),
-        scores={},
+        prompt=read_text(raw, prompt, row),
+        label=label,
+        fields=fields,
+        pictures=(raw.get(fields[0]), raw.get(fields[1])),
+        scores=read_scores((raw, raw), row, scores),
         user_id=read_user(raw, row),
     )
 

@@ -52,6 +52,11 @@ class PreferenceDataset(Dataset[PreferenceItem]):
     def __len__(self) -> int:
         return len(self.compared)
 
+    @property
+    def buckets(self) -> Int[Tensor, " N"] | None:
+        """Which shape each item has; None where all have the same."""
+        return None if self.encoded.bucket is None else self.encoded.bucket[self.compared.kept]
+
     def __getitem__(self, item: int) -> PreferenceItem:
         pair = self.compared.kept[item : item + 1] if item >= 0 else self.compared.kept[item].reshape(1)
         if not len(pair):

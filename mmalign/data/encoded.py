@@ -55,7 +55,8 @@ class EncodedPairs:
 
     rows (N,): their numbers in the source. labels (N,): how strongly image_0 is preferred. scores: score column → (N, 2),
     NaN where a row has none. prompts: the distinct prompts, prompt_index (N,) says which one is a pair's.
-    num_truncated_prompts: how many of the distinct prompts are longer than the text encoder reads.
+    num_truncated_prompts: how many of the distinct prompts are longer than the text encoder reads. bucket (N,): which of
+    the `shapes` (C, h, w) a pair's latents have; None where all have the same.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -72,6 +73,12 @@ class EncodedPairs:
         self.num_truncated_prompts = manifest.num_truncated_prompts
         self._latents = self._column(manifest.latents)
         self._text = self._column(manifest.prompts)
+        listed = manifest.parts.get("aspect_buckets", {"shapes": []})["shapes"]
+        self.shapes = [tuple(shape[:3]) for shape in listed]
+        # Where pairs differ in shape, the target height and width that SDXL is told say which it is.
+        places = {tuple(shape[3:]): place for place, shape in enumerate(listed)}
+        targets = self._sizes[:, 0, 4:].tolist() if listed else []
+        self.bucket = torch.tensor([places[tuple(target)] for target in targets]) if listed else None
 
     @classmethod
     def open(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> "EncodedPairs":
@@ -112,8 +119,19 @@ class EncodedPairs:
         return self.manifest.key
 
     def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C h w"]:
-        """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in."""
-        return self._latents.rows("latents", index)
+        """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in.
+
+        With aspect buckets the pairs must be of one bucket.
+        """
+        stored = self._latents.rows("latents", index)
+        if self.bucket is None:
+            return stored
+        found = self.bucket[index.cpu()].unique().tolist()
+        if len(found) > 1:
+            shapes = ", ".join(str(self.shapes[place]) for place in found)
+            raise ValueError(f"these pairs have latents of several shapes: {shapes}; ask for those of one bucket")
+        _, height, width = self.shapes[found[0] if found else 0]
+        return stored[..., : height * width].unflatten(-1, (height, width))
 
     def conditioning(self, prompt_index: Int[Tensor, " n"]) -> Conditioning:
         """The text of prompts `prompt_index`; for SDXL without sizes, which are an image's: see `sizes`."""

@@ -27,6 +27,8 @@ MAX_PIXELS = 2**26
 RESIZE_FILTER = "lanczos"
 # No format that runs a program (EPS) or holds no pixels of its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+# How files of these formats are called.
+ENDINGS = frozenset("png jpg jpeg webp avif bmp gif tif tiff ppm jp2".split())
 _loading = threading.Lock()
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
@@ -96,7 +98,9 @@ def inside(text: str | Path, roots: Sequence[Path], absolute: bool) -> Path:
             resolved = candidate.resolve()
             found = resolved.is_file()
         except (OSError, ValueError, RuntimeError) as error:
-            raise BadImage(f"path {_quote(text)} cannot be read ({_short(error)})") from error
+            # Without the folder, so that the same data say the same anywhere.
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else _short(error)
+            raise BadImage(f"path {_quote(text)} cannot be read ({reason})") from error
         if not resolved.is_relative_to(root.resolve()):
             continue
         if found:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmalign.data.buckets import MOST_CROPPED, RULE, buckets_of, most_elements, one_shape
 from mmalign.data.building import Job, LatentMode, build
 from mmalign.data.encoded import FORMAT, EncodedPairs, key_of
 from mmalign.data.images import RESIZE_FILTER
@@ -45,6 +46,7 @@ def encode_pairs(
     seed: int = 0,
     shard_rows: int | None = None,
     workers: int = 4,
+    aspect_buckets: bool = False,
 ) -> EncodedPairs:
     """Open the cache of these pairs for this model, after building it if need be. An interrupted build goes on.
 
@@ -53,13 +55,17 @@ def encode_pairs(
     row, side) and so independent of batches (the published code draws anew at every step); "mean" takes the posterior's
     mean and reads no seed. dtype: of what is stored. batch_size: pairs through the VAE, and prompts through the text
     encoders, at once. workers: threads that decode. Several processes may call it at once: one builds, the rest wait.
+    aspect_buckets: each pair in the shape of about that area which is nearest to its own (see buckets.py).
     """
     from filelock import FileLock
 
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    c, h, w = denoiser.latent_shape(height, width)
+    shapes = buckets_of(denoiser, height, width) if aspect_buckets else [one_shape(denoiser, height, width)]
     _check_options(latent_mode, dtype, batch_size, workers, shard_rows, seed)
     parts = _key_parts(source, denoiser, height, width, dtype, latent_mode, seed)
+    if aspect_buckets:
+        parts["aspect_buckets"] = {"shapes": [[*shape.latent, shape.height, shape.width] for shape in shapes]}
+        parts["aspect_buckets"] |= {"rule": RULE, "most_cropped": MOST_CROPPED}
     key = key_of(parts)
     root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     root.mkdir(parents=True, exist_ok=True)
@@ -69,14 +75,14 @@ def encode_pairs(
             job = Job(
                 source=source,
                 denoiser=denoiser,
-                height=height,
-                width=width,
+                shapes=shapes,
                 folder=partial,
                 batch_size=batch_size,
                 dtype=dtype,
                 mode=latent_mode,
                 seed=seed,
-                shard_rows=shard_rows or rows_per_shard(2 * c * h * w * dtype.itemsize),
+                shard_rows=shard_rows
+                or rows_per_shard(2 * shapes[0].latent[0] * most_elements(shapes) * dtype.itemsize),
                 workers=workers,
                 progress=progress,
             )

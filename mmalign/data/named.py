@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.images import BadImage, inside
+from mmalign.data.images import ENDINGS, BadImage, inside
 from mmalign.data.rows import ListRows
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 _MARK = re.compile(r"(?P<key>.+)[-_](?P<side>chosen|rejected|rejectedlabel)", re.IGNORECASE | re.DOTALL)
 
 
@@ -60,7 +59,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str, Path]]:
         stem = relative.with_suffix("").as_posix()
         if ending == ".txt":
             yield stem, "prompt", path
-        elif ending in _PICTURES:
+        elif ending[1:] in ENDINGS:
             mark = _MARK.fullmatch(stem)
             side = mark["side"].lower().removesuffix("label") if mark else "chosen"
             yield mark["key"] if mark else stem, side, path

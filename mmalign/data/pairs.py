@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -20,12 +21,14 @@ from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
+from mmalign.data.streams import StreamRows, known_length
+from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
 
 PLAYGROUND = "playground"
 _FORMS = (
     '"playground", a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder '
     "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
-    "a datasets.Dataset, or a list of dicts"
+    "WebDataset shards (a .tar, a folder of them, or x-{000..011}.tar), a datasets.Dataset, or a list of dicts"
 )
 _FIELDS: dict[Form, tuple[str, str]] = {
     "pickapic": ("jpg_0", "jpg_1"),
@@ -67,7 +70,11 @@ class PairSource:
         self.max_pixels = max_pixels
         self._rows = rows
         self._scores = score_columns(self.form, rows.columns)
-        if isinstance(rows, ParquetRows | DatasetRows):
+        if isinstance(rows, StreamRows) and self.form in RANKED:
+            raise ValueError(
+                f"{name} holds rankings, which must all be known before the first pair: they cannot be streamed"
+            )
+        if isinstance(rows, ParquetRows | DatasetRows | StreamRows):
             rows.select_columns(used_columns(self.form, rows.columns))
         self._pairs = (Rankings if self.form in RANKED else _PairRows)(rows, self.form, self._scores)
         total = len(self._pairs)
@@ -119,13 +126,16 @@ class PairSource:
         if isinstance(first, str | Path) and first and first == second:
             raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
         images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
+        if images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+            raise bad(row, pair.fields[1], f"the same picture as {pair.fields[0]}")
         return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
 
     def _open(self, value: Any, field: str, row: int) -> Any:
         try:
             return to_rgb(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
         except BadImage as error:
-            shown = repr(str(value)[:80]) if isinstance(value, str | Path) else ""
+            name = value.get("path") if isinstance(value, Mapping) else value
+            shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
             where = f" in {shown}" if shown and shown not in str(error) else ""
             raise bad(row, field, f"{error}{where}") from error
 
@@ -138,33 +148,46 @@ def load_pairs(
     root: str | Path | None = None,
     max_rows: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    streaming: bool = False,
 ) -> PairSource:
     """Open a source of preference pairs; nothing is decoded yet.
 
     source: "playground", a Hub data set id, a parquet file or a folder of them, a `save_to_disk` folder, a folder with
-    metadata.jsonl, a .json or .jsonl file, a folder of pictures named in pairs (see named.py), a datasets.Dataset, or a
-    list of dicts. Columns as in Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's
-    messages (see columns.py). split: "train" unless given. revision: of a Hub data set. root: the folder that paths
-    in the data are relative to and stay in. max_rows: only the first so many. max_pixels: larger pictures make a bad row.
+    metadata.jsonl, a .json or .jsonl file, a folder of pictures named in pairs (see named.py), WebDataset shards (a .tar,
+    a folder of them, or x-{000..011}.tar; see tars.py), a datasets.Dataset or IterableDataset, or a list of dicts. Columns as in
+    Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's messages (see columns.py). split:
+    "train" unless given. revision: of a Hub data set. root: the folder that paths in the data are relative to and stay in.
+    max_rows: only the first so many. max_pixels: larger pictures make a bad row. streaming: read a Hub data set as it comes,
+    without storing it (see streams.py); where it does not tell its length, max_rows must.
     """
     options = {"max_rows": max_rows, "max_pixels": max_pixels}
+    asked = {"streaming": streaming or None}
     folder = None if root is None else Path(root).expanduser()
     if isinstance(source, PairSource):
-        _refuse("a PairSource", split=split, revision=revision, root=root, max_rows=max_rows)
+        _refuse("a PairSource", split=split, revision=revision, root=root, max_rows=max_rows, **asked)
         return source
     if not isinstance(source, str | Path):
-        _refuse("data in memory", revision=revision)
-        return PairSource(_in_memory(source, split, folder), type(source).__name__, **options)  # type: ignore[arg-type]
+        _refuse("data in memory", revision=revision, **asked)
+        return PairSource(_in_memory(source, split, folder, max_rows), type(source).__name__, **options)  # type: ignore[arg-type]
     name = str(source)
     local = Path(source).expanduser()
     if name == PLAYGROUND:
-        _refuse("the playground", revision=revision, root=root)
+        _refuse("the playground", revision=revision, root=root, **asked)
         rows: Rows = _playground(split or "train")
     elif local.exists():
-        _refuse("a local path", revision=revision)
+        _refuse("a local path, which is read in place", revision=revision, **asked)
         rows = _local(local, split, folder)
-    elif isinstance(source, Path) or name.startswith((".", "/", "~")) or name.endswith((".parquet", ".jsonl")):
+    elif (shards := tar_files(name)) is not None:
+        _refuse("tar files", split=split, revision=revision, root=root, **asked)
+        rows = TarRows(shards)
+    elif (
+        isinstance(source, Path)
+        or name.startswith((".", "/", "~"))
+        or name.endswith((".parquet", ".jsonl", *TAR_ENDINGS))
+    ):
         raise ValueError(f"{name}: no such file or folder. A source is {_FORMS}")
+    elif streaming:
+        rows = _streamed(name, split or "train", revision, folder, max_rows)
     else:
         rows = _from_hub(name, split or "train", revision, folder)
     return PairSource(rows, name if split is None else f"{name}[{split}]", **options)  # type: ignore[arg-type]
@@ -185,9 +208,9 @@ def find_bad_rows(source: PairSource, *, workers: int = 4, progress: bool = True
         return [bad_row for bad_row in bar if bad_row is not None]
 
 
-def _in_memory(source: Any, split: str | None, root: Path | None) -> Rows:
+def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int | None = None) -> Rows:
     if isinstance(source, Mapping):
-        return _in_memory(_choose_split(source, split), None, root)
+        return _in_memory(_choose_split(source, split), None, root, max_rows)
     if split is not None:
         raise ValueError(f"split={split!r} does not apply to {type(source).__name__}: pass the split itself")
     if isinstance(source, Sequence):
@@ -197,10 +220,7 @@ def _in_memory(source: Any, split: str | None, root: Path | None) -> Rows:
     if isinstance(source, Dataset):
         return DatasetRows(source, () if root is None else (root,))
     if isinstance(source, IterableDataset):
-        raise ValueError(
-            "a streaming data set cannot be shuffled or cached: take a part of it with "
-            "datasets.Dataset.from_list(list(stream.take(n)))"
-        )
+        return _stream(source, "the stream", max_rows, root, None)
     raise ValueError(f"cannot read pairs from {type(source).__name__}. A source is {_FORMS}")
 
 
@@ -232,14 +252,20 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
     if path.is_file() and path.suffix == ".parquet":
         _refuse("a single parquet file", split=split)
         return ParquetRows([path], root or path.parent)
+    if path.is_file() and path.name.endswith(TAR_ENDINGS):
+        _refuse("a tar file", split=split, root=root)
+        return TarRows([path])
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
     if not found and path.is_dir() and holds_pairs(path):
         _refuse("a folder of pictures", split=split, root=root)
         return named_pairs(path)
+    if not found and (tars := sorted(path.rglob("*.tar"))):
+        _refuse("a folder of tar files", root=root)
+        return TarRows(_files_of_split(tars, split, path))
     if not found:
         raise ValueError(
-            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs. "
-            f"A source is {_FORMS}"
+            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "
+            f"tar files. A source is {_FORMS}"
         )
     return ParquetRows(_files_of_split(found, split, path), root or path)
 
@@ -266,13 +292,40 @@ def _from_hub(name: str, split: str, revision: str | None, root: Path | None) ->
     from datasets import config, load_dataset
     from huggingface_hub import constants
 
-    try:
+    with _hub_explained(name):
         dataset = load_dataset(name, split=split, revision=revision)
+    caches = (Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE))
+    return DatasetRows(dataset, caches if root is None else (root,))
+
+
+def _streamed(name: str, split: str, revision: str | None, root: Path | None, max_rows: int | None) -> Rows:
+    """A Hub data set at the commit that the name stands for now, which is what a cache of it is keyed by."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    with _hub_explained(name):
+        commit = HfApi().dataset_info(name, revision=revision).sha
+        dataset = load_dataset(name, split=split, revision=commit, streaming=True)
+    return _stream(dataset, name, max_rows, root, f"{name}@{commit}[{split}]")
+
+
+def _stream(dataset: Any, name: str, max_rows: int | None, root: Path | None, key: str | None) -> Rows:
+    total = known_length(dataset)
+    if max_rows is None and total is None:
+        raise ValueError(f"{name} does not tell its length: pass max_rows=… (the first so many rows of it are read)")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+    length = min(number for number in (max_rows, total) if number is not None)
+    return StreamRows(dataset, length, () if root is None else (root,), key=key)
+
+
+@contextmanager
+def _hub_explained(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name!r} is no local path and could not be loaded from the Hub: {reason}") from error
-    caches = (Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE))
-    return DatasetRows(dataset, caches if root is None else (root,))
 
 
 def _refuse(what: str, **options: Any) -> None:

@@ -196,7 +196,7 @@ class DatasetRows:
             )
         for name, feature in dataset.features.items():
             # We decode ourselves: a damaged picture must name its row, not end the pass.
-            if (plain := _undecoded(feature)) != feature:
+            if (plain := undecoded(feature)) != feature:
                 dataset = dataset.cast_column(name, plain)
         self._data = dataset.with_format(None)
         self.columns, self.roots = list(dataset.column_names), tuple(roots)
@@ -248,16 +248,16 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
     return sha.hexdigest()
 
 
-def _undecoded(feature: Any) -> Any:
+def undecoded(feature: Any) -> Any:
     """The feature with every picture in it, however deep, as its bytes and path."""
     from datasets import Image, List
 
     if isinstance(feature, Image):
         return Image(decode=False)
     if isinstance(feature, List):
-        return List(_undecoded(feature.feature), length=feature.length)
+        return List(undecoded(feature.feature), length=feature.length)
     if isinstance(feature, dict):
-        return {name: _undecoded(part) for name, part in feature.items()}
+        return {name: undecoded(part) for name, part in feature.items()}
     return feature
 
 

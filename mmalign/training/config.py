@@ -63,6 +63,8 @@ class DenoiserConfig(TrainingArguments):
     resolution         pixels of the short side and of the centre crop; None is the model's own
     ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
                        products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
+    aspect_buckets     each pair in a shape near its own, of about resolution² pixels, instead of one square (`mmalign.data.buckets`); a
+                       batch holds one shape, and pairs that fill no batch of theirs wait for another epoch
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 
@@ -114,6 +116,7 @@ class DenoiserConfig(TrainingArguments):
     train_split: str | None = None
     eval_split: str | None = None
     resolution: int | None = None
+    aspect_buckets: bool = False
     cache_dir: str | None = None
 
     validation_prompts: list[str] = field(default_factory=list)
@@ -184,6 +187,9 @@ class DenoiserConfig(TrainingArguments):
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
             "ema_decay must be 0 or more and below 1": self.ema_decay is not None and not 0 <= self.ema_decay < 1,
             "resolution must be positive": self.resolution is not None and self.resolution < 1,
+            "aspect_buckets needs dataloader_drop_last=True: a short batch would stand in the middle of an epoch": (
+                self.aspect_buckets and not self.dataloader_drop_last
+            ),
             "validation_steps must be 0 or more": self.validation_steps < 0,
             "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
@@ -211,6 +217,8 @@ class DenoiserConfig(TrainingArguments):
             "min_abs_strength needs comparison 'smoothed' or 'bradley_terry'": self.min_abs_strength > 0 and not graded,
             "strength_sampling must lie between 0 and 1": self.strength_sampling is not None
             and not 0 < self.strength_sampling < 1,
+            "aspect_buckets keeps every pair for its bucket: leave strength_sampling out": self.aspect_buckets
+            and self.strength_sampling is not None,
             "strength_sampling needs comparison 'smoothed' or 'bradley_terry', where pairs differ in strength": (
                 self.strength_sampling is not None and not graded
             ),
@@ -459,10 +467,11 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-# Options of ours that change neither losses nor weights, so that a resumed run may have others.
+# Options of ours that change neither losses nor weights, or are told by the fingerprint of the data, so that they need not be compared
+# between a checkpoint and the run that continues it.
 _NOT_THE_RUN = frozenset(
     """
-    train_split eval_split cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
+    train_split eval_split aspect_buckets cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
     validation_inference_steps validation_guidance_scale
     """.split()
 )

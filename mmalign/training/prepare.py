@@ -54,7 +54,14 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     progress = not args.disable_tqdm
     resolution = args.resolution or denoiser.native_size
-    encoded = encode_pairs(source, denoiser, resolution=resolution, cache_dir=cache_dir, progress=progress)
+    encoded = encode_pairs(
+        source,
+        denoiser,
+        resolution=resolution,
+        cache_dir=cache_dir,
+        progress=progress,
+        aspect_buckets=args.aspect_buckets,
+    )
     scores, normalizer = None, None
     fitted: dict[str, Any] = {}
     if args.comparison != "human":

@@ -8,12 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler, Subset
+from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,6 +30,7 @@ from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.auto_beta import AutoBeta
 from mmalign.training.average import MovingAverage
+from mmalign.training.bucketing import InBuckets, bucket_batches, rows_in_batches, told_buckets
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
@@ -101,17 +103,7 @@ class DenoiserTrainer(SavingTrainer):
             self._eval = None if eval_dataset is None else prepare(eval_dataset, self.denoiser, args, like=self._train)
         if self._eval is not None:
             check_held_out(self._train, self._eval)
-        if len(self._train.dataset) < args.per_device_train_batch_size * args.world_size and args.dataloader_drop_last:
-            raise ValueError(
-                f"{len(self._train.dataset)} usable pairs do not fill one batch of {args.per_device_train_batch_size} in each of "
-                f"{args.world_size} process(es): lower per_device_train_batch_size"
-            )
-        steps_an_epoch = len(self._train.dataset) / args.pairs_per_step
-        if args.inversion_refresh is not None and args.inversion_refresh <= steps_an_epoch:
-            raise ValueError(
-                f"inversion_refresh={args.inversion_refresh}: no pair comes twice in so few steps, since an epoch has "
-                f"{steps_an_epoch:.0f}; raise it, or take inversion_landings='all'"
-            )
+        self._check_batches(args)
         # One process drives one device; more of them are started by `accelerate launch`.
         args._n_gpu = min(1, args.n_gpu)
         # Every trained weight of a denoiser gets a gradient in every step.
@@ -168,6 +160,25 @@ class DenoiserTrainer(SavingTrainer):
         if args.inversion_refresh is not None and args.world_size > 1:
             raise ValueError(
                 "inversion_refresh keeps paths in the memory of one process: leave it out, or start one process"
+            )
+
+    def _check_batches(self, args: DenoiserConfig) -> None:
+        data, size, alike = self._train.dataset, args.per_device_train_batch_size, ""
+        usable = len(data)
+        if data.buckets is not None:
+            told = told_buckets(self._train.encoded.shapes, data.buckets, size)
+            logger.info("%s: %s", self._train.name, told)
+            usable, alike = rows_in_batches(data.buckets, size), f" of one shape ({told})"
+        if usable < size * args.world_size and args.dataloader_drop_last:
+            raise ValueError(
+                f"{len(data)} usable pairs do not fill one batch of {size}{alike} in each of {args.world_size} process(es): "
+                "lower per_device_train_batch_size"
+            )
+        steps_an_epoch = usable / args.pairs_per_step
+        if args.inversion_refresh is not None and args.inversion_refresh <= steps_an_epoch:
+            raise ValueError(
+                f"inversion_refresh={args.inversion_refresh}: no pair comes twice in so few steps, since an epoch has "
+                f"{steps_an_epoch:.0f}; raise it, or take inversion_landings='all'"
             )
 
     def _make_reference(self, ref_model: Any) -> Reference:
@@ -253,10 +264,14 @@ class DenoiserTrainer(SavingTrainer):
             yield
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if self.args.strength_sampling is not None:
+        return self._sampler(self.args)
+
+    def _sampler(self, args: DenoiserConfig) -> Sampler[int]:
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.strength_sampling is not None:
             return ShuffledByProbability(self._probabilities, seed, lambda: self._epoch)
-        return Shuffled(len(self._train.dataset), seed, lambda: self._epoch)
+        rows, buckets = Shuffled(len(self._train.dataset), seed, lambda: self._epoch), self._train.dataset.buckets
+        return rows if buckets is None else InBuckets(rows, buckets, args.per_device_train_batch_size)
 
     @cached_property
     def _probabilities(self) -> Tensor:
@@ -448,8 +463,10 @@ class DenoiserTrainer(SavingTrainer):
 
     def one_forward(self) -> Callable[[], Tensor]:
         """A call that runs the network once on a training batch, to be timed."""
-        size = min(self.args.per_device_train_batch_size, len(self._train.dataset))
-        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in range(size)]))
+        size, buckets = self.args.per_device_train_batch_size, self._train.dataset.buckets
+        items = range(len(self._train.dataset)) if buckets is None else self._sampler(self.args)
+        chosen = list(islice(items, size))
+        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in chosen]))
         pairs = self._pairs(self._train, inputs, epoch=0)
         t = torch.zeros(len(pairs.x0), dtype=torch.long, device=pairs.x0.device)
 
@@ -508,8 +525,11 @@ class DenoiserTrainer(SavingTrainer):
     @torch.no_grad()
     def held_out_losses(self, data: Prepared, draw: int = 0) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
         """`pair_losses` of this process's batches of `data`, with every prompt kept, at (t, noise) fixed by pair and `draw`."""
-        mine = Subset(data.dataset, range(self.args.process_index, len(data.dataset), self.args.world_size))
-        loader = DataLoader(mine, self.args.per_device_eval_batch_size, collate_fn=batch_of)
+        mine = list(range(self.args.process_index, len(data.dataset), self.args.world_size))
+        size, buckets = self.args.per_device_eval_batch_size, data.dataset.buckets
+        alike = torch.zeros(len(data.dataset), dtype=torch.long) if buckets is None else buckets
+        batches = bucket_batches(alike, mine, size, drop_last=False)
+        loader = DataLoader(data.dataset, batch_sampler=batches, collate_fn=batch_of)
         with self._at_work(), self.averaged(), evaluating([self.network]):
             for inputs in loader:
                 yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH - draw, data=data)

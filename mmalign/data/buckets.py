@@ -1,0 +1,73 @@
+"""Aspect-ratio buckets: pictures of about one area, each pair in the shape that is nearest to its own.
+
+Sides are multiples of a quarter of the resolution, at most 64 pixels, rounded to what the network reads; shapes go from 1:2 to
+2:1. A pair's shape is the one nearest (in log) to the geometric mean of its two pictures' aspect ratios: both share it, as they share
+their noise, and neither is squeezed. What sticks out is cropped at the centre, of no picture more than half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from mmalign.data.images import BadImage
+from mmalign.denoisers import Denoiser
+
+_STEP, _WIDEST = 64, 2.0
+MOST_CROPPED = 0.5
+RULE = "geometric mean of both aspects"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape in pixels, and (C, h, w) of its latents."""
+
+    height: int
+    width: int
+    latent: tuple[int, int, int]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in one channel of a latent."""
+        return self.latent[1] * self.latent[2]
+
+
+def one_shape(denoiser: Denoiser, height: int, width: int) -> Bucket:
+    """That shape itself; ValueError where the network cannot read it."""
+    return Bucket(height, width, denoiser.latent_shape(height, width))
+
+
+def buckets_of(denoiser: Denoiser, height: int, width: int) -> list[Bucket]:
+    """The shapes of about height × width pixels, that one among them, from the tallest to the widest."""
+    multiple = denoiser.pipe.vae_scale_factor * denoiser.patch
+    step = max(multiple, min(_STEP, min(height, width) // 4) // multiple * multiple)
+    area, shapes = height * width, {(height, width)}
+    for side in range(step, math.isqrt(area) + 1, step):
+        other = round(area / side / step) * step
+        if other / side <= _WIDEST:
+            shapes |= {(side, other), (other, side)}
+    ordered = sorted(shapes, key=lambda shape: shape[1] / shape[0])
+    return [one_shape(denoiser, *shape) for shape in ordered]
+
+
+def most_elements(buckets: Sequence[Bucket]) -> int:
+    """Numbers in one channel of the largest latent."""
+    return max(bucket.elements for bucket in buckets)
+
+
+def nearest(buckets: Sequence[Bucket], images: Sequence[Image.Image]) -> Bucket:
+    """The pair's bucket; BadImage where a picture of it would lose more than half."""
+    aspect = math.fsum(math.log(image.width / image.height) for image in images) / len(images)
+    found = min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))
+    for image in images:
+        ratio = (image.width / image.height) / (found.width / found.height)
+        lost = 1 - min(ratio, 1 / ratio)
+        if lost > MOST_CROPPED:
+            raise BadImage(
+                f"{image.width}×{image.height} would lose {lost:.0%} in the pair's shape {found.width}×{found.height}: "
+                "the two pictures differ too much, or are too long and thin"
+            )
+    return found
