@@ -1,0 +1,41 @@
+"""The plain diffusers pipeline behind one of ours, its LoRA merged."""
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmalign.denoisers.parts import networks
+from mmalign.training.loading import plain_class
+from mmalign.training.weights import aligned_network, has_adapter
+
+
+def merged(pipe: Any, dtype: torch.dtype | None = None) -> Any:
+    """A plain pipeline: a copy of the network with its adapters merged, as strong as they act now, and the other parts shared.
+
+    In another `dtype` every part is a copy; the merge is done before the change of precision.
+    """
+    name, network = aligned_network(pipe)
+    components = dict(pipe.components)
+    if has_adapter(network):
+        components[name] = copy.deepcopy(network)
+        components[name].fuse_lora()
+        components[name].unload_lora()
+    for other, part in components.items():
+        if isinstance(part, nn.Module) and has_adapter(part):
+            raise ValueError(
+                f"the pipeline's {other} carries a LoRA too, which would be lost: fuse it first (pipe.fuse_lora)"
+            )
+    if dtype is not None:
+        components |= {other: copy.deepcopy(part).to(dtype) for other, part in networks(pipe).items() if other != name}
+        components[name] = (copy.deepcopy(network) if components[name] is network else components[name]).to(dtype)
+    return plain_class(type(pipe))(**components, **flags(pipe))
+
+
+def flags(pipe: Any, but: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The constructor's arguments that are no components (`requires_safety_checker`, …), as the pipeline was made with."""
+    accepted = inspect.signature(plain_class(type(pipe)).__init__).parameters
+    known = {*pipe.components, *(but or {})}
+    return {key: value for key, value in pipe.config.items() if key in accepted and key not in known}
