@@ -82,9 +82,9 @@ def _wanted(names: Sequence[str], component: str, allow_pickle: bool, path: str)
             )
         if found:
             return found
-    inside = ", ".join(sorted(names)[:6]) or "nothing"
+    shown = ", ".join(sorted(names)[:6]) or "nothing"
     raise ValueError(
-        f"{path} holds no LoRA (found: {inside}), and no {component}/; name a run's output_dir, a released folder, or a file"
+        f"{path} holds no LoRA (found: {shown}), and no {component}/; name a run's output_dir, a released folder, or a file"
     )
 
 
@@ -153,7 +153,7 @@ def _add_lora(pipe: Any, file: Path, state: dict[str, Tensor], adapter_name: str
         if not (file.parent / _PEFT_CONFIG).is_file():
             raise ValueError(f"{file} needs the {_PEFT_CONFIG} that peft wrote beside it: its α stands there")
         config = LoraConfig.from_pretrained(str(file.parent)).to_dict()
-        network.load_lora_adapter(bare, prefix=None, adapter_name=adapter_name, metadata=config)
+        network.load_lora_adapter(bare, prefix=None, adapter_name=adapter_name, metadata=config)  # type: ignore[operator]
         return
     source = str(file) if file.suffix == ".safetensors" else dict(state)
     try:

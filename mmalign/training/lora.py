@@ -69,7 +69,7 @@ def lora_of(pipe: Any) -> Lora:
     component, network = aligned_network(pipe)
     if not has_adapter(network):
         raise ValueError(f"the pipeline's {component} carries no LoRA (were all weights trained?): export it as merged")
-    names = list(network.peft_config)
+    names = list(network.peft_config)  # type: ignore[arg-type]
     if len(names) > 1:
         raise ValueError(
             f"the pipeline carries the LoRAs {', '.join(names)}: delete all but one, or export them as merged"

@@ -89,6 +89,9 @@ def save_lora(component: str, weights: dict[str, Tensor], config: dict[str, Any]
     # The writers of diffusers differ in the component they name, and in nothing else.
     writer = {"unet": StableDiffusionPipeline, "transformer": StableDiffusion3Pipeline}[component]
     state = convert_state_dict_to_diffusers(weights)
+    if any(".lora_A." in key for key in state):
+        # Only attention has names of its own. Diffusers takes the first key's spelling for all, so the two must not mix.
+        state = weights
     layers = {f"{component}_lora_layers": state, f"{component}_lora_adapter_metadata": config}
     writer.save_lora_weights(folder, weight_name=LORA_FILE, **layers)
 

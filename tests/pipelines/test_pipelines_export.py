@@ -185,7 +185,9 @@ def test_every_layers_own_strength_survives(options: dict[str, Any], tmp_path: P
     pipe = with_lora("sd", **options)
     layers = lora_of(pipe).layers()
     modules = dict(pipe.unet.named_modules())
-    assert len(layers) == 16 * len(modules) // len(modules) and len({layer.scale for layer in layers.values()}) >= 1
+    assert layers.keys() == {
+        name for name, module in modules.items() if name.endswith(tuple(ATTENTION)) and hasattr(module, "lora_A")
+    }
     for name, layer in layers.items():
         assert layer.scale == pytest.approx(modules[name].scaling["default"])
     plain = tiny_pipeline("sd")
