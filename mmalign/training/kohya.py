@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,16 @@ def to_kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[f"lora_unet_{name}.lora_down.weight"] = layer.down
         tensors[f"lora_unet_{name}.lora_up.weight"] = layer.up
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(layer.alpha))
-    ranks, alphas = (
-        {value(layer) for layer in layers.values()} for value in (lambda x: len(x.down), lambda x: x.alpha)
-    )
     return tensors, {
         "ss_network_module": "networks.lora" if lora.component == "unet" else "networks.lora_flux",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(float(alphas.pop())) if len(alphas) == 1 else "Dynamic",
+        "ss_network_dim": _shared({len(layer.down) for layer in layers.values()}),
+        "ss_network_alpha": _shared({float(layer.alpha) for layer in layers.values()}),
     }
+
+
+def _shared(values: set[Any]) -> str:
+    """The one value of all layers; where they differ, the word that kohya's scripts have for it."""
+    return str(*values) if len(values) == 1 else "Dynamic"
 
 
 def _flux(lora: Lora, layers: dict[str, Layer]) -> dict[str, Layer]:
@@ -74,14 +77,12 @@ def _fused(order: Sequence[str], parts: dict[str, Layer]) -> Layer:
 
     `down` holds the parts' one below the other, `up` is block-diagonal, each block padded to the largest rank.
     """
-    any_name, first = next(iter(parts.items()))
-    width, rank = len(first.up) // _WIDTHS.get(any_name, 1), max(len(layer.down) for layer in parts.values())
+    some, first = next(iter(parts.items()))
+    width, rank = len(first.up) // _WIDTHS.get(some, 1), max(len(part.down) for part in parts.values())
     downs, ups = [], []
     for name in order:
-        down, up = (
-            first.down.new_zeros(rank, first.down.shape[1]),
-            first.up.new_zeros(width * _WIDTHS.get(name, 1), rank),
-        )
+        down = first.down.new_zeros(rank, first.down.shape[1])
+        up = first.up.new_zeros(width * _WIDTHS.get(name, 1), rank)
         if name in parts:
             part = parts[name]
             down[: len(part.down)] = part.down

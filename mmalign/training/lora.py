@@ -55,7 +55,7 @@ class Lora:
             if not key.endswith(pairs[0]):
                 continue
             module, rank = key.removesuffix(pairs[0]), len(down)
-            alpha = patterns.get(get_pattern_key(list(patterns), module), self.config.get("lora_alpha") or rank)
+            alpha = patterns.get(get_pattern_key(list(patterns), module), self.config.get("lora_alpha", rank))
             # Rank-stabilised: scaled by alpha / √rank.
             alpha *= rank**0.5 if self.config.get("use_rslora") else 1
             found[module] = Layer(down, self.weights[module + pairs[1]], alpha)
