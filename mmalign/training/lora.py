@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmalign.training.weights import LORA_FILE, adapter_config, aligned_network, has_adapter
+from mmalign.training.weights import LORA_FILE, adapter_config, aligned_network, has_adapter, refuse_other_adapters
 
 
 class Layer(NamedTuple):
@@ -66,6 +66,7 @@ def lora_of(pipe: Any) -> Lora:
     """The one LoRA on a pipeline's network, at full strength; ValueError where there is none, or several."""
     from peft.utils import get_peft_model_state_dict
 
+    refuse_other_adapters(pipe)
     component, network = aligned_network(pipe)
     if not has_adapter(network):
         raise ValueError(f"the pipeline's {component} carries no LoRA (were all weights trained?): export it as merged")

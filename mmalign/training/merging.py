@@ -5,11 +5,10 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmalign.denoisers.parts import networks
 from mmalign.training.loading import plain_class
-from mmalign.training.weights import aligned_network, has_adapter
+from mmalign.training.weights import aligned_network, has_adapter, refuse_other_adapters
 
 
 def merged(pipe: Any, dtype: torch.dtype | None = None) -> Any:
@@ -17,17 +16,13 @@ def merged(pipe: Any, dtype: torch.dtype | None = None) -> Any:
 
     In another `dtype` every part is a copy; the merge is done before the change of precision.
     """
+    refuse_other_adapters(pipe)
     name, network = aligned_network(pipe)
     components = dict(pipe.components)
     if has_adapter(network):
         components[name] = copy.deepcopy(network)
         components[name].fuse_lora()
         components[name].unload_lora()
-    for other, part in components.items():
-        if isinstance(part, nn.Module) and has_adapter(part):
-            raise ValueError(
-                f"the pipeline's {other} carries a LoRA too, which would be lost: fuse it first (pipe.fuse_lora)"
-            )
     if dtype is not None:
         components |= {other: copy.deepcopy(part).to(dtype) for other, part in networks(pipe).items() if other != name}
         components[name] = (copy.deepcopy(network) if components[name] is network else components[name]).to(dtype)

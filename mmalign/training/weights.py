@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.denoisers.parts import networks
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 _HALF = (torch.float16, torch.bfloat16)
@@ -67,6 +69,15 @@ def aligned_network(pipe: Any) -> tuple[str, nn.Module]:
         if pipe.components.get(name) is not None:
             return name, pipe.components[name]
     raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to work on")
+
+
+def refuse_other_adapters(pipe: Any) -> None:
+    """ValueError where another part than the aligned network carries a LoRA: nothing of ours would keep it."""
+    for name, part in networks(pipe).items():
+        if name != aligned_network(pipe)[0] and has_adapter(part):
+            raise ValueError(
+                f"the pipeline's {name} carries a LoRA too, which would be lost: fuse it (pipe.fuse_lora) or unload it first"
+            )
 
 
 def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:

@@ -327,6 +327,9 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     refused(r"holds no pytorch_lora_weights.safetensors \(found: unet\)", folder, tmp_path / "full", format="diffusers")
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="second")
     refused("carries the LoRAs default, second: delete all but one", file, pipe, format="kohya")
+    sd3.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    refused("text_encoder carries a LoRA too, which would be lost", file, sd3, format="comfy")
+    refused("text_encoder carries a LoRA too", folder, sd3, format="merged")
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft", "kohya", "merged"])
