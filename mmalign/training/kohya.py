@@ -35,9 +35,8 @@ _WIDTHS = {"proj_mlp": 4}
 def to_kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a kohya file; ValueError for a family that has no such file diffusers could read."""
     layers = lora.layers()
-    named = {module.replace(".", "_"): layer for module, layer in layers.items()}
     tensors = {}
-    for name, layer in (named if lora.component == "unet" else _flux(lora, layers)).items():
+    for name, layer in (_unet(layers) if lora.component == "unet" else _flux(lora, layers)).items():
         tensors[f"lora_unet_{name}.lora_down.weight"] = layer.down
         tensors[f"lora_unet_{name}.lora_up.weight"] = layer.up
         tensors[f"lora_unet_{name}.alpha"] = torch.tensor(float(layer.alpha))
@@ -51,6 +50,15 @@ def to_kohya(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _shared(values: set[Any]) -> str:
     """The one value of all layers; where they differ, the word that kohya's scripts have for it."""
     return str(*values) if len(values) == 1 else "Dynamic"
+
+
+def _unet(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The layers of a UNet under kohya's names, all with the first one's α: of several, diffusers would lose those of attention."""
+    alpha = next(iter(layers.values())).alpha
+    return {
+        module.replace(".", "_"): Layer(layer.down, layer.up * (layer.alpha / alpha), alpha)
+        for module, layer in layers.items()
+    }
 
 
 def _flux(lora: Lora, layers: dict[str, Layer]) -> dict[str, Layer]:

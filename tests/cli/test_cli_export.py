@@ -22,7 +22,7 @@ def place(tmp_path_factory):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             pipe.unet.add_adapter(
-                LoraConfig(r=4, lora_alpha=7, target_modules=["to_q", "to_v"], init_lora_weights=False)
+                LoraConfig(r=4, lora_alpha=17, target_modules=["to_q", "to_v"], init_lora_weights=False)
             )
         save_trained(pipe, pipe.unet, folder / "run")
         tiny_pipeline("sd", seed=3).unet.save_pretrained("other")
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
 def picture(place, name, *words):
     assert (
-        cli.main(["generate", "--prompt", "a red shirt", "--steps", "1", "--no-grid", "--output-dir", name, *words])
+        cli.main(["generate", "--prompt", "a red shirt", "--steps", "3", "--no-grid", "--output-dir", name, *words])
         == 0
     )
     return np.asarray(Image.open(next((place / name).glob("*.png")))).astype(int)

@@ -20,7 +20,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def draw(pipe: Any) -> Any:
-    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 2.0, "output_type": "np"}
+    options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
     options |= {"height": 16, "width": 16}
     return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options).images[0]
 
@@ -87,7 +87,7 @@ def test_a_lora_of_any_kind_draws_its_sources_picture(kind: str, format: Any, tm
     pipe = SmPOPipeline.from_pipe(tiny_pipeline(kind))
     before = draw(pipe)
     pipe.load_aligned(path, adapter_name="mine")
-    assert np.abs(draw(pipe) - draw(source)).max() < 1e-5 < np.abs(draw(pipe) - before).max()
+    assert np.abs(draw(pipe) - draw(source)).max() < 1e-5 and np.abs(draw(pipe) - before).max() > 1e-3
     pipe.set_adapters("mine", 0.5)
     source.set_adapters("default", 0.5)
     assert np.abs(draw(pipe) - draw(source)).max() < 1e-5
