@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import ALIGNED, load_pipeline, model_options
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, one_of
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, one_of
 
 _FORMATS = ("diffusers", "peft", "kohya", "comfy", "merged")
 _WHAT, _MODEL = "what is written", "the model"
@@ -95,6 +95,9 @@ def _source(given: Given) -> Any:
         raise UsageError("nothing to export: name a run's folder, or a pipeline with --model")
     if given["lora_scale"] != 1 and given["format"] != "merged":
         raise UsageError("--lora-scale acts on --format merged; a LoRA file is scaled where it is loaded")
+    of_model = [name for name in ("revision", "variant", "vae", "base_class", "allow_pickle") if name in given.explicit]
+    if given["model"] is None and of_model:
+        raise UsageError(f"{flag(of_model[0])} has no effect without --model")
     # A merge in half precision would round the LoRA away.
     whole = Given(given.values | {"dtype": "float32"}, given.explicit)
     if given["model"] is not None:

@@ -65,6 +65,10 @@ def test_a_released_network_is_drawn_with(place):
         (["export", "run", "--format", "webui", "--output", "x"], "--format takes one of diffusers, peft"),
         (["export", "run", "--format", "kohya", "--output", "x"], "give a path that ends in .safetensors"),
         (["export", "run", "--format", "peft", "--output", "x", "--lora-scale", "0.5"], "acts on --format merged"),
+        (
+            ["export", "run", "--format", "peft", "--output", "x", "--variant", "fp16"],
+            "--variant has no effect without",
+        ),
         (["export", "other", "--format", "peft", "--output", "x"], "other holds no pytorch_lora_weights.safetensors"),
         (
             ["generate", "--prompt", "a", "--model", "model", "--aligned", "other", "--lora-scale", "0.5"],
