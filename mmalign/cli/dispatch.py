@@ -76,6 +76,12 @@ VERBS = {
             "mmalign.cli.make_pairs",
         ),
         Verb(
+            "export",
+            "an aligned model as other tools load it: diffusers, peft, kohya, ComfyUI, or merged",
+            "mmalign export runs/smpo --format kohya --output aligned.safetensors",
+            "mmalign.cli.export",
+        ),
+        Verb(
             "validate-data",
             "read every preference pair as training would; problems by row, bad_rows.jsonl, a contact sheet",
             "mmalign validate-data my-pairs/",

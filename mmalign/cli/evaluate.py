@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import (
+    ALIGNED,
     best_device,
     device_option,
     guidance_of,
@@ -93,6 +94,7 @@ VERB = Command(
         Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
         Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
         Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
+        ALIGNED,
     ],
 )
 

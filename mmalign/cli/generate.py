@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import (
+    ALIGNED,
     device_option,
     guidance_of,
     load_pipeline,
@@ -25,6 +26,7 @@ ALIASES = [
     Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
     Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
     Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
+    ALIGNED,
 ]
 VERB = Command(
     prog="mmalign generate",

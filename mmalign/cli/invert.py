@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.models import device_option, load_pipeline, model_options
+from mmalign.cli.models import ALIGNED, device_option, load_pipeline, model_options
 from mmalign.cli.options import Command, Given, Option, UsageError, one_of, whole
 from mmalign.files import staged, write_json
 
@@ -59,6 +59,7 @@ VERB = Command(
             nullable=True,
         ),
     ],
+    aliases=[ALIGNED],
 )
 
 

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.options import Given, Option, UsageError, number, one_of, whole
+from mmalign.cli.options import Alias, Given, Option, UsageError, number, one_of, switch, whole
 
 BASE_CLASS = "StableDiffusionPipeline"
 DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLING = "how pictures are drawn"
+# For verbs with `model_options(lora=True)`: not everything that was released is a LoRA.
+ALIGNED = Alias("aligned", "is lora", lambda value: {"lora": value})
 
 
 def model_options(*, group: str, lora: bool = False) -> list[Option]:
@@ -21,12 +23,23 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
     adapter = [
         Option(
             name="lora",
-            help="a trained LoRA on top: a run's folder, a file, or a Hub id",
+            help="what alignment made of it (also --aligned): a LoRA of diffusers, peft or kohya (a run's folder, a file, a Hub id), a "
+            "pipeline or folder with unet/, a network's own folder",
             metavar="DIR",
             group=group,
             nullable=True,
         ),
-        Option(name="lora_scale", help="how strongly it acts", convert=number, metavar="X", default=1.0, group=group),
+        Option(
+            name="lora_scale", help="how strongly a LoRA acts", convert=number, metavar="X", default=1.0, group=group
+        ),
+        Option(
+            name="allow_pickle",
+            help="let --lora be a state dict in .bin, .pth or .pt, of which tensors only are read",
+            convert=switch,
+            default=False,
+            group=group,
+            hidden=True,
+        ),
     ]
     return [
         Option(
@@ -148,6 +161,7 @@ def load_pipeline(
     """
     import torch
 
+    from mmalign.training.aligned import load_aligned
     from mmalign.training.loading import load_base, single_file
     from mmalign.training.loading import quantization as quantized
 
@@ -176,22 +190,14 @@ def load_pipeline(
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
     pipe = load(name, **options)
     if lora is not None:
-        pipe.load_lora_weights(_lora_folder(lora), adapter_name="aligned")
-        if given["lora_scale"] != 1:
-            pipe.set_adapters(["aligned"], [given["lora_scale"]])
+        adapter = load_aligned(pipe, lora, allow_pickle=given["allow_pickle"])
+        if adapter is None and given["lora_scale"] != 1:
+            raise UsageError(f"--lora-scale acts on a LoRA, and {lora} is a whole network")
+        if adapter is not None and given["lora_scale"] != 1:
+            pipe.set_adapters([adapter], [given["lora_scale"]])
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
-
-
-def _lora_folder(lora: str) -> str:
-    path = Path(lora).expanduser()
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
-        raise ValueError(
-            f"{lora} holds no LoRA (found: {inside}); name the output_dir of a run, or a .safetensors file"
-        )
-    return str(path) if path.exists() else lora
 
 
 def best_device(asked: str | None) -> str:

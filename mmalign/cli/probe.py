@@ -140,7 +140,7 @@ def _probe(method: str, pipeline_class: Any, given: Given, words: list[str], typ
         (folder / FILE).unlink(missing_ok=True)
     fields = {item.name for item in dataclasses.fields(pipeline_class.config_class)} - {"output_dir"}
     options = given.chosen(fields)
-    if given["max_rows"] is not None:
+    if train.is_opened_here(given):
         options["train_split"] = None
     found = probe(
         load_pipeline(given, pipeline_class, device="cpu"),

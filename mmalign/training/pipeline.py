@@ -1,6 +1,5 @@
 """What every image pipeline of ours adds to the diffusers pipeline it is: `align`, `invert`, and saving for plain diffusers."""
 
-import copy
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -9,9 +8,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from mmalign.training.aligned import load_aligned
 from mmalign.training.config import DenoiserConfig
+from mmalign.training.export import ExportFormat, export
 from mmalign.training.loading import load_base, plain_class, single_file
-from mmalign.training.weights import ADAPTER, component_name, has_adapter, save_trained
+from mmalign.training.merging import flags, merged
+from mmalign.training.weights import ADAPTER, aligned_network, has_adapter, save_trained
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class AlignPipeline:
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
         """This pipeline around the components of another one. They are shared, as in diffusers: aligning one aligns both."""
         base = plain_class(type(pipeline))
-        return cls._adopt(base(**pipeline.components | options, **_flags(pipeline, options)))
+        return cls._adopt(base(**pipeline.components | options, **flags(pipeline, options)))
 
     @classmethod
     def _adopt(cls, pipe: Any) -> Self:
@@ -90,28 +92,27 @@ class AlignPipeline:
 
         ValueError for an adapter on quantised weights.
         """
-        from mmalign.denoisers import adapter_for
-        from mmalign.denoisers.parts import is_quantized
         from mmalign.files import staged
 
-        network, folder = adapter_for(self).module, Path(save_directory)
+        network, folder = aligned_network(self)[1], Path(save_directory)
         if options.get("push_to_hub"):
             options.setdefault("repo_id", folder.name)
-        components = dict(self.components)  # type: ignore[attr-defined]
         with staged(folder) as part:
-            if has_adapter(network):
-                if is_quantized(network):
-                    raise ValueError(
-                        f"the {component_name(self, network)} is quantised, and merging its LoRA would round both: load the LoRA file "
-                        "of the run into the unquantised base (load_lora_weights) and save that"
-                    )
-                if ADAPTER in network.peft_config:  # type: ignore[operator]
-                    save_trained(self, network, part)
-                merged = copy.deepcopy(network)
-                merged.fuse_lora()  # type: ignore[operator]
-                merged.unload_lora()  # type: ignore[operator]
-                components[component_name(self, network)] = merged
-            plain_class(type(self))(**components, **_flags(self)).save_pretrained(str(part), **options)
+            if has_adapter(network) and ADAPTER in network.peft_config:  # type: ignore[operator]
+                save_trained(self, network, part)
+            merged(self).save_pretrained(str(part), **options)
+
+    def load_aligned(
+        self, path: str | os.PathLike[str], *, adapter_name: str = "aligned", allow_pickle: bool = False
+    ) -> None:
+        """Puts what an alignment released onto this pipeline, its base: a whole network, or a LoRA. See `training.aligned`."""
+        load_aligned(self, path, adapter_name=adapter_name, allow_pickle=allow_pickle)
+
+    def export(
+        self, path: str | os.PathLike[str], *, format: ExportFormat = "diffusers", dtype: torch.dtype | None = None
+    ) -> Path:
+        """Writes this pipeline or its LoRA as other tools load it, and returns where. See `training.export`."""
+        return export(self, path, format=format, dtype=dtype)
 
     @torch.no_grad()
     def invert(
@@ -172,12 +173,3 @@ def default_lora() -> Any:
 def _class_for(ours: type, base: type) -> type:
     """Our pipeline class on top of a diffusers class, under the latter's name, so that model_index.json names a class of diffusers."""
     return type(base.__name__, (ours, base), {"__module__": base.__module__, "_plain_class": base})
-
-
-def _flags(pipe: Any, but: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The constructor's arguments that are no components (`requires_safety_checker`, …), as the pipeline was made with."""
-    import inspect
-
-    accepted = inspect.signature(plain_class(type(pipe)).__init__).parameters
-    known = {*pipe.components, *(but or {})}
-    return {key: value for key, value in pipe.config.items() if key in accepted and key not in known}

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmalign.denoisers.parts import networks
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
 _HALF = (torch.float16, torch.bfloat16)
@@ -50,15 +52,32 @@ def has_adapter(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
-def adapter_config(network: nn.Module) -> dict[str, Any]:
+def adapter_config(network: nn.Module, name: str = ADAPTER) -> dict[str, Any]:
     """The LoRA's configuration as JSON values; what only says by which library it was made is left out."""
-    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr, index]
+    config = network.peft_config[name].to_dict()  # type: ignore[union-attr, index]
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
 
 
 def component_name(pipe: Any, network: nn.Module) -> str:
     """Under which name the pipeline holds the network: "unet" or "transformer"."""
     return next(name for name, part in pipe.components.items() if part is network)
+
+
+def aligned_network(pipe: Any) -> tuple[str, nn.Module]:
+    """Name and module of the part of a diffusers pipeline that is aligned."""
+    for name in ("unet", "transformer"):
+        if pipe.components.get(name) is not None:
+            return name, pipe.components[name]
+    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to work on")
+
+
+def refuse_other_adapters(pipe: Any) -> None:
+    """ValueError where another part than the aligned network carries a LoRA: nothing of ours would keep it."""
+    for name, part in networks(pipe).items():
+        if name != aligned_network(pipe)[0] and has_adapter(part):
+            raise ValueError(
+                f"the pipeline's {name} carries a LoRA too, which would be lost: fuse it (pipe.fuse_lora) or unload it first"
+            )
 
 
 def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:
@@ -68,12 +87,24 @@ def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:
     if not has_adapter(network):
         network.save_pretrained(folder / name)  # type: ignore[operator]
         return
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name=ADAPTER))
-    metadata = {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": adapter_config(network)}
-    type(pipe).save_lora_weights(folder, weight_name=LORA_FILE, **metadata)
+    save_lora(name, get_peft_model_state_dict(network, adapter_name=ADAPTER), adapter_config(network), folder)
+
+
+def save_lora(component: str, weights: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Writes `pytorch_lora_weights.safetensors` as diffusers does, rank and α in its metadata; `weights` by peft's names."""
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+
+    # The writers of diffusers differ in the component they name, and in nothing else.
+    writer = {"unet": StableDiffusionPipeline, "transformer": StableDiffusion3Pipeline}[component]
+    state = convert_state_dict_to_diffusers(weights)
+    if any(".lora_A." in key for key in state):
+        # Only attention has names of its own. Diffusers takes the first key's spelling for all, so the two must not mix.
+        state = weights
+    layers = {f"{component}_lora_layers": state, f"{component}_lora_adapter_metadata": config}
+    writer.save_lora_weights(folder, weight_name=LORA_FILE, **layers)
 
 
 def load_trained(network: nn.Module, folder: Path) -> None:
