@@ -5,19 +5,17 @@ comparison  what a pair is worth: human label, relabelled by a reward, smoothed 
 loss_type   the link, any pair loss of `mmalign.losses`
 """
 
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from transformers import TrainingArguments
 
 from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.auto_beta import check_auto_beta
+from mmalign.training.config_checks import READ_BY, check_axes, check_choices, check_losses
 from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
 from mmalign.training.optimizers import check_optimizer
 
@@ -140,19 +138,22 @@ class DenoiserConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
-        if self.comparison == "human" and self.scorer == self._default("scorer"):
+        if self.comparison == "human" and self.scorer == self.default("scorer"):
             self.scorer = None
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:  # type: ignore[has-type]
             # transformers' new name for it; with it, its warning about the old one stays away.
             self.activation_checkpointing = self.gradient_checkpointing
         refuse_unsupported(self)
         super().__post_init__()
-        self._check_choices()
-        self._check_inherited()
-        self._check_axes()
+        check_choices(self)
+        check_optimizer(self)
+        check_axes(self)
         self._check_losses()
         check_auto_beta(self)
         self.inversion()
+
+    def _check_losses(self) -> None:
+        check_losses(self)
 
     @property
     def place_model_on_device(self) -> bool:
@@ -164,157 +165,16 @@ class DenoiserConfig(TrainingArguments):
         """Pairs of one optimiser step, over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
-    def _default(self, name: str) -> Any:
+    def default(self, name: str) -> Any:
+        """The default of a field of ours in this method's config."""
         return type(self).__dataclass_fields__[name].default
-
-    def _check_choices(self) -> None:
-        for name, allowed in _choices(type(self)).items():  # type: ignore[arg-type]
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
-
-    def _check_inherited(self) -> None:
-        """What accelerate and transformers would ignore without a word."""
-        if self.fp16 and self.device.type == "cpu":
-            raise ValueError("fp16 has no effect on a CPU: use bf16=True there, or fp16=False")
-        check_optimizer(self)
-
-    def _check_axes(self) -> None:
-        graded = self.comparison in ("smoothed", "bradley_terry")
-        checks = {
-            "beta must be positive": not self.starting_beta > 0,
-            "prompt_dropout must lie in 0 … 1": not 0 <= self.prompt_dropout <= 1,
-            "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
-            "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
-            "ema_decay must be 0 or more and below 1": self.ema_decay is not None and not 0 <= self.ema_decay < 1,
-            "resolution must be positive": self.resolution is not None and self.resolution < 1,
-            "aspect_buckets needs dataloader_drop_last=True: a short batch would stand in the middle of an epoch": (
-                self.aspect_buckets and not self.dataloader_drop_last
-            ),
-            "validation_steps must be 0 or more": self.validation_steps < 0,
-            "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
-            "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
-            "inversion_model='reference' needs latents 'ddim' or 'renoise'": self.inversion_model == "reference"
-            and self.latents == "forward",
-            "reference_cache needs points that the policy does not choose: latents='forward' or inversion_model='reference'": (
-                self.reference_cache and self.latents != "forward" and self.inversion_model == "policy"
-            ),
-            "reference_cache keeps one point a pair: leave inversion_landings out": self.reference_cache
-            and self.inversion_landings != "last",
-            f"inversion_landings={self.inversion_landings!r} needs exact landings: leave inversion_compat out": (
-                self.inversion_landings != "last" and self.inversion_compat is not None
-            ),
-            "inversion_refresh belongs to inversion_landings='in_turn' with inversion_model='policy', and they need it": (
-                (self.inversion_refresh is not None)
-                != (self.inversion_landings == "in_turn" and self.inversion_model == "policy")
-            ),
-            "inversion_refresh must be at least 1": self.inversion_refresh is not None and self.inversion_refresh < 1,
-            "checkpoints must lie where paths are renewed, so that a resumed run sees the same ones: make save_steps a multiple of "
-            "inversion_refresh, with save_strategy 'steps' or 'no'": self.inversion_refresh is not None
-            and not self._saves_where_paths_are_renewed(),
-            f"comparison={self.comparison!r} needs a scorer": self.comparison != "human" and self.scorer is None,
-            "scorer has no effect with comparison='human'": self.comparison == "human" and self.scorer is not None,
-            "keep_human_ties needs a comparison by a scorer": self.keep_human_ties and self.comparison == "human",
-            "min_abs_strength needs comparison 'smoothed' or 'bradley_terry'": self.min_abs_strength > 0 and not graded,
-            "strength_sampling must lie between 0 and 1": self.strength_sampling is not None
-            and not 0 < self.strength_sampling < 1,
-            "aspect_buckets keeps every pair for its bucket: leave strength_sampling out": self.aspect_buckets
-            and self.strength_sampling is not None,
-            "strength_sampling needs comparison 'smoothed' or 'bradley_terry', where pairs differ in strength": (
-                self.strength_sampling is not None and not graded
-            ),
-            "smoothing_normalizer='official' fits the cosines of scorer='pickscore' only": self.comparison == "smoothed"
-            and self.smoothing_normalizer == "official"
-            and self.scorer != "pickscore",
-            "f_alpha_divergence_coef belongs to f_divergence_type='alpha_divergence'": self.f_alpha_divergence_coef
-            is not None
-            and self.f_divergence_type != "alpha_divergence",
-            "validation_steps needs validation_prompts": self.validation_steps > 0 and not self.validation_prompts,
-            "validation_prompts have no effect without validation_steps": self.validation_steps == 0
-            and bool(self.validation_prompts),
-        }
-        for message, violated in checks.items():
-            if violated:
-                raise ValueError(message)
-        for name, readers in _READ_BY.items():
-            read = self.latents in readers or self.comparison in readers or (self.validation_steps and not readers)
-            if not read and getattr(self, name) != self._default(name):
-                where = (
-                    f"latents={self.latents!r} and comparison={self.comparison!r}" if readers else "validation_steps=0"
-                )
-                raise ValueError(f"{name} has no effect with {where}")
-
-    def _saves_where_paths_are_renewed(self) -> bool:
-        strategy, every = _plain(self.save_strategy), self.inversion_refresh or 1
-        return strategy == "no" or (strategy == "steps" and self.save_steps >= 1 and self.save_steps % every == 0)
-
-    def _check_losses(self) -> None:
-        """Refuses, before any picture is encoded, what the losses would refuse at the first step."""
-        infos = [losses.get(key) for key in self.loss_type]
-        for info in infos:
-            if info.unpaired:
-                raise ValueError(f"loss_type {info.key!r} reads single labelled samples, and this trainer has pairs")
-            if "denoiser" not in info.modalities:
-                raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not denoisers")
-        if coupled := [info.key for info in infos if info.batch_coupled]:
-            self._check_batch_coupled(coupled[0])
-        takes_beta = any("beta" in info.hyper for info in infos)
-        if not takes_beta and self.beta != self._default("beta"):
-            raise ValueError(f"beta has no effect with loss_type={'+'.join(self.loss_type)!r}")
-        self._check_beta_of_reference_free([info for info in infos if "beta" in info.hyper])
-        if self.is_reference_free and self.reference != "auto" and self.inversion_model == "policy":
-            raise ValueError(
-                f"reference has no effect with loss_type={'+'.join(self.loss_type)!r}: it is reference-free"
-            )
-        if self.is_reference_free and self.reference_cache:
-            raise ValueError(
-                f"reference_cache has no effect with loss_type={'+'.join(self.loss_type)!r}: it has no reference"
-            )
-        if ("sdpo" in self.loss_type) != (self.sdpo_mu is not None):
-            raise ValueError("loss_type 'sdpo' and sdpo_mu go together; published: sdpo_mu=0.9 (SD 1.5), 0.6 (SDXL)")
-        if self.sdpo_mu is not None and not 0 <= self.sdpo_mu <= 1:
-            raise ValueError(f"sdpo_mu must lie in 0 … 1, got {self.sdpo_mu}")
-        one = torch.ones(2)
-        options = self.loss_options() | ({"rejected_scale": one} if self.sdpo_mu is not None else {})
-        if self.comparison in ("smoothed", "bradley_terry"):
-            options["strength"] = one
-        losses.compute(
-            self.loss_type,
-            losses.PairLogProbs(-one, -one, -one, -one, one, one),
-            loss_weights=self.loss_weights,
-            **options,
-        )
-
-    def _check_batch_coupled(self, key: str) -> None:
-        if self.inversion_landings != "last":
-            raise ValueError(
-                f"loss_type {key!r} sorts its batch, which must not mix the noise levels of inversion_landings="
-                f"{self.inversion_landings!r}"
-            )
-        if self.reference_cache:
-            raise ValueError(
-                f"loss_type {key!r} takes one timestep a batch, so that reference_cache would seldom find a point again"
-            )
-
-    def _check_beta_of_reference_free(self, infos: list[Any]) -> None:
-        alone = [info for info in infos if info.reference_free]
-        if not alone:
-            return
-        published = f"set beta (published for it: {', '.join(f'{beta.here:g}' for beta in alone[0].betas) or 'none'})"
-        if len(alone) < len(infos):
-            raise ValueError(
-                f"one beta cannot serve loss_type {alone[0].key!r}, which has no reference, and one that has: drop one"
-            )
-        if self.beta == self._default("beta"):
-            raise ValueError(
-                f"beta={self.beta:g} is a scale for log-ratios to a reference, and loss_type {alone[0].key!r} has none: {published}"
-            )
 
     @property
     def starting_beta(self) -> float:
         """β at the first step: as given, or the method's default with "auto"."""
         if isinstance(self.beta, str) and self.beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
-        return float(self._default("beta") if self.beta == "auto" else self.beta)
+        return float(self.default("beta") if self.beta == "auto" else self.beta)
 
     @property
     def is_reference_free(self) -> bool:
@@ -377,7 +237,7 @@ class DenoiserConfig(TrainingArguments):
             raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(sorted(cls.presets))}")
         chosen = {**cls.presets[name], **given}
         axes = {chosen.get(axis, cls.__dataclass_fields__[axis].default) for axis in ("latents", "comparison")}
-        readers = {**_READ_BY, "scorer": ("relabel", "smoothed", "bradley_terry")}
+        readers = {**READ_BY, "scorer": ("relabel", "smoothed", "bradley_terry")}
         return {
             option: value
             for option, value in cls.presets[name].items()
@@ -450,18 +310,6 @@ class DenoiserConfig(TrainingArguments):
         return text + summed
 
 
-@cache
-def _choices(config_class: type) -> dict[str, tuple[Any, ...]]:
-    """Field → the values that its Literal type allows."""
-    result = {}
-    for name, hint in typing.get_type_hints(config_class).items():
-        parts = [hint, *typing.get_args(hint)]
-        allowed = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
-        if allowed and float not in parts and name not in TrainingArguments.__dataclass_fields__:
-            result[name] = (*allowed, None) if type(None) in typing.get_args(hint) else tuple(allowed)
-    return result
-
-
 def _plain(value: Any) -> Any:
     """JSON values: enums by their value."""
     return getattr(value, "value", value)
@@ -475,24 +323,3 @@ _NOT_THE_RUN = frozenset(
     validation_inference_steps validation_guidance_scale
     """.split()
 )
-
-_INVERTED = ("ddim", "renoise")
-# Option → the latents or comparisons that read it; none: sample pictures do.
-_READ_BY: dict[str, tuple[str, ...]] = {
-    "inversion_steps": _INVERTED,
-    "inversion_renoise_steps": ("renoise",),
-    "inversion_combine": ("renoise",),
-    "inversion_solver": _INVERTED,
-    "inversion_eta": _INVERTED,
-    "inversion_eta_form": _INVERTED,
-    "inversion_share_eta_noise": _INVERTED,
-    "inversion_compat": _INVERTED,
-    "inversion_fp16_alphas": _INVERTED,
-    "inversion_landings": _INVERTED,
-    "inversion_refresh": _INVERTED,
-    "smoothing_gamma": ("smoothed",),
-    "smoothing_normalizer": ("smoothed",),
-    "validation_seed": (),
-    "validation_inference_steps": (),
-    "validation_guidance_scale": (),
-}

@@ -4,10 +4,9 @@ import logging
 import math
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -20,11 +19,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
-from mmalign.data import default_cache_dir
 from mmalign.denoisers import Denoiser, adapter_for
 from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
-from mmalign.likelihood.denoising import DenoisingPoint
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
@@ -34,11 +31,11 @@ from mmalign.training.bucketing import InBuckets, bucket_batches, rows_in_batche
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
-from mmalign.training.in_turn import LandingsInTurn, compute_paths
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
+from mmalign.training.metrics import MetricSums
 from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
 from mmalign.training.progress import Bar, LastStep, Lines
-from mmalign.training.reference_cache import ReferenceErrors
+from mmalign.training.reuse import Reuse
 from mmalign.training.samples import SamplePictures
 from mmalign.training.sampling import Shuffled, ShuffledByProbability, inclusion_probabilities
 from mmalign.training.saving import SavingTrainer
@@ -133,10 +130,16 @@ class DenoiserTrainer(SavingTrainer):
             loss_space=args.loss_space,
             sdpo_mu=args.sdpo_mu,
         )
-        self._in_turn = self._landings_in_turn()
-        self._sums: dict[str, dict[str, list[float]]] = {"train": defaultdict(_zero), "eval": defaultdict(_zero)}
+        self._reuse = Reuse(
+            args,
+            self.denoiser,
+            self.reference,
+            method=self._method,
+            schedule=self._schedule,
+            autocast=self.accelerator.autocast,
+        )
+        self._sums = {mode: MetricSums(args.world_size) for mode in ("train", "eval")}
         self._warned: set[str] = set()
-        self._kept: dict[str, ReferenceErrors] = {}
         self._pairs_in_step = 0
         self._logged_at: tuple[int, float] | None = None
         self.beta = args.starting_beta
@@ -192,23 +195,6 @@ class DenoiserTrainer(SavingTrainer):
             )
         return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
 
-    def _landings_in_turn(self) -> LandingsInTurn:
-        compute = partial(
-            compute_paths,
-            self.denoiser,
-            self.network,
-            self.reference,
-            method=self._method,
-            schedule=self._schedule,
-            autocast=self.accelerator.autocast,
-        )
-        return LandingsInTurn(
-            compute,
-            cache_dir=self._cache_dir if self.args.inversion_model == "reference" else None,
-            num_landings=self.args.inversion_steps,
-            seed=self.args.seed,
-        )
-
     def _add_our_callbacks(self) -> None:
         for kind in (ProgressCallback, PrinterCallback):
             self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if type(c) is not kind]
@@ -246,7 +232,7 @@ class DenoiserTrainer(SavingTrainer):
                 if self._average is not None:
                     self._average.start()
                 result = super().train(resume_from_checkpoint=resume or None, **options)
-            self._write_kept()
+            self._reuse.write()
             return result
         finally:
             if self._average is not None:
@@ -333,16 +319,7 @@ class DenoiserTrainer(SavingTrainer):
             one_timestep=self._is_batch_coupled,
             last_stratum_of=None if args.inversion_landings == "last" else args.inversion_steps,
         )
-        point: DenoisingPoint | None = None
-        known: Tensor | None = None
-        if args.inversion_landings == "in_turn":
-            about = partial(self._points, data)
-            point, known = self._in_turn.next(
-                pairs, drawn, self._schedule, data=data.fingerprint, round_=key, visit=epoch, about=about
-            )
-        kept = self._kept_errors(data) if args.reference_cache else None
-        if kept:
-            known = kept.find(epoch, pairs.rows)
+        point, known = self._reuse.find(data, pairs, drawn, round_=key, epoch=epoch)
         with self._dropout_keyed(pairs.rows, epoch):
             measured = measure(
                 self.denoiser,
@@ -355,10 +332,10 @@ class DenoiserTrainer(SavingTrainer):
                 schedule=self._schedule,
                 autocast=self.accelerator.autocast,
                 known_point=point,
-                known_reference=None if known is None else known.to(pairs.x0.device, pairs.x0.dtype),
+                known_reference=known,
             )
-        if kept and known is None and measured.reference_error is not None:
-            kept.keep(epoch, pairs.rows, measured.reference_error)
+        if known is None:
+            self._reuse.keep(data, pairs.rows, epoch, measured.reference_error)
         return self._loss_of(measured, measured.pairs), measured, measured.pairs
 
     def _draws_key(self, epoch: int) -> int:
@@ -367,39 +344,6 @@ class DenoiserTrainer(SavingTrainer):
             return epoch
         every = self.args.inversion_refresh
         return 0 if every is None else self.state.global_step // every
-
-    @property
-    def _cache_dir(self) -> Path:
-        return Path(self.args.cache_dir) if self.args.cache_dir else default_cache_dir()
-
-    def _points(self, data: Prepared) -> dict[str, Any]:
-        """Everything that points and the reference's errors on them depend on, where the policy does not choose them."""
-        args = self.args
-        drawn = ("seed", "share_noise", "prompt_dropout", "loss_space", "latents")
-        return {
-            "format": 1,
-            "reference": self.reference.fingerprint(),
-            "data": data.points,
-            "schedule": self.denoiser.schedule.fingerprint(),
-            "precision": [str(module_dtype(self.network)), args.fp16, args.bf16, bool(args.tf32)],
-            "made on": [args.device.type, torch.__version__],
-            **{name: getattr(args, name) for name in drawn},
-            "inversion": repr(args.inversion()),
-        }
-
-    def _kept_errors(self, data: Prepared) -> ReferenceErrors:
-        """The reference's errors on these data's points, as far as they are known."""
-        if data.fingerprint not in self._kept:
-            self._kept[data.fingerprint] = ReferenceErrors(
-                self._cache_dir, self._points(data), num_rows=int(data.encoded.rows.max()) + 1, sides=2
-            )
-        return self._kept[data.fingerprint]
-
-    def _write_kept(self) -> None:
-        self._in_turn.write()
-        for errors in self._kept.values():
-            errors.write(self.args.world_size, self.args.process_index)
-            logger.info("reference errors: %d of %d were known; kept in %s", errors.found, errors.asked, errors.path)
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)
@@ -413,7 +357,7 @@ class DenoiserTrainer(SavingTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self._write_kept()
+        self._reuse.write()
 
     @contextmanager
     def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:
@@ -486,24 +430,12 @@ class DenoiserTrainer(SavingTrainer):
                 f"the loss is not finite at step {self.state.global_step + 1} for rows {rows[:5]}: lower the learning rate or beta; "
                 "with float16, train in bf16 or float32"
             )
-        for name, (total, weight) in panel.items():
-            self._sums[mode][name][0] += total
-            self._sums[mode][name][1] += weight
-
-    def _drain(self, mode: str) -> dict[str, float]:
-        sums, self._sums[mode] = dict(self._sums[mode]), defaultdict(_zero)
-        parts = [sums]
-        if self.args.world_size > 1:
-            parts = [{}] * self.args.world_size
-            torch.distributed.all_gather_object(parts, sums)
-        names = sorted({name for part in parts for name in part})
-        totals = {name: [sum(part.get(name, _zero())[k] for part in parts) for k in (0, 1)] for name in names}
-        return {name: total / weight for name, (total, weight) in totals.items()}
+        self._sums[mode].add(panel)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the health panel to transformers' own numbers, and prints named warnings once each."""
         if "loss" in logs:
-            logs.update({name: value for name, value in self._drain("train").items() if name != "loss"})
+            logs.update({name: value for name, value in self._sums["train"].drain().items() if name != "loss"})
             logs.update(self._speed(start_time))
             if self._auto_beta:
                 logs["beta"] = self.beta
@@ -551,7 +483,7 @@ class DenoiserTrainer(SavingTrainer):
             raise ValueError("there is no eval_dataset to evaluate on")
         for loss, measured, pairs in self.held_out_losses(data):
             self._record("eval", measured, pairs, loss)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._drain("eval").items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._sums["eval"].drain().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -559,7 +491,3 @@ class DenoiserTrainer(SavingTrainer):
 
 def _precision(network: nn.Module) -> tuple[torch.dtype, bool]:
     return module_dtype(network), is_quantized(network)
-
-
-def _zero() -> list[float]:
-    return [0.0, 0.0]

@@ -36,7 +36,7 @@ class DiffusionSFTConfig(DenoiserConfig):
 
     def _check_losses(self) -> None:
         for name in _COMPARES_NOTHING:
-            default = ["sigmoid"] if name == "loss_type" else self._default(name)
+            default = ["sigmoid"] if name == "loss_type" else self.default(name)
             if getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect on supervised fine-tuning, which compares nothing")
         if self.comparison in ("smoothed", "bradley_terry"):
