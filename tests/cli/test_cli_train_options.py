@@ -293,3 +293,20 @@ def test_switches_of_the_config_are_switches():
     verb = train.make_command("smpo", SmPOConfig)
     for name in ("fp16", "gradient_checkpointing", "tf32", "share_noise", "push_to_hub"):
         assert verb.by_name[name].convert is switch
+
+
+def test_how_data_are_read_reaches_load_pairs(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (4, 4), colour).save(tmp_path / "pictures" / f"{name}.png")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n' * 3)
+    words = ["--model", "m", "--data", str(tmp_path / "pairs.jsonl")]
+    verb = train.make_command("dpo", DiffusionDPOConfig)
+    source = train._source(verb.read([*words, "--root", str(tmp_path / "pictures"), "--max-rows", "2"]))
+    assert len(source) == 2 and source[0].image_0.getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="streaming=True does not apply to a local path"):
+        train._source(verb.read([*words, "--streaming"]))
+    assert train._source(verb.read(words)) == str(tmp_path / "pairs.jsonl")
+    assert options("dpo", "--aspect-buckets")["aspect_buckets"] is True

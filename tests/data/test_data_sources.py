@@ -185,8 +185,8 @@ def test_fingerprint_follows_the_content_and_nothing_else(
 def test_pictures_outside_the_table_count_in_its_fingerprint(tmp_path: Path, packed: Packed, picture: Picture) -> None:
     from datasets import Dataset, Image
 
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(packed(picture()))
+    for seed, name in enumerate(("a.png", "b.png")):
+        (tmp_path / name).write_bytes(packed(picture(seed=seed)))
     named = [{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}]
     file = _write_parquet(named, tmp_path / "pairs.parquet")
     absolute = {name: [str(tmp_path / named[0][name])] for name in ("chosen", "rejected")}
