@@ -10,7 +10,7 @@ from typing import Any
 
 from mmalign.cli import launch, train
 from mmalign.cli.models import load_pipeline
-from mmalign.cli.options import Command, Given, Option, UsageError, config_path, flag, number, read_yaml, switch, whole
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, config_path, number, read_yaml, switch, whole
 from mmalign.cli.terminal import command, without_options
 
 METHODS = [name for name in train.METHODS if name != "sft"]
@@ -76,7 +76,7 @@ _EPILOG = """How to read the table (held-out pairs, but for the last two columns
   beta            the one with the saturation that is aimed at
   winner's error  of the policy over the reference: above 0 the winner's likelihood falls
   price           log-likelihood that the winner lost for each unit of margin; above 1 the margin is bought with the winner;
-                  -- where no margin was gained
+                  – where no margin was gained
   gradient        median norm before clipping
   spikes          steps whose loss was over twice the first step's
 All other options are those of `mmalign train`; they stand in the command that is printed last. Encoded pairs are kept for that run.
@@ -101,10 +101,6 @@ def run(argv: Sequence[str]) -> int:
     given = make_command(method, getattr(pipelines, f"{prefix}Config"), typed).read(words, file)
     if given is None:
         return 0
-    if several := given.explicit & set(launch.NAMES):
-        raise UsageError(
-            f"{flag(min(several))}: a probe runs on one process; multiply --gradient-accumulation-steps by their number instead"
-        )
     return _probe(method, getattr(pipelines, f"{prefix}Pipeline"), given, words, typed)
 
 
@@ -119,13 +115,14 @@ def make_command(method: str, config_class: Any, typed: set[str]) -> Command:
     output = Option(
         name="output_dir", help="probe.json goes here", metavar="DIR", default=f"runs/probe-{method}", group=_GRID
     )
-    without = {"output_dir", "overwrite", "scale_lr", "resume_from_checkpoint", "save_pipeline"}
+    without = {"output_dir", "overwrite", "scale_lr", "resume_from_checkpoint", "save_pipeline", *launch.NAMES}
+    several = "a probe runs on one process; multiply --gradient-accumulation-steps by their number instead"
     return Command(
         prog=f"mmalign probe {method}",
         description="Which learning rate and beta: short runs from one start, measured on pairs that they did not see.",
         example=f"mmalign probe {method} --model playground --data playground",
         options=[*_OWN, output, *(option for option in like.options if option.name not in without)],
-        aliases=like.aliases,
+        aliases=[*like.aliases, *(Alias(name, several) for name in launch.NAMES)],
         epilog=_EPILOG,
         complete=complete,
     )

@@ -97,7 +97,12 @@ def test_help_teaches_to_read_the_table(capsys):
     assert cli.main(["probe", "dpo", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"\n  {name} " in shown for name in ("accuracy", "margin", "saturation", "price", "spikes"))
-    assert "--learning-rates" in shown and "--beta " in shown and "--scale-lr " not in shown
+    assert (
+        "--learning-rates" in shown
+        and "--beta " in shown
+        and "--scale-lr " not in shown
+        and "--num-processes" not in shown
+    )
     for words in (["probe"], ["probe", "--help"]):
         assert cli.main(words) == 0
         assert "mmalign probe dpo --model playground" in capsys.readouterr().out
