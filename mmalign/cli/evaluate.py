@@ -111,7 +111,7 @@ def run(argv: Sequence[str]) -> int:
     # A scorer that was trained on stands in the report even if nobody listed it.
     names += sorted(trained_on - set(names))
 
-    from mmalign.evaluation import evaluate, headline, write_report
+    from mmalign.evaluation import conclusion, evaluate, headline, moved_statistics, scorer_line, write_report
 
     device = best_device(given["device"])
     result = evaluate(
@@ -134,6 +134,11 @@ def run(argv: Sequence[str]) -> int:
     )
     files = write_report(result, given["output_dir"], history=history)
     print(headline(result))
+    for scorer in result.ranked_scorers:
+        print(f"  {scorer_line(result, scorer)}")
+    for line in [conclusion(result), *moved_statistics(result)]:
+        if line:
+            print(line)
     print(f"report: {files.html}")
     return 0
 

@@ -2,9 +2,11 @@
 
 from mmalign.evaluation.drawing import SamplerSettings, Side, draw_side
 from mmalign.evaluation.evaluate import compare_sides, evaluate
+from mmalign.evaluation.findings import conclusion, moved_statistics, scorer_line
 from mmalign.evaluation.fingerprint import model_fingerprint
 from mmalign.evaluation.generate import generate
 from mmalign.evaluation.grid import side_by_side
+from mmalign.evaluation.holm import Corrected, holm
 from mmalign.evaluation.report import ReportFiles, read_report, write_report
 from mmalign.evaluation.result import EvaluationResult, PictureStatistic, Row, ScorerResult, Summary
 from mmalign.evaluation.scorers import Scorer
@@ -13,13 +15,17 @@ from mmalign.evaluation.wording import headline
 
 __all__ = [
     "compare_sides",
+    "conclusion",
+    "Corrected",
     "Difference",
     "draw_side",
     "evaluate",
     "EvaluationResult",
     "generate",
     "headline",
+    "holm",
     "model_fingerprint",
+    "moved_statistics",
     "paired_difference",
     "PictureStatistic",
     "read_report",
@@ -27,6 +33,7 @@ __all__ = [
     "Row",
     "SamplerSettings",
     "Scorer",
+    "scorer_line",
     "ScorerResult",
     "Side",
     "side_by_side",

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from mmalign.evaluation.drawing import Side, draw_side, prompt_numbers
+from mmalign.evaluation.drawing import Side, draw_side
 from mmalign.evaluation.generate import Pipeline
-from mmalign.evaluation.image_statistics import DESCRIPTIONS, drift, side_statistics
-from mmalign.evaluation.intervals import Array, as_clusters, check_options, clustered_standard_error
-from mmalign.evaluation.result import (
-    EvaluationResult,
-    PictureStatistic,
-    Row,
-    ScorerResult,
-    Summary,
-    library_versions,
-)
-from mmalign.evaluation.scorers import Scorer, check_scorers, score_files
-from mmalign.evaluation.win_rate import Difference, paired_difference, win_rate
+from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics, measure_side
+from mmalign.evaluation.result import EvaluationResult, Row, library_versions
+from mmalign.evaluation.scorers import Scorer, check_scorers
 
 
 def evaluate(
@@ -57,38 +46,26 @@ def evaluate(
     aligned_fingerprint, base_fingerprint: name the weights; left out, they are computed from them.
     """
     check_scorers(scorers, trained_on)
-    check_options(num_resamples, confidence)
+    rules = Rules(tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
     if aligned_label == base_label:
         raise ValueError(f"Both sides are labelled {base_label!r}; give them different labels.")
-
-    def draw(pipe: Pipeline, label: str, fingerprint: str | None) -> Side:
-        return draw_side(
-            pipe,
-            prompts,
-            label=label,
-            output_dir=output_dir,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            batch_size=batch_size,
-            height=height,
-            width=width,
-            fingerprint=fingerprint,
-            progress=progress,
-        )
-
-    return compare_sides(
-        draw(aligned, aligned_label, aligned_fingerprint),
-        draw(base, base_label, base_fingerprint),
-        scorers=scorers,
-        trained_on=trained_on,
-        tie_margin=tie_margin,
-        num_resamples=num_resamples,
-        confidence=confidence,
+    draw = partial(
+        draw_side,
+        output_dir=output_dir,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=num_images_per_prompt,
+        seed=seed,
         batch_size=batch_size,
+        height=height,
+        width=width,
         progress=progress,
     )
+    ours = draw(aligned, prompts, label=aligned_label, fingerprint=aligned_fingerprint)
+    theirs = draw(base, prompts, label=base_label, fingerprint=base_fingerprint)
+    _check_paired(ours, theirs)
+    measure = partial(measure_side, scorers=scorers, batch_size=batch_size, progress=progress)
+    return _compare(measure(ours), measure(theirs), scorers, trained_on, rules)
 
 
 def compare_sides(
@@ -105,51 +82,30 @@ def compare_sides(
 ) -> EvaluationResult:
     """Score two sides that were drawn from the same prompts, seeds and sampler, and compare them pair by pair."""
     check_scorers(scorers, trained_on)
-    check_options(num_resamples, confidence)
+    rules = Rules(tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
     _check_paired(aligned, base)
-    prompts, clusters = aligned.prompts, prompt_numbers(aligned.prompts)
+    measure = partial(measure_side, scorers=scorers, batch_size=batch_size, progress=progress)
+    return _compare(measure(aligned), measure(base), scorers, trained_on, rules)
 
-    def score(side: Side) -> dict[str, Array]:
-        return score_files(
-            scorers,
-            side.pictures,
-            prompts,
-            batch_size=batch_size,
-            description=f"Scoring {side.label}",
-            progress=progress,
-        )
 
-    aligned_scores, base_scores = score(aligned), score(base)
-    rate = partial(win_rate, tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
-    difference = partial(paired_difference, num_resamples=num_resamples, confidence=confidence)
-    results = tuple(
-        ScorerResult(
-            name=scorer.name,
-            fingerprint=scorer.fingerprint,
-            seen_in_training=scorer.name in trained_on,
-            win_rate=rate(aligned_scores[scorer.name], base_scores[scorer.name], clusters),
-            aligned=_summarise(aligned_scores[scorer.name], clusters),
-            base=_summarise(base_scores[scorer.name], clusters),
-            difference=difference(aligned_scores[scorer.name], base_scores[scorer.name], clusters),
-        )
-        for scorer in scorers
-    )
+def _compare(
+    aligned: MeasuredSide, base: MeasuredSide, scorers: Sequence[Scorer], trained_on: Collection[str], rules: Rules
+) -> EvaluationResult:
+    side = aligned.side
     return EvaluationResult(
-        aligned_label=aligned.label,
-        base_label=base.label,
-        aligned_fingerprint=aligned.model_fingerprint,
-        base_fingerprint=base.model_fingerprint,
-        scorers=results,
-        statistics=_statistics(aligned, base, clusters, difference),
-        rows=_rows(aligned, base, aligned_scores, base_scores),
+        aligned_label=side.label,
+        base_label=base.side.label,
+        aligned_fingerprint=side.model_fingerprint,
+        base_fingerprint=base.side.model_fingerprint,
+        scorers=compare_scores(aligned, base, scorers, trained_on, rules),
+        statistics=compare_statistics(aligned, base, rules),
+        rows=_rows(aligned, base),
         settings={
-            "num_prompts": len(set(prompts)),
-            "num_pictures_per_side": len(prompts),
-            "seed": aligned.seed,
-            **asdict(aligned.settings),
-            "tie_margin": tie_margin,
-            "num_resamples": num_resamples,
-            "confidence": confidence,
+            "num_prompts": len(set(side.prompts)),
+            "num_pictures_per_side": len(side.prompts),
+            "seed": side.seed,
+            **asdict(side.settings),
+            **asdict(rules),
             "trained_on": sorted(trained_on),
         },
         versions=library_versions(),
@@ -166,54 +122,15 @@ def _check_paired(aligned: Side, base: Side) -> None:
         raise ValueError(f"The two sides were drawn with different settings ({'; '.join(differing)}).")
 
 
-def _summarise(scores: Array, clusters: Sequence[int]) -> Summary:
-    groups = as_clusters(clusters, len(scores))
-    return Summary(
-        mean=float(scores.mean()),
-        median=float(np.median(scores)),
-        standard_error=clustered_standard_error(scores, groups),
-    )
-
-
-def _statistics(
-    aligned: Side, base: Side, clusters: Sequence[int], difference: Callable[..., Difference]
-) -> tuple[PictureStatistic, ...]:
-    ours, our_thumbnails = side_statistics(aligned.pictures, aligned.prompts)
-    theirs, their_thumbnails = side_statistics(base.pictures, base.prompts)
-    rows = [
-        PictureStatistic(
-            name=name,
-            description=description,
-            base=float(theirs[name].mean()),
-            aligned=float(ours[name].mean()),
-            difference=difference(ours[name], theirs[name], clusters),
-        )
-        for name, description in DESCRIPTIONS.items()
-    ]
-    moved = drift(their_thumbnails, our_thumbnails)
-    rows.append(
-        PictureStatistic(
-            name="drift",
-            description="root mean square distance of 16-pixel thumbnails, base to aligned, same seed",
-            base=None,
-            aligned=None,
-            difference=difference(moved, np.zeros_like(moved), clusters),
-        )
-    )
-    return tuple(rows)
-
-
-def _rows(
-    aligned: Side, base: Side, aligned_scores: dict[str, Array], base_scores: dict[str, Array]
-) -> tuple[Row, ...]:
+def _rows(aligned: MeasuredSide, base: MeasuredSide) -> tuple[Row, ...]:
     return tuple(
         Row(
             prompt=prompt,
-            seed=aligned.seeds[row],
-            base_picture=base.pictures[row],
-            aligned_picture=aligned.pictures[row],
-            base_scores={name: float(values[row]) for name, values in base_scores.items()},
-            aligned_scores={name: float(values[row]) for name, values in aligned_scores.items()},
+            seed=aligned.side.seeds[row],
+            base_picture=base.side.pictures[row],
+            aligned_picture=aligned.side.pictures[row],
+            base_scores={name: float(values[row]) for name, values in base.scores.items()},
+            aligned_scores={name: float(values[row]) for name, values in aligned.scores.items()},
         )
-        for row, prompt in enumerate(aligned.prompts)
+        for row, prompt in enumerate(aligned.side.prompts)
     )

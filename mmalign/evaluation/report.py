@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.evaluation.findings import conclusion, moved_statistics
 from mmalign.evaluation.grid import side_by_side
 from mmalign.evaluation.report_html import page
 from mmalign.evaluation.result import EvaluationResult, Row, from_json, to_json, without_nan
@@ -52,6 +53,8 @@ def write_report(
     content = {
         **to_json(result, folder),
         "headline": headline(result),
+        "conclusion": conclusion(result),
+        "moved": moved_statistics(result),
         "notes": [*cautions(result), *notes(result)],
         "history": without_nan(history),
     }

@@ -37,12 +37,14 @@ section { margin-top: 56px; }
 h1 {
   font-size: clamp(1.2rem, 2.2vw, 1.5rem); line-height: 1.4; font-weight: 500; letter-spacing: -0.01em; max-width: 40em;
 }
+.finding { margin-top: 8px; font-weight: 500; max-width: 84ch; }
 .hero .interval { margin-top: 20px; }
 .warn { margin-top: 12px; color: var(--mark); max-width: 72ch; }
 
 table { width: 100%; border-collapse: collapse; margin-top: 16px; }
 th { font-weight: 500; font-size: 0.8rem; line-height: 1.35; color: var(--muted); text-align: left; vertical-align: bottom; }
 th.number { white-space: nowrap; }
+th.wraps { white-space: normal; min-width: 6em; }
 th.side-name { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
 th, td { padding: 9px 24px 9px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -50,7 +52,7 @@ td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 tr.last-held-out td, tr:last-child td { border-bottom-color: var(--muted); }
 td.name { font-weight: 600; overflow-wrap: anywhere; min-width: 120px; }
-td.plot { width: 34%; min-width: 180px; }
+td.plot { width: 26%; min-width: 180px; }
 tfoot td { border: 0; padding-top: 4px; padding-bottom: 0; }
 .tag {
   display: inline-block; font-size: 0.75rem; font-weight: 500; line-height: 1.5; color: var(--mark);

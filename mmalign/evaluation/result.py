@@ -10,9 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mmalign.evaluation.holm import Corrected
 from mmalign.evaluation.win_rate import Difference, WinRate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MOVED = 0.25  # of the base's standard deviation: what a picture statistic must move by to be pointed out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +28,16 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerResult:
-    """What one scorer says about both sides. `seen_in_training`: its labels or rewards trained the aligned side."""
+    """What one scorer says about both sides. `seen_in_training`: its labels or rewards trained the aligned side.
+
+    p_corrected: the win rate's p-value, corrected for looking at several scorers.
+    """
 
     name: str
     fingerprint: str
     seen_in_training: bool
     win_rate: WinRate
+    p_corrected: Corrected
     aligned: Summary
     base: Summary
     difference: Difference
@@ -39,13 +45,26 @@ class ScorerResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureStatistic:
-    """A cheap fact about pictures on both sides; `drift` is between them, so it has neither base nor aligned value."""
+    """A cheap fact about pictures on both sides; `drift` is between them, so it has none of base, aligned and spread.
+
+    base_spread: standard deviation over the base's pictures.
+    """
 
     name: str
     description: str
     base: float | None
     aligned: float | None
+    base_spread: float | None
     difference: Difference
+
+    @property
+    def moved(self) -> bool:
+        """By more than a quarter of the base's own spread, with an interval that leaves out zero."""
+        return (
+            self.base_spread is not None
+            and self.difference.shows_difference
+            and abs(self.difference.value) > MOVED * self.base_spread
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +138,7 @@ def to_json(result: EvaluationResult, folder: Path) -> dict[str, Any]:
         "judge": result.judge.name,
         "settings": dict(result.settings),
         "scorers": [asdict(scorer) for scorer in result.scorers],
-        "statistics": [asdict(statistic) for statistic in result.statistics],
+        "statistics": [{**asdict(statistic), "moved": statistic.moved} for statistic in result.statistics],
         "rows": rows,
     }
     clean: dict[str, Any] = without_nan(head)
@@ -149,10 +168,7 @@ def from_json(data: Mapping[str, Any], folder: Path) -> EvaluationResult:
         aligned_fingerprint=data["aligned_fingerprint"],
         base_fingerprint=data["base_fingerprint"],
         scorers=tuple(_scorer(scorer) for scorer in data["scorers"]),
-        statistics=tuple(
-            PictureStatistic(**{**statistic, "difference": _difference(statistic["difference"])})
-            for statistic in data["statistics"]
-        ),
+        statistics=tuple(_statistic(statistic) for statistic in data["statistics"]),
         rows=rows,
         settings=data["settings"],
         versions=data["versions"],
@@ -175,10 +191,16 @@ def _scorer(data: Mapping[str, Any]) -> ScorerResult:
         fingerprint=data["fingerprint"],
         seen_in_training=data["seen_in_training"],
         win_rate=WinRate(**data["win_rate"]),
+        p_corrected=Corrected(**data["p_corrected"]),
         aligned=_summary(data["aligned"]),
         base=_summary(data["base"]),
         difference=_difference(data["difference"]),
     )
+
+
+def _statistic(data: Mapping[str, Any]) -> PictureStatistic:
+    measured = {key: value for key, value in data.items() if key != "moved"}
+    return PictureStatistic(**{**measured, "difference": _difference(data["difference"])})
 
 
 def _summary(data: Mapping[str, Any]) -> Summary:

@@ -92,7 +92,7 @@ def test_report_json_is_strict_and_reads_back(make_result, tmp_path, hostile):
     result = make_result(WINS[:5], prompts=hostile)
     files = write_report(result, tmp_path, history=[{"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.7}])
     data = strict(files.json.read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["headline"] == headline(result)
     assert data["history"] == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.7}]
     assert {"torch", "diffusers", "mmalign"} <= set(data["versions"])
@@ -132,7 +132,7 @@ def test_pictures_outside_the_report_are_neither_named_nor_read(make_result, tmp
 
 def test_another_schema_is_refused(make_result, tmp_path):
     file = write_report(make_result(WINS[:3]), tmp_path).json
-    file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     with pytest.raises(ValueError, match="schema_version 99"):
         read_report(file)
 
@@ -210,9 +210,9 @@ def test_numbers_have_the_decimals_their_error_gives_sense_to(value, scale, text
 
 
 def test_an_interval_that_touches_50_shows_no_difference():
-    rate = WinRate(0.6, 0.5, 0.7, 6, 0, 4, 10, 10, 0.95)
+    rate = WinRate(0.6, 0.5, 0.7, 6, 0, 4, 10, 10, 0.95, 0.05, "bootstrap")
     assert not rate.shows_difference
-    assert WinRate(0.6, 0.501, 0.7, 6, 0, 4, 10, 10, 0.95).shows_difference
+    assert replace(rate, low=0.501).shows_difference
 
 
 def test_a_model_compared_with_itself_is_told_so(make_result, tmp_path):

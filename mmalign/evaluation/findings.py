@@ -1,0 +1,65 @@
+"""What stands out in a result, a plain line each, for the report and the terminal."""
+
+from __future__ import annotations
+
+from mmalign.evaluation.image_statistics import STATISTICS
+from mmalign.evaluation.result import MOVED, EvaluationResult, PictureStatistic, ScorerResult
+from mmalign.evaluation.wording import count, difference_interval, difference_value, interval, level, p_value, percent
+
+
+def scorer_line(result: EvaluationResult, scorer: ScorerResult) -> str:
+    """`red (held out): 63.2% (95% interval 58.1% to 68.0%), corrected p = 0.004: aligned wins more often`"""
+    rate, p = scorer.win_rate, scorer.p_corrected
+    use = "seen in training" if scorer.seen_in_training else "held out"
+    shown = p.all if p.held_out is None else p.held_out
+    verdict = "no difference is shown"
+    if shown <= 1 - rate.confidence:
+        winner = result.aligned_label if rate.rate > 0.5 else result.base_label
+        verdict = f"{winner} wins more often"
+    return (
+        f"{scorer.name} ({use}): {percent(rate.rate)} ({level(rate.confidence)} interval {interval(rate)}), "
+        f"corrected {p_value(shown)}: {verdict}"
+    )
+
+
+def conclusion(result: EvaluationResult) -> str:
+    """Which held-out scorers show a difference once it is allowed for that several were looked at."""
+    held_out = [scorer for scorer in result.scorers if not scorer.seen_in_training]
+    alpha = 1 - result.judge.win_rate.confidence
+    if len(held_out) < 2:
+        return ""
+    ahead, behind = [], []
+    for scorer in held_out:
+        if scorer.p_corrected.held_out is not None and scorer.p_corrected.held_out <= alpha:
+            (ahead if scorer.win_rate.rate > 0.5 else behind).append(scorer.name)
+    told = [
+        f"{label} wins more often by {', '.join(names)}"
+        for label, names in ((result.aligned_label, ahead), (result.base_label, behind))
+        if names
+    ]
+    return (
+        f"Corrected for looking at {count(len(held_out), 'held-out scorer')} (Holm, {level(alpha)} for any error): "
+        f"{'; '.join(told) or 'no difference is shown'}."
+    )
+
+
+def moved_statistics(result: EvaluationResult) -> list[str]:
+    """`Pictures became brighter: +0.12 (95% interval +0.10 to +0.14), 0.8 of the base's standard deviation.`"""
+    return [_moved(statistic) for statistic in result.statistics if statistic.moved]
+
+
+def moved_rule() -> str:
+    return (
+        f"Pointed out is what moved by more than {MOVED:g} of the standard deviation over the base's pictures, with an "
+        "interval that leaves out zero."
+    )
+
+
+def _moved(statistic: PictureStatistic) -> str:
+    difference, words = statistic.difference, STATISTICS[statistic.name]
+    spread = statistic.base_spread
+    size = f", {abs(difference.value) / spread:.2g} of the base's standard deviation" if spread else ""
+    return (
+        f"Pictures became {words.rose if difference.value > 0 else words.fell}: {difference_value(difference)} "
+        f"({level(difference.confidence)} interval {difference_interval(difference)}){size}."
+    )
