@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,9 @@ from mmalign.evaluation.drawing import Side, draw_side
 from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics, measure_side
 from mmalign.evaluation.result import EvaluationResult, Row, library_versions
+from mmalign.evaluation.retention import RetentionPlan, retention, retention_scorer
 from mmalign.evaluation.scorers import Scorer, check_scorers
+from mmalign.evaluation.sweep import check_scales, sweep_scales
 
 
 def evaluate(
@@ -37,6 +39,8 @@ def evaluate(
     tie_margin: float = 0.0,
     num_resamples: int = 2000,
     confidence: float = 0.95,
+    lora_scales: Sequence[float] = (),
+    retention_plan: RetentionPlan | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Draw both sides into `output_dir`, score them, and compare. Called again, it draws only what is missing.
@@ -44,8 +48,12 @@ def evaluate(
     trained_on: names of the scorers that gave labels or rewards to the training; they are marked so everywhere, and the
     headline comes from the first scorer that is not among them.
     aligned_fingerprint, base_fingerprint: name the weights; left out, they are computed from them.
+    lora_scales: also compare with the aligned side's LoRA at each of these scales; 0 is the adapter switched off.
+    retention_plan: other prompts, on which a held-out scorer may not fall by more than a tolerance.
     """
     check_scorers(scorers, trained_on)
+    check_scales(aligned, lora_scales)
+    keeper = retention_scorer(retention_plan, scorers, trained_on) if retention_plan else None
     rules = Rules(tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
     if aligned_label == base_label:
         raise ValueError(f"Both sides are labelled {base_label!r}; give them different labels.")
@@ -61,11 +69,35 @@ def evaluate(
         width=width,
         progress=progress,
     )
-    ours = draw(aligned, prompts, label=aligned_label, fingerprint=aligned_fingerprint)
-    theirs = draw(base, prompts, label=base_label, fingerprint=base_fingerprint)
+    draw_aligned = partial(draw, aligned, label=aligned_label, fingerprint=aligned_fingerprint)
+    draw_base = partial(draw, base, label=base_label, fingerprint=base_fingerprint)
+    measure = partial(measure_side, batch_size=batch_size, progress=progress)
+    ours, theirs = draw_aligned(prompts), draw_base(prompts)
     _check_paired(ours, theirs)
-    measure = partial(measure_side, scorers=scorers, batch_size=batch_size, progress=progress)
-    return _compare(measure(ours), measure(theirs), scorers, trained_on, rules)
+    measured, reference = measure(ours, scorers=scorers), measure(theirs, scorers=scorers)
+    result = _compare(measured, reference, scorers, trained_on, rules)
+    if lora_scales:
+
+        def draw_scaled(scale: float) -> Side:
+            # Weights that the caller named himself are other ones at another scale.
+            name = aligned_fingerprint and f"{aligned_fingerprint}, LoRA scale {scale:g}"
+            return draw_aligned(prompts, fingerprint=name)
+
+        points = sweep_scales(
+            aligned,
+            lora_scales,
+            reference,
+            draw=draw_scaled,
+            measure=partial(measure, scorers=scorers),
+            scorers=scorers,
+            trained_on=trained_on,
+            rules=rules,
+        )
+        result = replace(result, sweep=points)
+    if retention_plan is not None and keeper is not None:
+        sides = [measure(side(retention_plan.prompts), scorers=[keeper]) for side in (draw_aligned, draw_base)]
+        result = replace(result, retention=retention(*sides, keeper, retention_plan.tolerance, rules))
+    return result
 
 
 def compare_sides(

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from mmalign.evaluation.image_statistics import STATISTICS
-from mmalign.evaluation.result import MOVED, EvaluationResult, PictureStatistic, ScorerResult
-from mmalign.evaluation.wording import count, difference_interval, difference_value, interval, level, p_value, percent
+from mmalign.evaluation.result import MOVED, EvaluationResult, PictureStatistic, Retention, ScorerResult
+from mmalign.evaluation.wording import (
+    count,
+    difference_interval,
+    difference_value,
+    headline,
+    interval,
+    level,
+    p_value,
+    percent,
+)
 
 
 def scorer_line(result: EvaluationResult, scorer: ScorerResult) -> str:
@@ -48,6 +57,16 @@ def moved_statistics(result: EvaluationResult) -> list[str]:
     return [_moved(statistic) for statistic in result.statistics if statistic.moved]
 
 
+def retention_line(found: Retention) -> str:
+    """`Retention kept: by red the mean score changed by −0.01 (95% interval −0.02 to +0.01) on 40 prompts; tolerance 0.05.`"""
+    difference = found.difference
+    return (
+        f"Retention {found.verdict}: by {found.scorer} the mean score changed by {difference_value(difference)} "
+        f"({level(difference.confidence)} interval {difference_interval(difference)}) on "
+        f"{count(difference.num_clusters, 'prompt')}; a loss of {found.tolerance:g} was to be borne."
+    )
+
+
 def moved_rule() -> str:
     return (
         f"Pointed out is what moved by more than {MOVED:g} of the standard deviation over the base's pictures, with an "
@@ -63,3 +82,17 @@ def _moved(statistic: PictureStatistic) -> str:
         f"Pictures became {words.rose if difference.value > 0 else words.fell}: {difference_value(difference)} "
         f"({level(difference.confidence)} interval {difference_interval(difference)}){size}."
     )
+
+
+def terminal_lines(result: EvaluationResult) -> list[str]:
+    """The headline, a line a scorer, and what else stands out."""
+    lines = [headline(result), *(f"  {scorer_line(result, scorer)}" for scorer in result.ranked_scorers)]
+    lines += [conclusion(result)] if conclusion(result) else []
+    lines += moved_statistics(result)
+    if result.retention is not None:
+        lines.append(retention_line(result.retention))
+    for point in result.sweep:
+        name = result.judge.name
+        rate = next(scorer.win_rate for scorer in point.scorers if scorer.name == name)
+        lines.append(f"  LoRA scale {point.scale:g}: {percent(rate.rate)} ({interval(rate)}) by {name}")
+    return lines

@@ -87,7 +87,7 @@ def compare_scores(
             p_corrected=p_values[at],
             aligned=summarise(aligned.scores[scorer.name], clusters),
             base=summarise(base.scores[scorer.name], clusters),
-            difference=_difference(aligned.scores[scorer.name], base.scores[scorer.name], clusters, rules),
+            difference=score_difference(aligned.scores[scorer.name], base.scores[scorer.name], clusters, rules),
         )
         for at, scorer in enumerate(scorers)
     )
@@ -108,7 +108,7 @@ def compare_statistics(aligned: MeasuredSide, base: MeasuredSide, rules: Rules) 
                 base=float(theirs[has].mean()),
                 aligned=float(ours.mean()),
                 base_spread=float(theirs[has].std()),
-                difference=_difference(ours, theirs[has], clusters[has].tolist(), rules),
+                difference=score_difference(ours, theirs[has], clusters[has].tolist(), rules),
             )
         )
     moved = drift(base.thumbnails, aligned.thumbnails)
@@ -119,7 +119,7 @@ def compare_statistics(aligned: MeasuredSide, base: MeasuredSide, rules: Rules) 
             base=None,
             aligned=None,
             base_spread=None,
-            difference=_difference(moved, np.zeros_like(moved), clusters.tolist(), rules),
+            difference=score_difference(moved, np.zeros_like(moved), clusters.tolist(), rules),
         )
     )
     return tuple(rows)
@@ -135,5 +135,6 @@ def summarise(scores: Array, clusters: Sequence[int]) -> Summary:
     )
 
 
-def _difference(ours: Array, theirs: Array, clusters: Sequence[int], rules: Rules) -> Difference:
+def score_difference(ours: Array, theirs: Array, clusters: Sequence[int], rules: Rules) -> Difference:
+    """Mean of ours − theirs over rows, with its interval."""
     return paired_difference(ours, theirs, clusters, num_resamples=rules.num_resamples, confidence=rules.confidence)

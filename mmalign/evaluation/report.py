@@ -14,7 +14,8 @@ import numpy as np
 from mmalign.evaluation.findings import conclusion, moved_statistics
 from mmalign.evaluation.grid import side_by_side
 from mmalign.evaluation.report_html import page
-from mmalign.evaluation.result import EvaluationResult, Row, from_json, to_json, without_nan
+from mmalign.evaluation.result import EvaluationResult, Row
+from mmalign.evaluation.result_json import from_json, to_json, without_nan
 from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import cautions, headline, notes, sample_rule
 from mmalign.files import write_file

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmalign.evaluation.findings import conclusion, moved_rule, moved_statistics
-from mmalign.evaluation.report_assets import SCRIPT
 from mmalign.evaluation.report_parts import definitions, document, name_cell, text
 from mmalign.evaluation.report_pictures import gallery, losses
 from mmalign.evaluation.report_plots import MAX_POINTS, axis, curve, interval_plot
+from mmalign.evaluation.report_script import SCRIPT
+from mmalign.evaluation.report_sections import retention, sweep
 from mmalign.evaluation.result import EvaluationResult, PictureStatistic, Row, ScorerResult, Summary
 from mmalign.evaluation.wording import (
     capital,
@@ -49,6 +50,8 @@ def page(
         gallery(result, sample, sample_rule),
         losses(result, worst),
         _statistics(result),
+        retention(result),
+        sweep(result),
         _curves(history),
         _notes(result),
         _settings(result),

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
+from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report_parts import SMALL, data_uri, text
 from mmalign.evaluation.result import EvaluationResult, Row
 from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import capital, count, number
+
+SHUFFLE_SEED = 0
+
+_VOTES = (
+    '<div class="votes" role="group" aria-label="Which picture do you prefer?" hidden>'
+    '<button type="button" data-vote="left" aria-pressed="false">Left</button>'
+    '<button type="button" data-vote="tie" aria-pressed="false">Tie</button>'
+    '<button type="button" data-vote="right" aria-pressed="false">Right</button></div>'
+)
 
 
 def gallery(result: EvaluationResult, sample: Sequence[Row], rule: str) -> str:
@@ -18,12 +31,31 @@ def gallery(result: EvaluationResult, sample: Sequence[Row], rule: str) -> str:
         return f'<section><h2>Pictures</h2><p class="quiet lead">{missing}</p></section>\n'
     cards = "".join(_pair(result, row) for row in sample)
     return (
-        '<section id="sample"><div class="toolbar"><h2>Pictures</h2>'
-        f'<button id="blind" type="button" hidden data-aligned="{text(result.aligned_label)}">Judge blind</button>'
-        f'</div><p class="quiet lead">{text(rule)}'
+        f'<section id="sample" data-about="{text(json.dumps(_about(result, len(sample))))}">'
+        '<div class="toolbar"><h2>Pictures</h2><button id="slide" type="button" aria-pressed="false" hidden>Slider</button>'
+        '<button id="blind" type="button" hidden>Judge blind</button>'
+        f'<button id="save" type="button" hidden>Save the votes</button></div><p class="quiet lead">{text(rule)}'
         f'<span class="open-only"> Scores are those of {text(result.judge.name)}.</span></p>'
         f'<p id="tally" role="status"></p><div class="gallery">{cards}</div></section>\n'
     )
+
+
+def left_side(row: Row) -> str:
+    """Which side stands left while pairs are judged blind: a coin that falls by prompt and seed, the same in every page."""
+    coin = hashlib.sha256(f"{SHUFFLE_SEED}:{row.seed}:{row.prompt}".encode("utf-8", "backslashreplace")).digest()[0]
+    return ("base", "aligned")[coin % 2]
+
+
+def _about(result: EvaluationResult, num_pairs: int) -> dict[str, Any]:
+    """What the script needs and the saved votes tell: quantiles of Student's t by the number of votes; null for one."""
+    return {
+        "aligned_label": result.aligned_label,
+        "base_label": result.base_label,
+        "aligned_fingerprint": result.aligned_fingerprint,
+        "base_fingerprint": result.base_fingerprint,
+        "shuffle_seed": SHUFFLE_SEED,
+        "quantiles": [None, *(student_t(0.975, votes - 1) for votes in range(2, num_pairs + 1))],
+    }
 
 
 def losses(result: EvaluationResult, worst: Sequence[Row]) -> str:
@@ -52,15 +84,17 @@ def _pair(result: EvaluationResult, row: Row) -> str:
         image = read_picture(picture)
         small = ' class="small"' if max(image.size) <= SMALL else ""
         return (
-            f'<button class="side" type="button" disabled data-side="{key}"><span class="label">'
+            f'<div class="side" data-side="{key}"><span class="label">'
             f"<span>{text(capital(label))}</span><b>{number(score, spread)}</b></span>"
             f'<img{small} src="{data_uri(image)}" width="{image.width}" height="{image.height}" loading="lazy" '
-            f'alt="{text(label)}: {text(row.prompt)}"></button>'
+            f'alt="{text(label)}: {text(row.prompt)}"></div>'
         )
 
     return (
-        '<figure class="pair"><div class="pictures">'
-        f"{side('base', result.base_label, base)}{side('aligned', result.aligned_label, aligned)}</div>"
+        f'<figure class="pair" data-seed="{row.seed}" data-left="{left_side(row)}"><div class="pictures">'
+        f"{side('base', result.base_label, base)}{side('aligned', result.aligned_label, aligned)}"
+        f'<input class="slider" type="range" hidden aria-label="how much of {text(result.base_label)} is shown, in percent"></div>'
+        f"{_VOTES}"
         f'<figcaption><p class="prompt" dir="auto">{text(row.prompt)}</p>'
         f'<p class="outcome"><span class="{mood}">{word}</span> {number(gap, spread, sign=True)}, seed {row.seed}</p>'
         "</figcaption></figure>"

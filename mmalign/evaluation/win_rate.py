@@ -106,18 +106,20 @@ def win_rate_difference(
     scores_base: Any,
     clusters: Sequence[Any],
     *,
+    scores_base_y: Any = None,
     tie_margin: float = 0.0,
     num_resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """Win rate of x over the base minus win rate of y over the same base pictures: is method x better than y?
+    """Win rate of x over the base minus win rate of y over the base: is method x better than y?
 
     scores_x, scores_y, scores_base: (N,) scores of the three sides, row by row on the same prompt and seed. Prompts are
     resampled for both methods together, so what makes a prompt easy for both cancels.
+    scores_base_y: the base of y, where it is another one than that of x.
     """
     x, groups = _outcomes(scores_x, scores_base, clusters, tie_margin)
-    y, _ = _outcomes(scores_y, scores_base, clusters, tie_margin)
+    y, _ = _outcomes(scores_y, scores_base if scores_base_y is None else scores_base_y, clusters, tie_margin)
     # (x − y) lies in [−1, 1]; moved to [0, 1] it is a proportion, and never gets an interval of no width.
     found = proportion_interval((x - y + 1) / 2, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
     low, high = 2 * found.low - 1, 2 * found.high - 1
