@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     if len(set(names)) < len(names):
         raise UsageError(f"runs need different names, got {', '.join(names)}; give --names")
 
-    from mmalign.evaluation import compare_results, findings, read_report, terminal_table, write_comparison
+    from mmalign.evaluation import compare_results, comparison_lines, read_report, write_comparison
 
     comparison = compare_results(
         {name: read_report(run) for name, run in zip(names, given["runs"], strict=True)},
@@ -59,6 +59,6 @@ def run(argv: Sequence[str]) -> int:
         confidence=given["confidence"],
     )
     page = write_comparison(comparison, given["output_dir"])
-    print("\n".join([*terminal_table(comparison), *findings(comparison)]))
+    print("\n".join(comparison_lines(comparison)))
     print(f"comparison: {page}")
     return 0

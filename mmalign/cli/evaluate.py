@@ -158,7 +158,7 @@ def run(argv: Sequence[str]) -> int:
     if plan is not None and plan.scorer is not None and plan.scorer not in names:
         names.append(plan.scorer)
 
-    from mmalign.evaluation import evaluate, terminal_lines, write_report
+    from mmalign.evaluation import evaluate, result_lines, write_report
 
     device = best_device(given["device"])
     result = evaluate(
@@ -182,7 +182,7 @@ def run(argv: Sequence[str]) -> int:
         retention_plan=plan,
     )
     files = write_report(result, given["output_dir"], history=history, num_samples=given["num_samples"])
-    print("\n".join(terminal_lines(result)))
+    print("\n".join(result_lines(result)))
     print(f"report: {files.html}")
     return 0
 

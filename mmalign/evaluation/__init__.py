@@ -1,10 +1,10 @@
 """Evaluation: paired pictures, win rates with intervals over prompts, and a report that opens offline."""
 
-from mmalign.evaluation.compare_report import findings, terminal_table, write_comparison
+from mmalign.evaluation.compare_report import comparison_lines, write_comparison
 from mmalign.evaluation.compare_runs import Comparison, RunDifference, ScorerComparison, compare_results
 from mmalign.evaluation.drawing import SamplerSettings, Side, draw_side
 from mmalign.evaluation.evaluate import compare_sides, evaluate
-from mmalign.evaluation.findings import conclusion, moved_statistics, retention_line, scorer_line, terminal_lines
+from mmalign.evaluation.findings import conclusion, moved_statistics, result_lines, retention_line, scorer_line
 from mmalign.evaluation.fingerprint import model_fingerprint
 from mmalign.evaluation.generate import generate
 from mmalign.evaluation.grid import side_by_side
@@ -28,13 +28,13 @@ __all__ = [
     "compare_results",
     "compare_sides",
     "Comparison",
+    "comparison_lines",
     "conclusion",
     "Corrected",
     "Difference",
     "draw_side",
     "evaluate",
     "EvaluationResult",
-    "findings",
     "generate",
     "headline",
     "holm",
@@ -44,6 +44,7 @@ __all__ = [
     "PictureStatistic",
     "read_report",
     "ReportFiles",
+    "result_lines",
     "Retention",
     "retention_line",
     "RetentionPlan",
@@ -58,8 +59,6 @@ __all__ = [
     "Side",
     "side_by_side",
     "Summary",
-    "terminal_lines",
-    "terminal_table",
     "win_rate",
     "win_rate_difference",
     "WinRate",

@@ -22,28 +22,35 @@ def write_comparison(comparison: Comparison, output_dir: str | Path) -> Path:
     content = {
         "schema_version": SCHEMA_VERSION,
         "created": created,
-        "findings": findings(comparison),
+        "verdicts": verdicts(comparison),
+        "warnings": warnings(comparison),
         **asdict(comparison),
     }
     write_file(folder / "compare.json", json.dumps(without_nan(content), indent=1, allow_nan=False))
     sections = [
-        f'<div class="hero"><div></div><div><h1>{text(findings(comparison)[0])}</h1></div></div>\n',
+        f'<h1 class="verdict">{"<br>".join(map(text, verdicts(comparison)))}</h1>\n',
+        *(f'<p class="warn">{text(line)}</p>\n' for line in warnings(comparison)),
         *(_scorer(comparison, scorer) for scorer in comparison.scorers),
-        _notes(comparison),
+        _notes(),
         _settings(comparison),
     ]
     title = ", ".join(comparison.runs)
     return write_file(folder / "compare.html", document("comparison", title, created, sections))
 
 
-def findings(comparison: Comparison) -> list[str]:
-    """What the first held-out scorer says of each pair of runs, then what a reader must know, a plain line each."""
+def verdicts(comparison: Comparison) -> list[str]:
+    """What the first held-out scorer says of the pairs of runs, a plain line each."""
     judge = comparison.scorers[0]
     alpha = 1 - judge.win_rates[0].confidence
     seen = f", which {_names(judge.seen_by)} trained on, so this is no evidence" if judge.seen_by else ""
-    lines = [
+    return [
         f"{_ahead(pair)}, as told by {judge.name}{seen}." for pair in judge.differences if _corrected(pair) <= alpha
     ] or [f"No difference between the runs is shown, as told by {judge.name}{seen}."]
+
+
+def warnings(comparison: Comparison) -> list[str]:
+    """What a reader must know before believing the verdicts, a plain line each."""
+    lines = []
     if "base" in comparison.settings["allow_different"]:
         lines.append("The runs may start from different bases; each win rate is over its own, so a weak base flatters.")
     twins = {a for a in comparison.aligned_fingerprints if comparison.aligned_fingerprints.count(a) > 1}
@@ -54,8 +61,8 @@ def findings(comparison: Comparison) -> list[str]:
     return lines
 
 
-def terminal_table(comparison: Comparison) -> list[str]:
-    """Every win rate and every difference, a line each."""
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """For the terminal: every win rate and every difference, a line each, then the verdicts and the warnings."""
     width = max(map(len, comparison.runs))
     lines = []
     for scorer in comparison.scorers:
@@ -70,7 +77,7 @@ def terminal_table(comparison: Comparison) -> list[str]:
             f"corrected {p_value(_corrected(pair))}"
             for pair in scorer.differences
         ]
-    return lines
+    return [*lines, *verdicts(comparison), *warnings(comparison)]
 
 
 def _corrected(pair: RunDifference) -> float:
@@ -129,14 +136,14 @@ def _scorer(comparison: Comparison, scorer: ScorerComparison) -> str:
     )
 
 
-def _notes(comparison: Comparison) -> str:
+def _notes() -> str:
     rules = [
         "The difference of two runs has an interval of its own, from prompts drawn for both together: whether the intervals of "
         "two win rates overlap says less.",
         "Corrected p-values are Holm's over all pairs of runs and all held-out scorers; for a scorer that a run trained on, over "
         "everything shown here.",
     ]
-    lines = "".join(f"<li>{text(line)}</li>" for line in [*findings(comparison)[1:], *rules])
+    lines = "".join(f"<li>{text(line)}</li>" for line in rules)
     return f'<section><h2>How to read this</h2><ul class="notes">{lines}</ul></section>\n'
 
 

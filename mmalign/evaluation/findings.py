@@ -53,17 +53,17 @@ def conclusion(result: EvaluationResult) -> str:
 
 
 def moved_statistics(result: EvaluationResult) -> list[str]:
-    """`Pictures became brighter: +0.12 (95% interval +0.10 to +0.14), 0.8 of the base's standard deviation.`"""
+    """`Pictures became brighter: +0.12 (95% interval +0.10 to +0.14), 0.8 times the base's standard deviation.`"""
     return [_moved(statistic) for statistic in result.statistics if statistic.moved]
 
 
 def retention_line(found: Retention) -> str:
-    """`Retention kept: by red the mean score changed by −0.01 (95% interval −0.02 to +0.01) on 40 prompts; tolerance 0.05.`"""
+    """`Retention kept: by red the mean score changed by −0.01 (95% interval −0.02 to +0.01) on 40 prompts; tolerated loss 0.05.`"""
     difference = found.difference
     return (
         f"Retention {found.verdict}: by {found.scorer} the mean score changed by {difference_value(difference)} "
         f"({level(difference.confidence)} interval {difference_interval(difference)}) on "
-        f"{count(difference.num_clusters, 'prompt')}; a loss of {found.tolerance:g} was to be borne."
+        f"{count(difference.num_clusters, 'prompt')}; tolerated loss {found.tolerance:g}."
     )
 
 
@@ -77,15 +77,15 @@ def moved_rule() -> str:
 def _moved(statistic: PictureStatistic) -> str:
     difference, words = statistic.difference, STATISTICS[statistic.name]
     spread = statistic.base_spread
-    size = f", {abs(difference.value) / spread:.2g} of the base's standard deviation" if spread else ""
+    size = f", {abs(difference.value) / spread:.2g} times the base's standard deviation" if spread else ""
     return (
         f"Pictures became {words.rose if difference.value > 0 else words.fell}: {difference_value(difference)} "
         f"({level(difference.confidence)} interval {difference_interval(difference)}){size}."
     )
 
 
-def terminal_lines(result: EvaluationResult) -> list[str]:
-    """The headline, a line a scorer, and what else stands out."""
+def result_lines(result: EvaluationResult) -> list[str]:
+    """For the terminal: the headline, a line a scorer, and what else stands out."""
     lines = [headline(result), *(f"  {scorer_line(result, scorer)}" for scorer in result.ranked_scorers)]
     lines += [conclusion(result)] if conclusion(result) else []
     lines += moved_statistics(result)

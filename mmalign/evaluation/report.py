@@ -46,6 +46,8 @@ def write_report(
     history: training logs, one dict an entry, as in `trainer.state.log_history`; every number in them gets a curve.
     num_samples: prompts to show, picked with `sample_seed` before any score is looked at. num_worst: worst losses.
     """
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be zero or more, got {num_samples}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = [dict(entry) for entry in history]

@@ -39,6 +39,7 @@ h1 {
 }
 .finding { margin-top: 8px; font-weight: 500; max-width: 84ch; }
 .hero .interval { margin-top: 20px; }
+.verdict { margin-top: 40px; }
 .warn { margin-top: 12px; color: var(--mark); max-width: 72ch; }
 
 table { width: 100%; border-collapse: collapse; margin-top: 16px; }
@@ -125,8 +126,7 @@ body.slide .pictures::after {
 .curve svg.axis { height: 16px; } .wide { overflow-x: auto; }
 .curve p { margin-top: 4px; }
 .curve .range { display: flex; justify-content: space-between; margin: 3px 0 0 4.8em; }
-.curve .plot, .curve svg.axis { height: 16px; } .wide { overflow-x: auto; }
-.curve p { margin-top: 4px; }
+.curve .plot, .curve p { margin-top: 4px; }
 .curve .range { font-size: 0.75rem; color: var(--muted); }
 details { margin-top: 20px; } summary { cursor: pointer; color: var(--muted); font-size: 0.87rem; }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from mmalign.evaluation.fingerprint import digest
 from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report_parts import SMALL, data_uri, text
 from mmalign.evaluation.result import EvaluationResult, Row
@@ -29,7 +31,7 @@ def gallery(result: EvaluationResult, sample: Sequence[Row], rule: str) -> str:
     if not sample:
         missing = "The pictures are not stored with this report."
         return f'<section><h2>Pictures</h2><p class="quiet lead">{missing}</p></section>\n'
-    cards = "".join(_pair(result, row) for row in sample)
+    cards = "".join(_pair(result, row, left) for row, left in zip(sample, left_sides(result, sample), strict=True))
     return (
         f'<section id="sample" data-about="{text(json.dumps(_about(result, len(sample))))}">'
         '<div class="toolbar"><h2>Pictures</h2><button id="slide" type="button" aria-pressed="false" hidden>Slider</button>'
@@ -40,10 +42,15 @@ def gallery(result: EvaluationResult, sample: Sequence[Row], rule: str) -> str:
     )
 
 
-def left_side(row: Row) -> str:
-    """Which side stands left while pairs are judged blind: a coin that falls by prompt and seed, the same in every page."""
-    coin = hashlib.sha256(f"{SHUFFLE_SEED}:{row.seed}:{row.prompt}".encode("utf-8", "backslashreplace")).digest()[0]
-    return ("base", "aligned")[coin % 2]
+def left_sides(result: EvaluationResult, rows: Sequence[Row]) -> list[str]:
+    """Which side stands left in each pair while they are judged blind: each side in half of them, shuffled.
+
+    The order follows from `SHUFFLE_SEED`, both models and the prompts, and from no score: the same page always has the same one,
+    another model's has another, so that nobody learns it.
+    """
+    drawn_from = [SHUFFLE_SEED, result.aligned_fingerprint, result.base_fingerprint, [row.prompt for row in rows]]
+    order = np.random.default_rng(int(digest(drawn_from)[:16], 16)).permutation(len(rows))
+    return [("base", "aligned")[place % 2] for place in order]
 
 
 def _about(result: EvaluationResult, num_pairs: int) -> dict[str, Any]:
@@ -70,7 +77,8 @@ def losses(result: EvaluationResult, worst: Sequence[Row]) -> str:
     )
 
 
-def _pair(result: EvaluationResult, row: Row) -> str:
+def _pair(result: EvaluationResult, row: Row, left: str | None = None) -> str:
+    """One pair; with `left` it can be judged blind, that side standing left."""
     judge = result.judge
     base, aligned = row.base_scores[judge.name], row.aligned_scores[judge.name]
     spread = abs(judge.difference.value) + 4 * judge.base.standard_error
@@ -90,11 +98,12 @@ def _pair(result: EvaluationResult, row: Row) -> str:
             f'alt="{text(label)}: {text(row.prompt)}"></div>'
         )
 
+    votable = f' data-seed="{row.seed}" data-left="{left}"' if left else ""
     return (
-        f'<figure class="pair" data-seed="{row.seed}" data-left="{left_side(row)}"><div class="pictures">'
+        f'<figure class="pair"{votable}><div class="pictures">'
         f"{side('base', result.base_label, base)}{side('aligned', result.aligned_label, aligned)}"
         f'<input class="slider" type="range" hidden aria-label="how much of {text(result.base_label)} is shown, in percent"></div>'
-        f"{_VOTES}"
+        f"{_VOTES if left else ''}"
         f'<figcaption><p class="prompt" dir="auto">{text(row.prompt)}</p>'
         f'<p class="outcome"><span class="{mood}">{word}</span> {number(gap, spread, sign=True)}, seed {row.seed}</p>'
         "</figcaption></figure>"

@@ -76,11 +76,16 @@ def curve(key: str, points: Sequence[tuple[float, float]], x_name: str) -> str:
 
 
 def scale_plot(
-    key: str, points: Sequence[tuple[float, float, float, float]], *, null: float, show: Callable[[float, float], str]
+    key: str,
+    points: Sequence[tuple[float, float, float, float]],
+    *,
+    null: float,
+    show: Callable[[float, float], str],
+    seen_in_training: bool = False,
 ) -> str:
     """A value with its interval against the LoRA scale: points are (scale, value, low, high); dashed at `null`.
 
-    show: a value as text, given the height of the plot.
+    show: a value as text, given the height of the plot. Hollow dots for a scorer that was seen in training.
     """
     ends = [end for _, value, low, high in points for end in (value, low, high) if math.isfinite(end)] + [null]
     bottom, top = min(ends), max(ends)
@@ -107,7 +112,7 @@ def scale_plot(
         f'<figure class="curve"><figcaption><span class="key">{escape(key)}</span></figcaption>'
         f'<div class="plot"><div class="scale"><span>{show(top, top - bottom)}</span>'
         f"<span>{show(bottom, top - bottom)}</span></div>"
-        f'<svg class="interval" role="img" aria-label="{escape(key)}: {told}">'
+        f'<svg class="interval{" seen" if seen_in_training else ""}" role="img" aria-label="{escape(key)}: {told}">'
         f'<line class="half" x1="0" x2="100%" y1="{guide}" y2="{guide}"/>{"".join(marks)}</svg>'
         f'<span></span><svg class="axis" aria-hidden="true" width="100%" height="16">{"".join(ticks)}</svg></div></figure>'
     )

@@ -45,6 +45,7 @@ SCRIPT = """
   };
   const dress = judging => {
     body.toggle('blind', judging);
+    slide.hidden = judging;
     pairs.forEach(pair => {
       const pictures = pair.querySelector('.pictures'), left = judging ? pair.dataset.left : 'base';
       pictures.prepend(pictures.querySelector(`[data-side=${left}]`));

@@ -34,6 +34,7 @@ def sweep(result: EvaluationResult) -> str:
             ],
             null=0.5,
             show=lambda value, _: percent(value),
+            seen_in_training=scorer.seen_in_training,
         )
         for at, scorer in enumerate(first.scorers)
     ]

@@ -9,14 +9,14 @@ import pytest
 from mmalign import cli
 from mmalign.evaluation import (
     compare_results,
-    findings,
+    comparison_lines,
     holm,
-    terminal_table,
     win_rate,
     win_rate_difference,
     write_comparison,
     write_report,
 )
+from mmalign.evaluation.compare_report import verdicts, warnings
 
 
 @pytest.fixture
@@ -67,26 +67,26 @@ def test_differences_are_corrected_over_pairs_and_held_out_scorers(runs):
 
 
 def test_findings_name_the_runs_that_are_ahead_and_no_others(runs):
-    lines = findings(compare_results(runs))
+    lines = verdicts(compare_results(runs))
     assert [line.split(":")[0] for line in lines] == [
         "strong wins more often than weak",
         "strong wins more often than twin",
     ]
-    same = findings(compare_results({name: runs[name] for name in ("weak", "twin")}))
+    same = verdicts(compare_results({name: runs[name] for name in ("weak", "twin")}))
     assert same == ["No difference between the runs is shown, as told by red."]
-    table = terminal_table(compare_results(runs))
+    table = comparison_lines(compare_results(runs))
     assert table[0] == "red (held out), 120 comparisons on 120 prompts"
     assert any(line.startswith("  strong \N{MINUS SIGN} weak: +40.0 points (") for line in table)
     copies = {"a": runs["weak"], "b": runs["weak"]}
-    assert any("the same model" in line for line in findings(compare_results(copies)))
+    assert any("the same model" in line for line in warnings(compare_results(copies)))
 
 
 def test_a_scorer_that_any_run_trained_on_is_marked_and_told_last(runs):
     trained = replace(runs["weak"], settings={**runs["weak"].settings, "trained_on": ["green", "red"]})
     comparison = compare_results({"strong": runs["strong"], "weak": trained})
-    assert [scorer.name for scorer in comparison.scorers] == ["blue", "red", "green"]
-    assert comparison.scorers[1].seen_by == ("weak",)
-    assert "red (trained on by weak), 120 comparisons on 120 prompts" in terminal_table(comparison)
+    assert [scorer.name for scorer in comparison.scorers] == ["blue", "green", "red"]
+    assert comparison.scorers[2].seen_by == ("weak",) and comparison.scorers[1].seen_by == ("strong", "weak")
+    assert "red (trained on by weak), 120 comparisons on 120 prompts" in comparison_lines(comparison)
 
 
 def test_the_order_of_the_rows_does_not_matter(runs):
@@ -137,7 +137,7 @@ def test_only_the_base_may_differ_and_each_run_then_has_its_own(runs):
     comparison = compare_results({"strong": runs["strong"], "weak": flattered}, allow_different=["base"])
     assert comparison.scorers[0].win_rates[1].rate == 1.0
     assert comparison.scorers[0].differences[0].difference.value == pytest.approx(0.9 - 1.0)
-    assert any("over its own" in line for line in findings(comparison))
+    assert any("over its own" in line for line in warnings(comparison))
     with pytest.raises(ValueError, match="may differ in base only, not in prompts"):
         compare_results(runs, allow_different=["prompts"])
 
@@ -146,7 +146,7 @@ def test_scorers_that_did_not_judge_every_run_are_left_out_and_said_so(runs):
     fewer = replace(runs["weak"], scorers=tuple(s for s in runs["weak"].scorers if s.name != "blue"))
     comparison = compare_results({"strong": runs["strong"], "weak": fewer})
     assert comparison.left_out == ("blue",)
-    assert "Left out, as they did not judge every run: blue." in findings(comparison)
+    assert "Left out, as they did not judge every run: blue." in warnings(comparison)
     with pytest.raises(ValueError, match="no scorer judged every run"):
         compare_results({"strong": runs["strong"], "weak": replace(fewer, scorers=())})
     with pytest.raises(ValueError, match="at least two runs"):
@@ -162,7 +162,7 @@ def test_the_page_loads_nothing_and_names_stay_text(runs, tmp_path):
     data = json.loads((tmp_path / "compare.json").read_text())
     assert data["scorers"][0]["differences"][0]["p_corrected"]["held_out"] < 0.001
     assert data["scorers"][2]["seen_by"] == [hostile, "weak"]
-    assert data["findings"] == findings(comparison)
+    assert data["verdicts"] == verdicts(comparison)
 
 
 def test_the_verb_reads_reports_and_says_in_one_line_what_differs(runs, tmp_path, capsys, monkeypatch):

@@ -114,7 +114,7 @@ def test_what_moved_is_pointed_out_in_words(make_result):
         line for line in moved_statistics(darker) if line.startswith("Pictures became darker: \N{MINUS SIGN}0.0")
     )
     size = abs(brightness.difference.value) / brightness.base_spread
-    assert line.endswith(f", {size:.2g} of the base's standard deviation.")
+    assert line.endswith(f", {size:.2g} times the base's standard deviation.")
     assert not replace(brightness, base_spread=brightness.base_spread * size * 4.01).moved
     assert replace(brightness, base_spread=brightness.base_spread * size * 3.99).moved
     assert not replace(brightness, difference=replace(brightness.difference, low=-1.0, high=1.0)).moved

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmalign.evaluation import RetentionPlan, evaluate, read_report, retention_line, terminal_lines, write_report
+from mmalign.evaluation import RetentionPlan, evaluate, read_report, result_lines, retention_line, write_report
 from mmalign.evaluation.result import Retention, Summary
 from mmalign.evaluation.retention import retention_scorer
 from mmalign.evaluation.win_rate import Difference
@@ -37,7 +37,7 @@ def test_the_verdict_is_where_the_interval_lies(low, high, verdict):
 def test_the_line_tells_the_tolerance():
     assert retention_line(found(-0.05, 0.01)) == (
         "Retention kept: by red the mean score changed by \N{MINUS SIGN}0.020 (95% interval \N{MINUS SIGN}0.050 to +0.010) "
-        "on 40 prompts; a loss of 0.1 was to be borne."
+        "on 40 prompts; tolerated loss 0.1."
     )
 
 
@@ -78,4 +78,4 @@ def test_retention_is_measured_on_its_own_prompts_and_stands_in_the_report(chann
     assert json.loads(files.json.read_text())["retention"]["verdict"] == "kept"
     assert read_report(tmp_path).retention == kept
     assert "<h2>Retention</h2>" in files.html.read_text()
-    assert retention_line(kept) in terminal_lines(result)
+    assert retention_line(kept) in result_lines(result)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmalign.evaluation import evaluate, read_report, terminal_lines, write_report
+from mmalign.evaluation import evaluate, read_report, result_lines, write_report
 from mmalign.evaluation.sweep import at_lora_scale
 
 PROMPTS = ["a red sneaker", "a blue bag"]
@@ -79,7 +79,7 @@ def test_a_sweep_starts_at_the_base_and_passes_through_the_comparison(base, chan
     html = files.html.read_text()
     assert "<h2>LoRA scale</h2>" in html and "win rate by red" in html and "change of brightness" in html
     assert json.loads(files.json.read_text())["sweep"][1]["scale"] == 0.5
-    assert any(line.startswith("  LoRA scale 0.5: ") for line in terminal_lines(result))
+    assert any(line.startswith("  LoRA scale 0.5: ") for line in result_lines(result))
 
 
 def test_weights_that_the_caller_named_have_another_name_at_every_scale(base, channel_scorer, tmp_path):
