@@ -125,7 +125,7 @@ def _scorer(comparison: Comparison, scorer: ScorerComparison) -> str:
         for pair in scorer.differences
     )
     return (
-        f'<section><h2>{text(capital(scorer.name))}</h2><p class="quiet lead">How often each run beats the base for the '
+        f'<section><h2>As told by {text(scorer.name)}</h2><p class="quiet lead">How often each run beats the base for the '
         f"same prompt and seed: {sample_size(scorer.win_rates[0])}.</p>"
         '<table><thead><tr><th>Run</th><th></th><th class="number">Win rate</th>'
         f'<th class="number">{confidence} interval</th><th class="number">Wins / ties / losses</th></tr></thead>'

@@ -95,8 +95,10 @@ def evaluate(
         )
         result = replace(result, sweep=points)
     if retention_plan is not None and keeper is not None:
-        sides = [measure(side(retention_plan.prompts), scorers=[keeper]) for side in (draw_aligned, draw_base)]
-        result = replace(result, retention=retention(*sides, keeper, retention_plan.tolerance, rules))
+        kept, had = (
+            measure(draw_it(retention_plan.prompts), scorers=[keeper]) for draw_it in (draw_aligned, draw_base)
+        )
+        result = replace(result, retention=retention(kept, had, keeper, retention_plan.tolerance, rules))
     return result
 
 

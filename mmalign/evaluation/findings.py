@@ -37,7 +37,8 @@ def conclusion(result: EvaluationResult) -> str:
     alpha = 1 - result.judge.win_rate.confidence
     if len(held_out) < 2:
         return ""
-    ahead, behind = [], []
+    ahead: list[str] = []
+    behind: list[str] = []
     for scorer in held_out:
         if scorer.p_corrected.held_out is not None and scorer.p_corrected.held_out <= alpha:
             (ahead if scorer.win_rate.rate > 0.5 else behind).append(scorer.name)

@@ -124,6 +124,7 @@ body.slide .pictures::after {
 .curve polyline, .curve line { vector-effect: non-scaling-stroke; }
 .curve .guide { stroke: var(--muted); stroke-dasharray: 3 4; }
 .curve svg.axis { height: 16px; } .wide { overflow-x: auto; }
+.wide td, .wide th { padding-right: 12px; } .wide .number { font-size: 0.87rem; }
 .curve p { margin-top: 4px; }
 .curve .range { display: flex; justify-content: space-between; margin: 3px 0 0 4.8em; }
 .curve .plot, .curve p { margin-top: 4px; }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mmalign.evaluation.findings import retention_line
 from mmalign.evaluation.report_parts import text
 from mmalign.evaluation.report_plots import scale_plot
@@ -51,18 +53,27 @@ def sweep(result: EvaluationResult) -> str:
         )
         for at, statistic in enumerate(first.statistics)
     ]
-    heads = [f"Win rate by {scorer.name}" for scorer in first.scorers]
-    heads += [capital(statistic.name) for statistic in first.statistics]
-    rows = []
-    for point in result.sweep:
-        cells = [(percent(s.win_rate.rate), interval(s.win_rate)) for s in point.scorers]
-        cells += [(difference_value(s.difference), difference_interval(s.difference)) for s in point.statistics]
-        body = "".join(
-            f'<td class="number" data-label="{text(head)}"><b>{value}</b><span class="unit">{ends}</span></td>'
-            for head, (value, ends) in zip(heads, cells, strict=True)
+    rows = [
+        (
+            f"Win rate by {scorer.name}",
+            [(percent(rate.rate), interval(rate)) for point in result.sweep for rate in [point.scorers[at].win_rate]],
         )
-        rows.append(f'<tr><td class="name">{point.scale:g}</td>{body}</tr>')
-    head = "".join(f'<th class="number wraps">{text(name)}</th>' for name in heads)
+        for at, scorer in enumerate(first.scorers)
+    ]
+    rows += [
+        (
+            f"Change of {statistic.name}",
+            [
+                (difference_value(change), difference_interval(change))
+                for point in result.sweep
+                for change in [point.statistics[at].difference]
+            ],
+        )
+        for at, statistic in enumerate(first.statistics)
+    ]
+    scales = [f"{point.scale:g}" for point in result.sweep]
+    head = "".join(f'<th class="number">{scale}</th>' for scale in scales)
+    body = "".join(_row(name, scales, cells) for name, cells in rows)
     rate = first.scorers[0].win_rate
     return (
         '<section><h2>LoRA scale</h2><p class="quiet lead">'
@@ -70,9 +81,17 @@ def sweep(result: EvaluationResult) -> str:
         f"prompts and seeds: {sample_size(rate)} each, {level(rate.confidence)} intervals. At 0 it is switched off. Nothing here is "
         "corrected for looking at several scales: settle on one here, and prove it on other prompts.</p>"
         f'<div class="curves">{"".join(plots)}{"".join(changes)}</div>'
-        f'<details><summary>All numbers</summary><div class="wide"><table><thead><tr><th>Scale</th>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div></details></section>\n"
+        f'<details><summary>All numbers</summary><div class="wide"><table><thead><tr><th>LoRA scale</th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details></section>\n"
     )
+
+
+def _row(name: str, scales: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:
+    shown = "".join(
+        f'<td class="number" data-label="{scale}"><b>{value}</b><span class="unit">{ends}</span></td>'
+        for scale, (value, ends) in zip(scales, cells, strict=True)
+    )
+    return f'<tr><td class="name">{text(name)}</td>{shown}</tr>'
 
 
 def retention(result: EvaluationResult) -> str:
