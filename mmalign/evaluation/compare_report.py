@@ -44,7 +44,9 @@ def verdicts(comparison: Comparison) -> list[str]:
     alpha = 1 - judge.win_rates[0].confidence
     seen = f", which {_names(judge.seen_by)} trained on, so this is no evidence" if judge.seen_by else ""
     return [
-        f"{_ahead(pair)}, as told by {judge.name}{seen}." for pair in judge.differences if _corrected(pair) <= alpha
+        f"{_ahead(pair)}, as told by {judge.name}{seen}."
+        for pair in judge.differences
+        if pair.p_corrected.shown <= alpha
     ] or [f"No difference between the runs is shown, as told by {judge.name}{seen}."]
 
 
@@ -74,22 +76,17 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         ]
         lines += [
             f"  {pair.first} \N{MINUS SIGN} {pair.second}: {_points(pair)} points ({_ends(pair)}), "
-            f"corrected {p_value(_corrected(pair))}"
+            f"corrected {p_value(pair.p_corrected.shown)}"
             for pair in scorer.differences
         ]
     return [*lines, *verdicts(comparison), *warnings(comparison)]
-
-
-def _corrected(pair: RunDifference) -> float:
-    held_out = pair.p_corrected.held_out
-    return pair.p_corrected.all if held_out is None else held_out
 
 
 def _ahead(pair: RunDifference) -> str:
     better, worse = (pair.first, pair.second) if pair.difference.value > 0 else (pair.second, pair.first)
     return (
         f"{better} wins more often than {worse}: {pair.first} \N{MINUS SIGN} {pair.second} is {_points(pair)} points "
-        f"({level(pair.difference.confidence)} interval {_ends(pair)}, corrected {p_value(_corrected(pair))})"
+        f"({level(pair.difference.confidence)} interval {_ends(pair)}, corrected {p_value(pair.p_corrected.shown)})"
     )
 
 
@@ -121,7 +118,7 @@ def _scorer(comparison: Comparison, scorer: ScorerComparison) -> str:
         f'<tr><td class="name">{text(pair.first)} \N{MINUS SIGN} {text(pair.second)}</td>'
         f'<td class="number" data-label="Difference, points"><b>{_points(pair)}</b></td>'
         f'<td class="number" data-label="{confidence} interval">{_ends(pair)}</td>'
-        f'<td class="number" data-label="Corrected p">{text(p_value(_corrected(pair)))}</td></tr>'
+        f'<td class="number" data-label="Corrected p">{text(p_value(pair.p_corrected.shown))}</td></tr>'
         for pair in scorer.differences
     )
     return (

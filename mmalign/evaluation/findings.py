@@ -20,14 +20,13 @@ def scorer_line(result: EvaluationResult, scorer: ScorerResult) -> str:
     """`red (held out): 63.2% (95% interval 58.1% to 68.0%), corrected p = 0.004: aligned wins more often`"""
     rate, p = scorer.win_rate, scorer.p_corrected
     use = "seen in training" if scorer.seen_in_training else "held out"
-    shown = p.all if p.held_out is None else p.held_out
     verdict = "no difference is shown"
-    if shown <= 1 - rate.confidence:
+    if p.shown <= 1 - rate.confidence:
         winner = result.aligned_label if rate.rate > 0.5 else result.base_label
         verdict = f"{winner} wins more often"
     return (
         f"{scorer.name} ({use}): {percent(rate.rate)} ({level(rate.confidence)} interval {interval(rate)}), "
-        f"corrected {p_value(shown)}: {verdict}"
+        f"corrected {p_value(p.shown)}: {verdict}"
     )
 
 
@@ -40,7 +39,7 @@ def conclusion(result: EvaluationResult) -> str:
     ahead: list[str] = []
     behind: list[str] = []
     for scorer in held_out:
-        if scorer.p_corrected.held_out is not None and scorer.p_corrected.held_out <= alpha:
+        if scorer.p_corrected.shown <= alpha:
             (ahead if scorer.win_rate.rate > 0.5 else behind).append(scorer.name)
     told = [
         f"{label} wins more often by {', '.join(names)}"

@@ -13,6 +13,11 @@ class Corrected:
     held_out: float | None
     all: float
 
+    @property
+    def shown(self) -> float:
+        """The one to go by: among the held-out ones where it is one of them."""
+        return self.all if self.held_out is None else self.held_out
+
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values, in order. Calling a difference where one is ≤ α errs in any of them with probability ≤ α.
