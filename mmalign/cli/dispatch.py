@@ -64,6 +64,12 @@ VERBS = {
             "mmalign.cli.evaluate",
         ),
         Verb(
+            "compare",
+            "several evaluations of the same prompts against each other, refused where numbers may not be compared",
+            "mmalign compare runs/smpo/evaluation runs/dpo/evaluation --names SmPO DPO",
+            "mmalign.cli.compare",
+        ),
+        Verb(
             "score",
             "what scorers say of pictures that are already there",
             "mmalign score --pictures pictures/ --scorers hpsv2.1 aesthetic",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmalign.cli.models import (
     ALIGNED,
@@ -15,13 +15,17 @@ from mmalign.cli.models import (
     load_pipeline,
     model_options,
     prompt_options,
+    prompts_of,
     read_prompts,
     sampling_options,
 )
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, whole
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, number, whole
 from mmalign.scorer_names import SCORERS
 
-_MODEL, _WHAT, _JUDGED = "the two models", "what is drawn", "who judges"
+if TYPE_CHECKING:
+    from mmalign.evaluation import RetentionPlan
+
+_MODEL, _WHAT, _JUDGED, _ALSO = "the two models", "what is drawn", "who judges", "what else is asked and shown"
 VERB = Command(
     prog="mmalign evaluate",
     description="Draws the same prompts and seeds with both models, scores every pair, and writes report.html and report.json.",
@@ -82,10 +86,49 @@ VERB = Command(
         ),
         Option(name="confidence", help="of the intervals", convert=number, metavar="X", default=0.95, group=_JUDGED),
         Option(
+            name="lora_scales",
+            help="also compare at these scales of the LoRA, 0 being the base: a plot of what each costs and buys",
+            convert=number,
+            metavar="X",
+            many=True,
+            group=_ALSO,
+            nullable=True,
+        ),
+        Option(
+            name="retention_prompts",
+            help="prompts that the preferences did not ask about, on which the model must not get worse; as --prompts",
+            metavar="FILE",
+            group=_ALSO,
+            nullable=True,
+        ),
+        Option(
+            name="retention_tolerance",
+            help="the loss of mean score on them that can be borne; say it before you look",
+            convert=number,
+            metavar="X",
+            group=_ALSO,
+            nullable=True,
+        ),
+        Option(
+            name="retention_scorer",
+            help="which of the scorers tells it; none is the first that was not trained on",
+            metavar="NAME",
+            group=_ALSO,
+            nullable=True,
+        ),
+        Option(
+            name="num_samples",
+            help="pairs shown in the report, picked at random; the ones that can be judged blind",
+            convert=whole,
+            metavar="N",
+            default=12,
+            group=_ALSO,
+        ),
+        Option(
             name="history",
             help="history.json of the run, for curves; none is the one beside the LoRA",
             metavar="FILE",
-            group=_JUDGED,
+            group=_ALSO,
             nullable=True,
         ),
         *sampling_options(),
@@ -106,14 +149,18 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if given["base"] is None and given["lora"] is None:
         raise UsageError("nothing to compare with: give --base, or --lora to compare the model with and without it")
-    prompts = read_prompts(given)
+    if given["lora_scales"] and given["lora"] is None:
+        raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
+    prompts, plan = read_prompts(given), _retention(given)
     history = _history(given)
     names = given["scorers"] or (["judge-B", "playground"] if given["prompts"] == "playground" else ["pickscore"])
     trained_on = set(given["trained_on"] or [])
     # A scorer that was trained on stands in the report even if nobody listed it.
     names += sorted(trained_on - set(names))
+    if plan is not None and plan.scorer is not None and plan.scorer not in names:
+        names.append(plan.scorer)
 
-    from mmalign.evaluation import evaluate, headline, write_report
+    from mmalign.evaluation import evaluate, result_lines, write_report
 
     device = best_device(given["device"])
     result = evaluate(
@@ -133,11 +180,31 @@ def run(argv: Sequence[str]) -> int:
         tie_margin=given["tie_margin"],
         num_resamples=given["num_resamples"],
         confidence=given["confidence"],
+        lora_scales=given["lora_scales"] or (),
+        retention_plan=plan,
     )
-    files = write_report(result, given["output_dir"], history=history)
-    print(headline(result))
+    files = write_report(result, given["output_dir"], history=history, num_samples=given["num_samples"])
+    print("\n".join(result_lines(result)))
     print(f"report: {files.html}")
     return 0
+
+
+def _retention(given: Given) -> RetentionPlan | None:
+    """What was asked about retention; UsageError for half of it."""
+    if given["retention_prompts"] is None:
+        for name in ("retention_tolerance", "retention_scorer"):
+            if given[name] is not None:
+                raise UsageError(f"{flag(name)} belongs to --retention-prompts")
+        return None
+    if given["retention_tolerance"] is None:
+        raise UsageError("--retention-prompts needs --retention-tolerance: how much of the mean score may be lost")
+    from mmalign.evaluation import RetentionPlan
+
+    return RetentionPlan(
+        prompts=prompts_of(given["retention_prompts"]),
+        tolerance=given["retention_tolerance"],
+        scorer=given["retention_scorer"],
+    )
 
 
 def scorer_named(name: str, device: str) -> Any:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +120,7 @@ def sampling_options() -> list[Option]:
 
 
 def prompt_options(group: str, *, default: str | None = None) -> list[Option]:
-    """--prompt, --prompts and --num-prompts."""
+    """--prompt, --prompts, --prompts-split and --num-prompts."""
     return [
         Option(
             name="prompt",
@@ -133,12 +131,20 @@ def prompt_options(group: str, *, default: str | None = None) -> list[Option]:
         ),
         Option(
             name="prompts",
-            help="prompts from a file (.txt one a line, .json, .jsonl, .csv or .tsv with a column prompt or caption), "
-            'or "playground": its held-out ones',
+            help="prompts from a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption; each "
+            'once), a folder of such, or "playground": its held-out ones',
             metavar="FILE",
             default=default,
             group=group,
             nullable=True,
+        ),
+        Option(
+            name="prompts_split",
+            help="of a folder of files named after splits, such as validation_unique",
+            metavar="NAME",
+            group=group,
+            nullable=True,
+            hidden=True,
         ),
         Option(
             name="num_prompts", help="only the first of them", convert=whole, metavar="N", group=group, nullable=True
@@ -226,45 +232,26 @@ def guidance_of(given: Given) -> float:
 def read_prompts(given: Given) -> list[str]:
     """Every prompt that was asked for, in order."""
     prompts = list(given["prompt"] or [])
-    if given["prompts"] == "playground":
-        from mmalign.playground.pairs import prompts as playground_prompts
-
-        prompts += playground_prompts().test
-    elif given["prompts"] is not None:
-        prompts += prompts_in(Path(given["prompts"]).expanduser())
+    if given["prompts"] is not None:
+        prompts += prompts_of(given["prompts"], given["prompts_split"])
+    elif given["prompts_split"] is not None:
+        raise UsageError("--prompts-split belongs to --prompts")
     if not prompts:
         raise UsageError('no prompts: give --prompt "…", --prompts FILE, or --prompts playground')
     return prompts[: given["num_prompts"]]
 
 
-def prompts_in(path: Path) -> list[str]:
-    """The prompts of a file, by its ending."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such prompt file")
-    content = path.read_text(encoding="utf-8")
-    if path.suffix in (".csv", ".tsv"):
-        rows: Sequence[Any] = list(
-            csv.DictReader(content.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
-        )
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    elif path.suffix == ".json":
-        rows = json.loads(content)
-    else:
-        rows = content.splitlines()
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} must hold a list of prompts")
-    found = [_prompt_of(row, path) for row in rows]
-    return [prompt for prompt in found if prompt]
+def prompts_of(name: str, split: str | None = None) -> list[str]:
+    """The prompts of a file or folder, or the playground's held-out ones."""
+    if name != "playground":
+        from mmalign.data.prompts import read_prompts as read_file
 
+        return read_file(Path(name).expanduser(), split=split)
+    if split is not None:
+        raise UsageError("--prompts-split belongs to a folder of prompt files, not to the playground")
+    from mmalign.playground.pairs import prompts
 
-def _prompt_of(row: Any, path: Path) -> str:
-    if isinstance(row, dict):
-        named = {str(key).lower(): value for key, value in row.items()}
-        row = next((named[key] for key in ("prompt", "caption", "text") if key in named), None)
-    if not isinstance(row, str):
-        raise ValueError(f"{path}: a row has no column prompt, caption or text")
-    return row.strip()
+    return prompts().test
 
 
 def slug(prompt: str, length: int = 40) -> str:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from mmalign.evaluation.drawing import Side, draw_side, prompt_numbers
+from mmalign.evaluation.drawing import Side, draw_side
 from mmalign.evaluation.generate import Pipeline
-from mmalign.evaluation.image_statistics import DESCRIPTIONS, drift, side_statistics
-from mmalign.evaluation.intervals import Array, as_clusters, check_options, clustered_standard_error
-from mmalign.evaluation.result import (
-    EvaluationResult,
-    PictureStatistic,
-    Row,
-    ScorerResult,
-    Summary,
-    library_versions,
-)
-from mmalign.evaluation.scorers import Scorer, check_scorers, score_files
-from mmalign.evaluation.win_rate import Difference, paired_difference, win_rate
+from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics, measure_side
+from mmalign.evaluation.result import EvaluationResult, Row, library_versions
+from mmalign.evaluation.retention import RetentionPlan, retention, retention_scorer
+from mmalign.evaluation.scorers import Scorer, check_scorers
+from mmalign.evaluation.sweep import check_scales, sweep_scales
 
 
 def evaluate(
@@ -48,6 +39,8 @@ def evaluate(
     tie_margin: float = 0.0,
     num_resamples: int = 2000,
     confidence: float = 0.95,
+    lora_scales: Sequence[float] = (),
+    retention_plan: RetentionPlan | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Draw both sides into `output_dir`, score them, and compare. Called again, it draws only what is missing.
@@ -55,40 +48,58 @@ def evaluate(
     trained_on: names of the scorers that gave labels or rewards to the training; they are marked so everywhere, and the
     headline comes from the first scorer that is not among them.
     aligned_fingerprint, base_fingerprint: name the weights; left out, they are computed from them.
+    lora_scales: also compare with the aligned side's LoRA at each of these scales; 0 is the adapter switched off.
+    retention_plan: other prompts, on which a held-out scorer may not fall by more than a tolerance.
     """
     check_scorers(scorers, trained_on)
-    check_options(num_resamples, confidence)
+    check_scales(aligned, lora_scales)
+    keeper = retention_scorer(retention_plan, scorers, trained_on) if retention_plan else None
+    rules = Rules(tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
     if aligned_label == base_label:
         raise ValueError(f"Both sides are labelled {base_label!r}; give them different labels.")
-
-    def draw(pipe: Pipeline, label: str, fingerprint: str | None) -> Side:
-        return draw_side(
-            pipe,
-            prompts,
-            label=label,
-            output_dir=output_dir,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=num_images_per_prompt,
-            seed=seed,
-            batch_size=batch_size,
-            height=height,
-            width=width,
-            fingerprint=fingerprint,
-            progress=progress,
-        )
-
-    return compare_sides(
-        draw(aligned, aligned_label, aligned_fingerprint),
-        draw(base, base_label, base_fingerprint),
-        scorers=scorers,
-        trained_on=trained_on,
-        tie_margin=tie_margin,
-        num_resamples=num_resamples,
-        confidence=confidence,
+    draw = partial(
+        draw_side,
+        output_dir=output_dir,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_images_per_prompt=num_images_per_prompt,
+        seed=seed,
         batch_size=batch_size,
+        height=height,
+        width=width,
         progress=progress,
     )
+    draw_aligned = partial(draw, aligned, label=aligned_label, fingerprint=aligned_fingerprint)
+    draw_base = partial(draw, base, label=base_label, fingerprint=base_fingerprint)
+    measure = partial(measure_side, batch_size=batch_size, progress=progress)
+    ours, theirs = draw_aligned(prompts), draw_base(prompts)
+    _check_paired(ours, theirs)
+    measured, reference = measure(ours, scorers=scorers), measure(theirs, scorers=scorers)
+    result = _compare(measured, reference, scorers, trained_on, rules)
+    if lora_scales:
+
+        def draw_scaled(scale: float) -> Side:
+            # Weights that the caller named himself are other ones at another scale.
+            name = aligned_fingerprint and f"{aligned_fingerprint}, LoRA scale {scale:g}"
+            return draw_aligned(prompts, fingerprint=name)
+
+        points = sweep_scales(
+            aligned,
+            lora_scales,
+            reference,
+            draw=draw_scaled,
+            measure=partial(measure, scorers=scorers),
+            scorers=scorers,
+            trained_on=trained_on,
+            rules=rules,
+        )
+        result = replace(result, sweep=points)
+    if retention_plan is not None and keeper is not None:
+        kept, had = (
+            measure(draw_it(retention_plan.prompts), scorers=[keeper]) for draw_it in (draw_aligned, draw_base)
+        )
+        result = replace(result, retention=retention(kept, had, keeper, retention_plan.tolerance, rules))
+    return result
 
 
 def compare_sides(
@@ -105,51 +116,30 @@ def compare_sides(
 ) -> EvaluationResult:
     """Score two sides that were drawn from the same prompts, seeds and sampler, and compare them pair by pair."""
     check_scorers(scorers, trained_on)
-    check_options(num_resamples, confidence)
+    rules = Rules(tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
     _check_paired(aligned, base)
-    prompts, clusters = aligned.prompts, prompt_numbers(aligned.prompts)
+    measure = partial(measure_side, scorers=scorers, batch_size=batch_size, progress=progress)
+    return _compare(measure(aligned), measure(base), scorers, trained_on, rules)
 
-    def score(side: Side) -> dict[str, Array]:
-        return score_files(
-            scorers,
-            side.pictures,
-            prompts,
-            batch_size=batch_size,
-            description=f"Scoring {side.label}",
-            progress=progress,
-        )
 
-    aligned_scores, base_scores = score(aligned), score(base)
-    rate = partial(win_rate, tie_margin=tie_margin, num_resamples=num_resamples, confidence=confidence)
-    difference = partial(paired_difference, num_resamples=num_resamples, confidence=confidence)
-    results = tuple(
-        ScorerResult(
-            name=scorer.name,
-            fingerprint=scorer.fingerprint,
-            seen_in_training=scorer.name in trained_on,
-            win_rate=rate(aligned_scores[scorer.name], base_scores[scorer.name], clusters),
-            aligned=_summarise(aligned_scores[scorer.name], clusters),
-            base=_summarise(base_scores[scorer.name], clusters),
-            difference=difference(aligned_scores[scorer.name], base_scores[scorer.name], clusters),
-        )
-        for scorer in scorers
-    )
+def _compare(
+    aligned: MeasuredSide, base: MeasuredSide, scorers: Sequence[Scorer], trained_on: Collection[str], rules: Rules
+) -> EvaluationResult:
+    side = aligned.side
     return EvaluationResult(
-        aligned_label=aligned.label,
-        base_label=base.label,
-        aligned_fingerprint=aligned.model_fingerprint,
-        base_fingerprint=base.model_fingerprint,
-        scorers=results,
-        statistics=_statistics(aligned, base, clusters, difference),
-        rows=_rows(aligned, base, aligned_scores, base_scores),
+        aligned_label=side.label,
+        base_label=base.side.label,
+        aligned_fingerprint=side.model_fingerprint,
+        base_fingerprint=base.side.model_fingerprint,
+        scorers=compare_scores(aligned, base, scorers, trained_on, rules),
+        statistics=compare_statistics(aligned, base, rules),
+        rows=_rows(aligned, base),
         settings={
-            "num_prompts": len(set(prompts)),
-            "num_pictures_per_side": len(prompts),
-            "seed": aligned.seed,
-            **asdict(aligned.settings),
-            "tie_margin": tie_margin,
-            "num_resamples": num_resamples,
-            "confidence": confidence,
+            "num_prompts": len(set(side.prompts)),
+            "num_pictures_per_side": len(side.prompts),
+            "seed": side.seed,
+            **asdict(side.settings),
+            **asdict(rules),
             "trained_on": sorted(trained_on),
         },
         versions=library_versions(),
@@ -166,54 +156,15 @@ def _check_paired(aligned: Side, base: Side) -> None:
         raise ValueError(f"The two sides were drawn with different settings ({'; '.join(differing)}).")
 
 
-def _summarise(scores: Array, clusters: Sequence[int]) -> Summary:
-    groups = as_clusters(clusters, len(scores))
-    return Summary(
-        mean=float(scores.mean()),
-        median=float(np.median(scores)),
-        standard_error=clustered_standard_error(scores, groups),
-    )
-
-
-def _statistics(
-    aligned: Side, base: Side, clusters: Sequence[int], difference: Callable[..., Difference]
-) -> tuple[PictureStatistic, ...]:
-    ours, our_thumbnails = side_statistics(aligned.pictures, aligned.prompts)
-    theirs, their_thumbnails = side_statistics(base.pictures, base.prompts)
-    rows = [
-        PictureStatistic(
-            name=name,
-            description=description,
-            base=float(theirs[name].mean()),
-            aligned=float(ours[name].mean()),
-            difference=difference(ours[name], theirs[name], clusters),
-        )
-        for name, description in DESCRIPTIONS.items()
-    ]
-    moved = drift(their_thumbnails, our_thumbnails)
-    rows.append(
-        PictureStatistic(
-            name="drift",
-            description="root mean square distance of 16-pixel thumbnails, base to aligned, same seed",
-            base=None,
-            aligned=None,
-            difference=difference(moved, np.zeros_like(moved), clusters),
-        )
-    )
-    return tuple(rows)
-
-
-def _rows(
-    aligned: Side, base: Side, aligned_scores: dict[str, Array], base_scores: dict[str, Array]
-) -> tuple[Row, ...]:
+def _rows(aligned: MeasuredSide, base: MeasuredSide) -> tuple[Row, ...]:
     return tuple(
         Row(
             prompt=prompt,
-            seed=aligned.seeds[row],
-            base_picture=base.pictures[row],
-            aligned_picture=aligned.pictures[row],
-            base_scores={name: float(values[row]) for name, values in base_scores.items()},
-            aligned_scores={name: float(values[row]) for name, values in aligned_scores.items()},
+            seed=aligned.side.seeds[row],
+            base_picture=base.side.pictures[row],
+            aligned_picture=aligned.side.pictures[row],
+            base_scores={name: float(values[row]) for name, values in base.scores.items()},
+            aligned_scores={name: float(values[row]) for name, values in aligned.scores.items()},
         )
-        for row, prompt in enumerate(aligned.prompts)
+        for row, prompt in enumerate(aligned.side.prompts)
     )

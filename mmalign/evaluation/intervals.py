@@ -23,6 +23,22 @@ _CHUNK = 4_000_000  # resampled indices held at once
 
 
 @dataclass(frozen=True, slots=True)
+class Interval:
+    """An interval with its method ("bootstrap", "student", "wilson", "none"), and the p-value that goes with it.
+
+    p_value: two-sided, against a mean of 0, or of ½ for a proportion: 1 − the highest confidence at which the interval of the
+    same method leaves that value out, so it is at most 1 − confidence only where the interval does. For the bootstrap, Student's
+    t with the clustered standard error must agree: the larger of both is taken, as few resamples reach the far tails that a
+    correction for several p-values looks at.
+    """
+
+    low: float
+    high: float
+    p_value: float
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
 class Clusters:
     """N rows summed by cluster: `index` (N,) names each row's cluster, `sizes` (K,) counts the rows of each."""
 
@@ -100,9 +116,16 @@ def student_t(probability: float, degrees: int) -> float:
     )
 
 
-def mean_interval(
-    values: Array, clusters: Clusters, *, num_resamples: int, confidence: float, seed: int
-) -> tuple[float, float]:
+def student_t_tails(t: float, degrees: int) -> float:
+    """P(|T| ≥ t) for t ≥ 0, by halving: the inverse of `student_t`, so that intervals and p-values cannot disagree."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t(1 - middle / 2, degrees) >= t else (low, middle)
+    return high
+
+
+def mean_interval(values: Array, clusters: Clusters, *, num_resamples: int, confidence: float, seed: int) -> Interval:
     """Interval for the mean of unbounded values: cluster bootstrap percentiles, or Student's t below 20 clusters.
 
     One cluster says nothing about other prompts: (-inf, inf). Values that are all equal give an interval of no width.
@@ -110,18 +133,21 @@ def mean_interval(
     check_options(num_resamples, confidence)
     mean = float(values.mean())
     if clusters.count < 2:
-        return -math.inf, math.inf
+        return Interval(-math.inf, math.inf, 1.0, "none")
     if clusters.count < MIN_CLUSTERS:
-        half = student_t(0.5 + confidence / 2, clusters.count - 1) * clustered_standard_error(values, clusters)
-        return mean - half, mean + half
-    low, high = _percentiles(bootstrap_means(values, clusters, num_resamples=num_resamples, seed=seed), confidence)
-    return min(low, mean), max(high, mean)
+        error = clustered_standard_error(values, clusters)
+        half = student_t(0.5 + confidence / 2, clusters.count - 1) * error
+        return Interval(mean - half, mean + half, _student_p(mean, error, clusters.count - 1), "student")
+    means = bootstrap_means(values, clusters, num_resamples=num_resamples, seed=seed)
+    low, high = _percentiles(means, confidence)
+    student = _student_p(mean, clustered_standard_error(values, clusters), clusters.count - 1)
+    return Interval(min(low, mean), max(high, mean), max(student, _bootstrap_p(means, 0.0)), "bootstrap")
 
 
 def proportion_interval(
     outcomes: Array, clusters: Clusters, *, num_resamples: int, confidence: float, seed: int
-) -> tuple[float, float, str]:
-    """Interval for the mean of outcomes in [0, 1], and the method: "bootstrap", "wilson" or "none".
+) -> Interval:
+    """Interval for the mean of outcomes in [0, 1].
 
     The percentiles of the cluster bootstrap are used where they can be trusted: 20 clusters, 20 effective wins and 20
     effective losses. Else (all wins would give an interval of no width) Wilson's score interval (1927) at the
@@ -130,16 +156,20 @@ def proportion_interval(
     check_options(num_resamples, confidence)
     rate, count = float(outcomes.mean()), clusters.count
     if count < 2:
-        return 0.0, 1.0, "none"
+        return Interval(0.0, 1.0, 1.0, "none")
     effective = effective_comparisons(outcomes, clusters)
     evidence = effective * min(np.mean(outcomes > 0.5), np.mean(outcomes < 0.5))
     if count >= MIN_CLUSTERS and evidence >= MIN_EVIDENCE:
         means = bootstrap_means(outcomes, clusters, num_resamples=num_resamples, seed=seed)
-        (low, high), method = _percentiles(means, confidence), "bootstrap"
+        low, high = _percentiles(means, confidence)
+        student = _student_p(rate - 0.5, clustered_standard_error(outcomes, clusters), count - 1)
+        p_value, method = max(student, _bootstrap_p(means, 0.5)), "bootstrap"
     else:
-        quantile = student_t(0.5 + confidence / 2, count - 1)
-        (low, high), method = _wilson(outcomes, effective, quantile), "wilson"
-    return max(0.0, min(low, rate)), min(1.0, max(high, rate)), method
+        n = _wilson_comparisons(outcomes, effective)
+        low, high = wilson(rate, n, student_t(0.5 + confidence / 2, count - 1))
+        # Wilson's interval ends at ½ where |rate − ½| is z standard errors of a fair coin.
+        p_value, method = _student_p(rate - 0.5, 0.5 / math.sqrt(n), count - 1), "wilson"
+    return Interval(max(0.0, min(low, rate)), min(1.0, max(high, rate)), p_value, method)
 
 
 def effective_comparisons(outcomes: Array, clusters: Clusters) -> float:
@@ -169,16 +199,34 @@ def _percentiles(means: Array, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(outcomes: Array, effective: float, z: float) -> tuple[float, float]:
-    """Wilson's interval; ties, which vary less than wins and losses do, count as more comparisons.
+def _bootstrap_p(means: Array, null: float) -> float:
+    """Where `null` stands among the resampled means, read as `_percentiles` reads them; never below 2 / (R + 1)."""
+    places = np.arange(len(means))
+    below = np.interp(null, np.sort(means), places)
+    above = np.interp(-null, np.sort(-means), places)
+    return float(np.clip(2 * min(below, above) / (len(means) - 1), 2 / (len(means) + 1), 1.0))
+
+
+def _student_p(distance: float, error: float, degrees: int) -> float:
+    """No distance gives 1, whatever the error; a distance without any error gives the smallest value there is."""
+    if distance == 0:
+        return 1.0
+    return student_t_tails(abs(distance) / error if error > 0 else math.inf, degrees)
+
+
+def wilson(rate: float, n: float, z: float) -> tuple[float, float]:
+    """Wilson's interval for a share seen in n independent comparisons."""
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def _wilson_comparisons(outcomes: Array, effective: float) -> float:
+    """Ties, which vary less than wins and losses do, count as more comparisons.
 
     One win and one loss are added before the variance is taken: with 100 ties the interval is then 50 ± 1.4 %, in line
     with the rule of three, and five wins among them do not yet exclude 50 %, six do, as in a sign test.
     """
-    rate = float(outcomes.mean())
-    smoothed = (effective * rate + 1) / (effective + 2)
+    smoothed = (effective * float(outcomes.mean()) + 1) / (effective + 2)
     spread = effective * float(np.mean((outcomes - smoothed) ** 2)) + smoothed**2 + (1 - smoothed) ** 2
-    n = effective * smoothed * (1 - smoothed) / (spread / (effective + 2))
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return effective * smoothed * (1 - smoothed) / (spread / (effective + 2))

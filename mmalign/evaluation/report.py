@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from mmalign.evaluation.findings import conclusion, moved_statistics
 from mmalign.evaluation.grid import side_by_side
 from mmalign.evaluation.report_html import page
-from mmalign.evaluation.result import EvaluationResult, Row, from_json, to_json, without_nan
+from mmalign.evaluation.result import EvaluationResult, Row
+from mmalign.evaluation.result_json import from_json, to_json, without_nan
 from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import cautions, headline, notes, sample_rule
 from mmalign.files import write_file
@@ -44,6 +46,8 @@ def write_report(
     history: training logs, one dict an entry, as in `trainer.state.log_history`; every number in them gets a curve.
     num_samples: prompts to show, picked with `sample_seed` before any score is looked at. num_worst: worst losses.
     """
+    if num_samples < 0:
+        raise ValueError(f"num_samples must be zero or more, got {num_samples}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = [dict(entry) for entry in history]
@@ -52,6 +56,8 @@ def write_report(
     content = {
         **to_json(result, folder),
         "headline": headline(result),
+        "conclusion": conclusion(result),
+        "moved": moved_statistics(result),
         "notes": [*cautions(result), *notes(result)],
         "history": without_nan(history),
     }

@@ -1,4 +1,4 @@
-"""The style sheet and the script that `report.html` carries inside itself."""
+"""The style sheet that every page carries inside itself."""
 
 STYLE = """
 :root {
@@ -37,12 +37,15 @@ section { margin-top: 56px; }
 h1 {
   font-size: clamp(1.2rem, 2.2vw, 1.5rem); line-height: 1.4; font-weight: 500; letter-spacing: -0.01em; max-width: 40em;
 }
+.finding { margin-top: 8px; font-weight: 500; max-width: 84ch; }
 .hero .interval { margin-top: 20px; }
+.verdict { margin-top: 40px; }
 .warn { margin-top: 12px; color: var(--mark); max-width: 72ch; }
 
 table { width: 100%; border-collapse: collapse; margin-top: 16px; }
 th { font-weight: 500; font-size: 0.8rem; line-height: 1.35; color: var(--muted); text-align: left; vertical-align: bottom; }
 th.number { white-space: nowrap; }
+th.wraps { white-space: normal; min-width: 6em; }
 th.side-name { white-space: normal; overflow-wrap: anywhere; min-width: 7em; }
 th, td { padding: 9px 24px 9px 0; border-bottom: 1px solid var(--line); vertical-align: middle; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -50,7 +53,7 @@ td.number, th.number { text-align: right; }
 td.number { white-space: nowrap; }
 tr.last-held-out td, tr:last-child td { border-bottom-color: var(--muted); }
 td.name { font-weight: 600; overflow-wrap: anywhere; min-width: 120px; }
-td.plot { width: 34%; min-width: 180px; }
+td.plot { width: 26%; min-width: 180px; }
 tfoot td { border: 0; padding-top: 4px; padding-bottom: 0; }
 .tag {
   display: inline-block; font-size: 0.75rem; font-weight: 500; line-height: 1.5; color: var(--mark);
@@ -75,9 +78,6 @@ tbody .axis { display: none; }
 }
 .pair { display: flex; flex-direction: column; }
 .pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 8px; align-items: end; }
-.side {
-  display: block; border: 0; background: none; padding: 0; margin: 0; font: inherit; color: inherit; text-align: left;
-}
 .side img { display: block; width: 100%; height: auto; border-radius: 4px; background: var(--line); }
 .side img.small { image-rendering: pixelated; }
 .side .label { display: flex; gap: 6px; font-size: 0.8rem; color: var(--muted); padding-bottom: 4px; }
@@ -85,18 +85,30 @@ tbody .axis { display: none; }
 .side .label b { font-weight: 500; color: var(--ink); }
 .prompt { margin-top: 8px; font-size: 0.93rem; line-height: 1.4; }
 .outcome { margin-top: 2px; font-size: 0.82rem; color: var(--muted); }
-.toolbar { display: flex; flex-wrap: wrap; gap: 8px 20px; align-items: baseline; justify-content: space-between; }
-.toolbar button {
+.toolbar { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: baseline; }
+.toolbar h2 { flex: 1; }
+.toolbar button, .votes button {
   font: inherit; font-size: 0.87rem; color: var(--ink); background: none; border: 1px solid var(--line);
   border-radius: 6px; padding: 3px 12px; cursor: pointer;
 }
-.toolbar button:hover { border-color: var(--muted); }
+.toolbar button:hover, .votes button:hover { border-color: var(--muted); }
 body.blind .outcome, body.blind .side .label { visibility: hidden; }
 body.blind .open-only { display: none; }
-body.blind .side:enabled { cursor: pointer; }
-body.blind .swapped .side:first-child { order: 2; }
-body.blind .side:enabled:hover img, .side:focus-visible img { outline: 3px solid var(--ink); outline-offset: 1px; }
-body.blind .judged { opacity: 0.3; }
+.votes { display: flex; gap: 8px; margin-top: 8px; }
+.votes[hidden], .slider[hidden], .toolbar button[hidden] { display: none; }
+.votes button { flex: 1; }
+.votes button[aria-pressed="true"] { background: var(--ink); border-color: var(--ink); color: var(--paper); }
+:focus-visible, body.slide .pictures:focus-within { outline: 2px solid var(--ink); outline-offset: 2px; }
+body.slide .pictures { position: relative; grid-template-columns: minmax(0, 1fr); gap: 0; align-items: stretch; }
+body.slide .side, body.slide .slider { grid-area: 1 / 1; }
+body.slide .side[data-side="aligned"] .label { justify-content: flex-end; }
+body.slide .side[data-side="aligned"] img { clip-path: inset(0 0 0 var(--cut, 50%)); }
+body.slide .side .label span { max-width: 30%; }
+body.slide .slider { z-index: 1; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize; }
+body.slide .pictures::after {
+  content: ""; position: absolute; left: var(--cut, 50%); top: 1.6em; bottom: 0; width: 2px; margin-left: -1px;
+  background: var(--paper); box-shadow: 0 0 0 1px var(--ink); pointer-events: none;
+}
 #tally { margin-top: 8px; font-weight: 500; }
 #tally:empty { display: none; }
 
@@ -111,6 +123,8 @@ body.blind .judged { opacity: 0.3; }
 .curve polyline { fill: none; stroke: var(--ink); stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
 .curve polyline, .curve line { vector-effect: non-scaling-stroke; }
 .curve .guide { stroke: var(--muted); stroke-dasharray: 3 4; }
+.curve svg.axis { height: 16px; } .wide { overflow-x: auto; }
+.wide td, .wide th { padding-right: 12px; } .wide .number { font-size: 0.87rem; }
 .curve p { margin-top: 4px; }
 .curve .range { display: flex; justify-content: space-between; margin: 3px 0 0 4.8em; }
 .curve .plot, .curve p { margin-top: 4px; }
@@ -146,52 +160,5 @@ code { font: 0.87em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
     content: attr(data-label); color: var(--muted); text-align: left; white-space: normal; overflow-wrap: anywhere;
   }
 }
-@media print { .toolbar button { display: none; } .pair, .curve { break-inside: avoid; } }
-"""
-
-# Judging blind: sides swapped at random, names and scores hidden, and Wilson's interval over the reader's own choices.
-SCRIPT = """
-(() => {
-  const button = document.getElementById('blind'), tally = document.getElementById('tally');
-  if (!button) return;
-  const pairs = [...document.querySelectorAll('#sample .pair')];
-  const label = button.textContent, names = button.dataset;
-  let wins = 0, judged = 0;
-  button.hidden = false;
-  const percent = share => (100 * share).toFixed(1) + '%';
-  const stop = () => {
-    document.body.classList.remove('blind');
-    button.textContent = label;
-    pairs.forEach(pair => {
-      pair.classList.remove('swapped', 'judged');
-      pair.querySelectorAll('.side').forEach(side => { side.disabled = true; });
-    });
-    if (!judged) { tally.textContent = ''; return; }
-    const z = 1.96, rate = wins / judged, scale = 1 + z * z / judged;
-    const centre = (rate + z * z / (2 * judged)) / scale;
-    const half = z / scale * Math.sqrt(rate * (1 - rate) / judged + z * z / (4 * judged * judged));
-    tally.textContent = `You preferred ${names.aligned} in ${wins} of ${judged} pairs: ${percent(rate)} `
-      + `(95% interval ${percent(Math.max(0, centre - half))} to ${percent(Math.min(1, centre + half))}).`;
-  };
-  button.addEventListener('click', () => {
-    if (document.body.classList.contains('blind')) { stop(); return; }
-    wins = judged = 0;
-    document.body.classList.add('blind');
-    button.textContent = 'Stop and show the result';
-    tally.textContent = 'Click the picture that you prefer in each pair.';
-    pairs.forEach(pair => {
-      pair.classList.toggle('swapped', Math.random() < 0.5);
-      pair.querySelectorAll('.side').forEach(side => { side.disabled = false; });
-    });
-  });
-  pairs.forEach(pair => pair.querySelectorAll('.side').forEach(side => side.addEventListener('click', () => {
-    if (side.disabled) return;
-    wins += side.dataset.side === 'aligned' ? 1 : 0;
-    judged += 1;
-    pair.classList.add('judged');
-    pair.querySelectorAll('.side').forEach(other => { other.disabled = true; });
-    tally.textContent = `${judged} of ${pairs.length} judged.`;
-    if (judged === pairs.length) stop();
-  })));
-})();
+@media print { .toolbar button, .votes button { display: none; } .pair, .curve { break-inside: avoid; } }
 """

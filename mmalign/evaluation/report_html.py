@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from typing import Any
 
-from PIL import Image
-
-from mmalign.evaluation.report_assets import SCRIPT, STYLE
+from mmalign.evaluation.findings import conclusion, moved_rule, moved_statistics
+from mmalign.evaluation.report_parts import definitions, document, name_cell, text
+from mmalign.evaluation.report_pictures import gallery, losses
 from mmalign.evaluation.report_plots import MAX_POINTS, axis, curve, interval_plot
+from mmalign.evaluation.report_script import SCRIPT
+from mmalign.evaluation.report_sections import retention, sweep
 from mmalign.evaluation.result import EvaluationResult, PictureStatistic, Row, ScorerResult, Summary
-from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import (
     capital,
     cautions,
@@ -27,17 +24,13 @@ from mmalign.evaluation.wording import (
     level,
     notes,
     number,
+    p_value,
     percent,
     sample_size,
     summary,
 )
 
-SMALL = 128  # pictures up to this size are enlarged without smoothing
-LARGEST = 512  # and above this one they are embedded smaller
 SHOWN_CURVES = 6
-
-# Nothing may be fetched, whatever a prompt or a label contains.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(
@@ -54,38 +47,16 @@ def page(
         _hero(result),
         _scorers(result),
         _scores(result),
-        _gallery(result, sample, sample_rule),
-        _losses(result, worst),
+        gallery(result, sample, sample_rule),
+        losses(result, worst),
         _statistics(result),
+        retention(result),
+        sweep(result),
         _curves(history),
         _notes(result),
         _settings(result),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<title>{text(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f'<header class="eyebrow"><span><b>mmalign evaluation</b> &nbsp;{text(title)}</span>'
-        f"<span>{text(result.created.replace('T', ' ').removesuffix('+00:00'))} UTC</span></header>\n"
-        f"<main>\n{''.join(sections)}</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
-    )
-
-
-def text(value: object) -> str:
-    """Escaped for HTML; control characters and half surrogate pairs are replaced by a mark."""
-    clean = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", str(value))
-    return escape(clean, quote=True)
-
-
-def data_uri(image: Image.Image) -> str:
-    """PNG for small pictures, JPEG for larger ones, never more than 512 pixels on the longer edge."""
-    image = image.copy()
-    image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small = max(image.size) <= SMALL
-    image.save(buffer, "PNG" if small else "JPEG", **({} if small else {"quality": 88}))
-    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return document("evaluation", title, result.created, sections, script=SCRIPT)
 
 
 def _hero(result: EvaluationResult) -> str:
@@ -105,30 +76,37 @@ def _scorers(result: EvaluationResult) -> str:
     rate = result.judge.win_rate
     ranked = result.ranked_scorers
     body = "".join(
-        f"<tr{_row_class(ranked, at)}>{_name_cell(scorer)}"
+        f"<tr{_row_class(ranked, at)}>{name_cell(scorer.name, scorer.seen_in_training)}"
         f'<td class="plot">{interval_plot(scorer.win_rate, seen_in_training=scorer.seen_in_training)}{axis()}</td>'
         f'<td class="number" data-label="Win rate"><b>{percent(scorer.win_rate.rate)}</b></td>'
         f'<td class="number" data-label="{level(rate.confidence)} interval">{interval(scorer.win_rate)}</td>'
         f'<td class="number" data-label="Wins / ties / losses">{_tally(scorer)}</td>'
-        f'<td class="number" data-label="n">{scorer.win_rate.num_comparisons:,}</td></tr>'
+        f'<td class="number" data-label="n">{scorer.win_rate.num_comparisons:,}</td>'
+        f'<td class="number" data-label="Corrected p, held out">{_p_cell(scorer.p_corrected.held_out)}</td>'
+        f'<td class="number" data-label="Corrected p, all">{_p_cell(scorer.p_corrected.all)}</td></tr>'
         for at, scorer in enumerate(ranked)
     )
     return (
         "<section><h2>Win rate by scorer</h2>"
         f'<p class="quiet lead">How often {text(result.aligned_label)} scores higher than {text(result.base_label)} '
         f"for the same prompt and seed: {sample_size(rate)}. Right of the dashed line, "
-        f"{text(result.aligned_label)} wins more often.</p>"
+        f"{text(result.aligned_label)} wins more often. {text(conclusion(result))}</p>"
         '<table><thead><tr><th>Scorer</th><th></th><th class="number">Win rate</th>'
         f'<th class="number">{level(rate.confidence)} interval</th><th class="number">Wins / ties / losses</th>'
-        f'<th class="number">n</th></tr></thead><tbody>{body}</tbody>'
-        f'<tfoot><tr><td></td><td class="plot">{axis()}</td><td colspan="4"></td></tr></tfoot></table></section>\n'
+        '<th class="number">n</th><th class="number wraps">Corrected p, held out</th>'
+        f'<th class="number wraps">Corrected p, all</th></tr></thead><tbody>{body}</tbody>'
+        f'<tfoot><tr><td></td><td class="plot">{axis()}</td><td colspan="6"></td></tr></tfoot></table></section>\n'
     )
+
+
+def _p_cell(p: float | None) -> str:
+    return "" if p is None else p_value(p).removeprefix("p ").removeprefix("= ").replace("<", "&lt;")
 
 
 def _scores(result: EvaluationResult) -> str:
     ranked = result.ranked_scorers
     body = "".join(
-        f"<tr{_row_class(ranked, at)}>{_name_cell(scorer)}"
+        f"<tr{_row_class(ranked, at)}>{name_cell(scorer.name, scorer.seen_in_training)}"
         + _summary_cells(result.base_label, scorer.base)
         + _summary_cells(result.aligned_label, scorer.aligned)
         + f'<td class="number" data-label="Difference"><b>{difference_value(scorer.difference)}</b></td>'
@@ -157,74 +135,20 @@ def _summary_cells(label: str, side: Summary) -> str:
     )
 
 
-def _gallery(result: EvaluationResult, sample: Sequence[Row], rule: str) -> str:
-    if not sample and any(row.base_picture for row in result.rows):
-        return ""
-    if not sample:
-        missing = "The pictures are not stored with this report."
-        return f'<section><h2>Pictures</h2><p class="quiet lead">{missing}</p></section>\n'
-    cards = "".join(_pair(result, row) for row in sample)
-    return (
-        '<section id="sample"><div class="toolbar"><h2>Pictures</h2>'
-        f'<button id="blind" type="button" hidden data-aligned="{text(result.aligned_label)}">Judge blind</button>'
-        f'</div><p class="quiet lead">{text(rule)}'
-        f'<span class="open-only"> Scores are those of {text(result.judge.name)}.</span></p>'
-        f'<p id="tally" role="status"></p><div class="gallery">{cards}</div></section>\n'
-    )
-
-
-def _losses(result: EvaluationResult, worst: Sequence[Row]) -> str:
-    if not worst:
-        return ""
-    cards = "".join(_pair(result, row) for row in worst)
-    return (
-        '<section class="open-only"><h2>Worst losses</h2><p class="quiet lead">'
-        f"The {count(len(worst), 'pair')} where {text(result.aligned_label)} falls furthest below "
-        f"{text(result.base_label)}, chosen by {text(result.judge.name)} to show how it fails.</p>"
-        f'<div class="gallery">{cards}</div></section>\n'
-    )
-
-
-def _pair(result: EvaluationResult, row: Row) -> str:
-    judge = result.judge
-    base, aligned = row.base_scores[judge.name], row.aligned_scores[judge.name]
-    spread = abs(judge.difference.value) + 4 * judge.base.standard_error
-    gap = aligned - base
-    tie = abs(gap) <= result.settings["tie_margin"]
-    word, mood = ("Tie", "even") if tie else ("Win", "win") if gap > 0 else ("Loss", "loss")
-
-    def side(key: str, label: str, score: float) -> str:
-        picture = row.base_picture if key == "base" else row.aligned_picture
-        assert picture is not None  # the caller shows rows whose pictures are at hand
-        image = read_picture(picture)
-        small = ' class="small"' if max(image.size) <= SMALL else ""
-        return (
-            f'<button class="side" type="button" disabled data-side="{key}"><span class="label">'
-            f"<span>{text(capital(label))}</span><b>{number(score, spread)}</b></span>"
-            f'<img{small} src="{data_uri(image)}" width="{image.width}" height="{image.height}" loading="lazy" '
-            f'alt="{text(label)}: {text(row.prompt)}"></button>'
-        )
-
-    return (
-        '<figure class="pair"><div class="pictures">'
-        f"{side('base', result.base_label, base)}{side('aligned', result.aligned_label, aligned)}</div>"
-        f'<figcaption><p class="prompt" dir="auto">{text(row.prompt)}</p>'
-        f'<p class="outcome"><span class="{mood}">{word}</span> {number(gap, spread, sign=True)}, seed {row.seed}</p>'
-        "</figcaption></figure>"
-    )
-
-
 def _statistics(result: EvaluationResult) -> str:
     if not result.statistics:
         return ""
     base_label, aligned_label = text(capital(result.base_label)), text(capital(result.aligned_label))
+
+    def moved_tag(statistic: PictureStatistic) -> str:
+        return '<span class="tag">moved</span>' if statistic.moved else ""
 
     def value(share: float | None, statistic: PictureStatistic) -> str:
         width = statistic.difference.high - statistic.difference.low
         return "" if share is None else number(share, width)
 
     body = "".join(
-        f'<tr><td class="name">{text(capital(s.name))}<span class="unit">{text(s.description)}</span></td>'
+        f'<tr><td class="name">{text(capital(s.name))}{moved_tag(s)}<span class="unit">{text(s.description)}</span></td>'
         f'<td class="number" data-label="{base_label}">{value(s.base, s)}</td>'
         f'<td class="number" data-label="{aligned_label}">{value(s.aligned, s)}</td>'
         f'<td class="number" data-label="Difference"><b>{difference_value(s.difference)}</b></td>'
@@ -233,9 +157,10 @@ def _statistics(result: EvaluationResult) -> str:
         for s in result.statistics
     )
     difference = result.statistics[0].difference
+    moved = "".join(f'<p class="finding">{text(line)}</p>' for line in moved_statistics(result))
     return (
         '<section><h2>What changed in the pictures</h2><p class="quiet lead">A model that games its scorer often '
-        f"shows it here: everything darker, flatter, busier, or the same. {capital(sample_size(difference))}.</p>"
+        f"shows it here: everything darker, flatter, busier, or the same. {capital(sample_size(difference))}. {moved_rule()}</p>{moved}"
         f'<table><thead><tr><th>Measure</th><th class="number side-name">{base_label}</th>'
         f'<th class="number side-name">{aligned_label}</th>'
         f'<th class="number">Difference</th><th class="number">{level(difference.confidence)} interval</th></tr>'
@@ -280,32 +205,11 @@ def _settings(result: EvaluationResult) -> str:
     }
     settings = {capital(key.removeprefix("num_").replace("_", " ")): value for key, value in result.settings.items()}
     return (
-        f"<section><h2>Settings</h2>{_definitions(settings)}</section>\n"
+        f"<section><h2>Settings</h2>{definitions(settings)}</section>\n"
         '<section><h2>Fingerprints and versions</h2><p class="quiet lead">Numbers may be compared only where the '
         "scorer's fingerprint is the same. Whole fingerprints stand in <code>report.json</code>.</p>"
-        f"{_definitions(prints, fingerprints=True)}{_definitions(result.versions)}</section>\n"
+        f"{definitions(prints, fingerprints=True)}{definitions(result.versions)}</section>\n"
     )
-
-
-def _definitions(table: Mapping[str, Any], *, fingerprints: bool = False) -> str:
-    def show(value: Any) -> str:
-        if isinstance(value, list | tuple):
-            value = ", ".join(map(str, value)) or "nothing"
-        if value is None:
-            return "the model's own"
-        if isinstance(value, int | float):
-            return f"{value:,g}" if isinstance(value, float) else f"{value:,}"
-        if fingerprints or re.fullmatch(r"[0-9a-f]{64}", str(value)):
-            return f"<code>{text(str(value)[:16])}</code>"
-        return text(value)
-
-    rows = "".join(f"<div><dt>{text(key)}</dt><dd>{show(value)}</dd></div>" for key, value in table.items())
-    return f'<dl class="settings">{rows}</dl>'
-
-
-def _name_cell(scorer: ScorerResult) -> str:
-    tag = '<span class="tag">seen in training</span>' if scorer.seen_in_training else ""
-    return f'<td class="name">{text(scorer.name)}{tag}</td>'
 
 
 def _row_class(ranked: Sequence[ScorerResult], at: int) -> str:

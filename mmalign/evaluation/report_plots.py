@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from mmalign.evaluation.win_rate import WinRate
@@ -72,6 +72,49 @@ def curve(key: str, points: Sequence[tuple[float, float]], x_name: str) -> str:
         f'<svg role="img" aria-label="{escape(key)}, last value {last}" viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" '
         f'preserveAspectRatio="none">{guide}{lines}</svg></div>'
         f'<div class="range"><span>{x_name} {left:,g}</span><span>{right:,g}</span></div>{foot}</figure>'
+    )
+
+
+def scale_plot(
+    key: str,
+    points: Sequence[tuple[float, float, float, float]],
+    *,
+    null: float,
+    show: Callable[[float, float], str],
+    seen_in_training: bool = False,
+) -> str:
+    """A value with its interval against the LoRA scale: points are (scale, value, low, high); dashed at `null`.
+
+    show: a value as text, given the height of the plot. Hollow dots for a scorer that was seen in training.
+    """
+    ends = [end for _, value, low, high in points for end in (value, low, high) if math.isfinite(end)] + [null]
+    bottom, top = min(ends), max(ends)
+    if bottom == top:
+        bottom, top = bottom - 0.5, top + 0.5
+    left, right = points[0][0], points[-1][0]
+
+    def place(x: float, y: float) -> tuple[str, str]:
+        along = (x - left) / (right - left) if right > left else 0.5
+        up = (min(max(y, bottom), top) - bottom) / (top - bottom)
+        return f"{4 + 92 * along:.2f}%", f"{4 + 92 * (1 - up):.2f}%"
+
+    marks, ticks = [], []
+    for scale, value, low, high in points:
+        x, y = place(scale, value)
+        marks.append(
+            f'<line class="span" x1="{x}" x2="{x}" y1="{place(scale, low)[1]}" y2="{place(scale, high)[1]}"/>'
+            f'<circle cx="{x}" cy="{y}" r="4"/>'
+        )
+        ticks.append(f'<text x="{x}" y="12" text-anchor="middle">{scale:g}</text>')
+    guide = place(left, null)[1]
+    told = ", ".join(f"{show(value, top - bottom)} at {scale:g}" for scale, value, _, _ in points)
+    return (
+        f'<figure class="curve"><figcaption><span class="key">{escape(key)}</span></figcaption>'
+        f'<div class="plot"><div class="scale"><span>{show(top, top - bottom)}</span>'
+        f"<span>{show(bottom, top - bottom)}</span></div>"
+        f'<svg class="interval{" seen" if seen_in_training else ""}" role="img" aria-label="{escape(key)}: {told}">'
+        f'<line class="half" x1="0" x2="100%" y1="{guide}" y2="{guide}"/>{"".join(marks)}</svg>'
+        f'<span></span><svg class="axis" aria-hidden="true" width="100%" height="16">{"".join(ticks)}</svg></div></figure>'
     )
 
 

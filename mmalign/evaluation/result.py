@@ -1,18 +1,18 @@
-"""What an evaluation found, as frozen records, and its way to strictly valid JSON and back."""
+"""What an evaluation found, as frozen records."""
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mmalign.evaluation.holm import Corrected
 from mmalign.evaluation.win_rate import Difference, WinRate
 
-SCHEMA_VERSION = 1
+MOVED = 0.25  # of the base's standard deviation: what a picture statistic must move by to be pointed out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +26,16 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerResult:
-    """What one scorer says about both sides. `seen_in_training`: its labels or rewards trained the aligned side."""
+    """What one scorer says about both sides. `seen_in_training`: its labels or rewards trained the aligned side.
+
+    p_corrected: the win rate's p-value, corrected for looking at several scorers.
+    """
 
     name: str
     fingerprint: str
     seen_in_training: bool
     win_rate: WinRate
+    p_corrected: Corrected
     aligned: Summary
     base: Summary
     difference: Difference
@@ -39,13 +43,58 @@ class ScorerResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureStatistic:
-    """A cheap fact about pictures on both sides; `drift` is between them, so it has neither base nor aligned value."""
+    """A cheap fact about pictures on both sides; `drift` is between them, so it has none of base, aligned and spread.
+
+    base_spread: standard deviation over the base's pictures.
+    """
 
     name: str
     description: str
     base: float | None
     aligned: float | None
+    base_spread: float | None
     difference: Difference
+
+    @property
+    def moved(self) -> bool:
+        """By more than a quarter of the base's own spread, with an interval that leaves out zero."""
+        return (
+            self.base_spread is not None
+            and self.difference.shows_difference
+            and abs(self.difference.value) > MOVED * self.base_spread
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalePoint:
+    """The comparison with the aligned side's LoRA at `scale`; 0 is the adapter switched off. As in `EvaluationResult`."""
+
+    scale: float
+    scorers: tuple[ScorerResult, ...]
+    statistics: tuple[PictureStatistic, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Whether the aligned side still does, on prompts that preferences did not ask about, what the base did.
+
+    difference: aligned − base, by one held-out scorer. tolerance: the loss of score, in the scorer's own unit, that was said
+    beforehand to be bearable.
+    """
+
+    scorer: str
+    fingerprint: str
+    base: Summary
+    aligned: Summary
+    difference: Difference
+    tolerance: float
+
+    @property
+    def verdict(self) -> str:
+        """ "kept" if the interval of the difference lies above −tolerance, "lost" if it lies below it, else "undecided"."""
+        if self.difference.low > -self.tolerance:
+            return "kept"
+        return "lost" if self.difference.high < -self.tolerance else "undecided"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +111,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationResult:
-    """A comparison of two sides. `scorers` stands in the caller's order; `rows` holds every picture's scores."""
+    """A comparison of two sides. `scorers` stands in the caller's order; `rows` holds every picture's scores.
+
+    sweep: the same at other scales of the LoRA; empty, as retention is None, where nobody asked.
+    """
 
     aligned_label: str
     base_label: str
@@ -74,6 +126,8 @@ class EvaluationResult:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     created: str
+    sweep: tuple[ScalePoint, ...] = ()
+    retention: Retention | None = None
 
     @property
     def judge(self) -> ScorerResult:
@@ -90,102 +144,3 @@ def library_versions() -> dict[str, str]:
     """The versions that a picture or a number may depend on."""
     names = ("mmalign", "torch", "diffusers", "transformers", "numpy", "pillow")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def to_json(result: EvaluationResult, folder: Path) -> dict[str, Any]:
-    """A JSON object without NaN or infinity (both become null); pictures outside `folder` become null too."""
-    folder = folder.resolve()
-
-    def relative(picture: Path | None) -> str | None:
-        inside = picture is not None and picture.resolve().is_relative_to(folder)
-        return picture.resolve().relative_to(folder).as_posix() if picture is not None and inside else None
-
-    rows = [
-        {
-            **asdict(replace(row, base_scores=dict(row.base_scores), aligned_scores=dict(row.aligned_scores))),
-            "base_picture": relative(row.base_picture),
-            "aligned_picture": relative(row.aligned_picture),
-        }
-        for row in result.rows
-    ]
-    head = {
-        "schema_version": SCHEMA_VERSION,
-        "created": result.created,
-        "versions": dict(result.versions),
-        "aligned_label": result.aligned_label,
-        "base_label": result.base_label,
-        "aligned_fingerprint": result.aligned_fingerprint,
-        "base_fingerprint": result.base_fingerprint,
-        "judge": result.judge.name,
-        "settings": dict(result.settings),
-        "scorers": [asdict(scorer) for scorer in result.scorers],
-        "statistics": [asdict(statistic) for statistic in result.statistics],
-        "rows": rows,
-    }
-    clean: dict[str, Any] = without_nan(head)
-    return clean
-
-
-def from_json(data: Mapping[str, Any], folder: Path) -> EvaluationResult:
-    """The result that `to_json` wrote; a picture is taken from inside `folder` only, and only if it is there."""
-    if data.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"This report has schema_version {data.get('schema_version')!r}; "
-            f"this version of mmalign reads {SCHEMA_VERSION}."
-        )
-    folder = folder.resolve()
-
-    def picture(name: str | None) -> Path | None:
-        path = (folder / name).resolve() if name else None
-        return path if path and path.is_relative_to(folder) and path.is_file() else None
-
-    rows = tuple(
-        Row(**{**row, "base_picture": picture(row["base_picture"]), "aligned_picture": picture(row["aligned_picture"])})
-        for row in data["rows"]
-    )
-    return EvaluationResult(
-        aligned_label=data["aligned_label"],
-        base_label=data["base_label"],
-        aligned_fingerprint=data["aligned_fingerprint"],
-        base_fingerprint=data["base_fingerprint"],
-        scorers=tuple(_scorer(scorer) for scorer in data["scorers"]),
-        statistics=tuple(
-            PictureStatistic(**{**statistic, "difference": _difference(statistic["difference"])})
-            for statistic in data["statistics"]
-        ),
-        rows=rows,
-        settings=data["settings"],
-        versions=data["versions"],
-        created=data["created"],
-    )
-
-
-def without_nan(value: Any) -> Any:
-    """The same JSON value with null for every float that JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _scorer(data: Mapping[str, Any]) -> ScorerResult:
-    return ScorerResult(
-        name=data["name"],
-        fingerprint=data["fingerprint"],
-        seen_in_training=data["seen_in_training"],
-        win_rate=WinRate(**data["win_rate"]),
-        aligned=_summary(data["aligned"]),
-        base=_summary(data["base"]),
-        difference=_difference(data["difference"]),
-    )
-
-
-def _summary(data: Mapping[str, Any]) -> Summary:
-    error = data["standard_error"]
-    return Summary(mean=data["mean"], median=data["median"], standard_error=math.nan if error is None else error)
-
-
-def _difference(data: Mapping[str, Any]) -> Difference:
-    low, high = data["low"], data["high"]
-    return Difference(**{**data, "low": -math.inf if low is None else low, "high": math.inf if high is None else high})

@@ -24,7 +24,8 @@ class WinRate:
     num_comparisons: int
     num_clusters: int
     confidence: float
-    method: str = "bootstrap"  # of the interval: "bootstrap", "wilson", or "none" for a single cluster
+    p_value: float  # two-sided, against 50 %, by the method of the interval (`intervals.Interval`)
+    method: str  # of the interval: "bootstrap", "wilson", or "none" for a single cluster
 
     @property
     def shows_difference(self) -> bool:
@@ -42,6 +43,7 @@ class Difference:
     num_comparisons: int
     num_clusters: int
     confidence: float
+    p_value: float  # two-sided, against zero, by the method of the interval
 
     @property
     def shows_difference(self) -> bool:
@@ -66,20 +68,19 @@ def win_rate(
     tie_margin: a row whose scores differ by no more than this is a tie.
     """
     outcomes, groups = _outcomes(scores_a, scores_b, clusters, tie_margin)
-    low, high, method = proportion_interval(
-        outcomes, groups, num_resamples=num_resamples, confidence=confidence, seed=seed
-    )
+    found = proportion_interval(outcomes, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
     return WinRate(
         rate=float(outcomes.mean()),
-        low=low,
-        high=high,
+        low=found.low,
+        high=found.high,
         wins=int(np.sum(outcomes == 1.0)),
         ties=int(np.sum(outcomes == 0.5)),
         losses=int(np.sum(outcomes == 0.0)),
         num_comparisons=len(outcomes),
         num_clusters=groups.count,
         confidence=confidence,
-        method=method,
+        p_value=found.p_value,
+        method=found.method,
     )
 
 
@@ -95,8 +96,8 @@ def paired_difference(
     """Mean of a − b over rows, with an interval clustered by prompt. Shapes as in `win_rate`."""
     a, b, groups = _paired(scores_a, scores_b, clusters)
     values = a - b
-    low, high = mean_interval(values, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
-    return Difference(float(values.mean()), low, high, len(values), groups.count, confidence)
+    found = mean_interval(values, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
+    return Difference(float(values.mean()), found.low, found.high, len(values), groups.count, confidence, found.p_value)
 
 
 def win_rate_difference(
@@ -105,23 +106,29 @@ def win_rate_difference(
     scores_base: Any,
     clusters: Sequence[Any],
     *,
+    scores_base_y: Any = None,
     tie_margin: float = 0.0,
     num_resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """Win rate of x over the base minus win rate of y over the same base pictures: is method x better than y?
+    """Win rate of x over the base minus win rate of y over the base: is method x better than y?
 
     scores_x, scores_y, scores_base: (N,) scores of the three sides, row by row on the same prompt and seed. Prompts are
     resampled for both methods together, so what makes a prompt easy for both cancels.
+    scores_base_y: the base of y, where it is another one than that of x.
     """
     x, groups = _outcomes(scores_x, scores_base, clusters, tie_margin)
-    y, _ = _outcomes(scores_y, scores_base, clusters, tie_margin)
+    y, _ = _outcomes(scores_y, scores_base if scores_base_y is None else scores_base_y, clusters, tie_margin)
     # (x − y) lies in [−1, 1]; moved to [0, 1] it is a proportion, and never gets an interval of no width.
-    low, high, _ = proportion_interval(
-        (x - y + 1) / 2, groups, num_resamples=num_resamples, confidence=confidence, seed=seed
-    )
-    return Difference(float((x - y).mean()), 2 * low - 1, 2 * high - 1, len(x), groups.count, confidence)
+    found = proportion_interval((x - y + 1) / 2, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
+    low, high = 2 * found.low - 1, 2 * found.high - 1
+    return Difference(float((x - y).mean()), low, high, len(x), groups.count, confidence, found.p_value)
+
+
+def check_tie_margin(tie_margin: float) -> None:
+    if not tie_margin >= 0.0:
+        raise ValueError(f"tie_margin must be zero or more, got {tie_margin}.")
 
 
 def _paired(scores_a: Any, scores_b: Any, clusters: Sequence[Any]) -> tuple[Array, Array, Clusters]:
@@ -133,8 +140,7 @@ def _paired(scores_a: Any, scores_b: Any, clusters: Sequence[Any]) -> tuple[Arra
 
 def _outcomes(scores_a: Any, scores_b: Any, clusters: Sequence[Any], tie_margin: float) -> tuple[Array, Clusters]:
     """(N,) outcomes: 1 where a wins, ½ for a tie, 0 where b wins."""
-    if not tie_margin >= 0.0:
-        raise ValueError(f"tie_margin must be zero or more, got {tie_margin}.")
+    check_tie_margin(tie_margin)
     a, b, groups = _paired(scores_a, scores_b, clusters)
     difference = a - b
     return np.where(np.abs(difference) <= tie_margin, 0.5, (difference > 0).astype(np.float64)), groups

@@ -62,6 +62,11 @@ def difference_value(difference: Difference) -> str:
     return number(difference.value, difference.high - difference.low, sign=True)
 
 
+def p_value(p: float) -> str:
+    """`p = 0.034`, or `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.9995 else "p = 1"
+
+
 def summary(side: Summary) -> str:
     """`21.34 ± 0.12`, the second number being the standard error."""
     error = side.standard_error
@@ -96,7 +101,8 @@ def notes(result: EvaluationResult) -> list[str]:
     if held_out > 1:
         lines.append(
             f"{held_out} held-out scorers are shown. The sentence above is told by the first in the order they were "
-            "given, not by the kindest; the intervals are not corrected for looking at several."
+            "given, not by the kindest. The intervals are each scorer's own; corrected p-values (Holm) allow for looking "
+            "at several."
         )
     if rate.num_clusters < 500:
         lines.append(f"{count(rate.num_clusters, 'prompt').capitalize()} is few: plan on 500 or more for a claim.")

@@ -202,9 +202,38 @@ def test_evaluate_writes_the_report_and_marks_the_scorer_of_the_training(place, 
     assert len(report["history"]) == len(json.loads((run / "history.json").read_text()))
 
 
-def test_evaluate_needs_two_sides(place, capsys):
-    assert cli.main(["evaluate", "--model", "model", "--prompt", "a"]) == 2
-    assert "nothing to compare with: give --base" in capsys.readouterr().err
+def test_evaluate_sweeps_the_lora_and_tells_retention(place, run, capsys):
+    (place / "other.csv").write_text("caption\na yellow hat\na grey boot\n")
+    words = ["evaluate", "--model", "model", "--lora", "run", "--prompts", "prompts.txt", "--num-prompts", "2"]
+    words += ["--scorers", "clip:clip", "--steps", "1", "--num-resamples", "100", "--lora-scales", "0", "1"]
+    words += ["--retention-prompts", "other.csv", "--retention-tolerance", "2.5", "--num-samples", "1"]
+    assert cli.main([*words, "--output-dir", "asked"]) == 0
+    shown = capsys.readouterr().out
+    assert "clip:clip (held out): " in shown and "Retention kept: by clip:clip the mean score changed by" in shown
+    assert "  LoRA scale 0: 50.0% (" in shown and "  LoRA scale 1: " in shown
+    report = json.loads((place / "asked" / "report.json").read_text())
+    assert report["retention"]["tolerance"] == 2.5 and report["retention"]["difference"]["num_clusters"] == 2
+    assert [point["scale"] for point in report["sweep"]] == [0, 1]
+    assert (
+        report["sweep"][1]["scorers"] == report["scorers"] and report["sweep"][0]["scorers"][0]["win_rate"]["ties"] == 2
+    )
+    assert (place / "asked" / "report.html").read_text().count('<figure class="pair"') <= 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to compare with: give --base"),
+        (["--base", "model", "--lora-scales", "0", "1"], "--lora-scales needs --lora"),
+        (["--base", "model", "--retention-prompts", "prompts.txt"], "--retention-prompts needs --retention-tolerance"),
+        (["--base", "model", "--retention-tolerance", "1"], "--retention-tolerance belongs to --retention-prompts"),
+        (["--base", "model", "--retention-scorer", "x"], "--retention-scorer belongs to --retention-prompts"),
+        (["--base", "model", "--retention-prompts", "none.txt", "--retention-tolerance", "1"], "no such prompt file"),
+    ],
+)
+def test_evaluate_refuses_half_a_question(place, capsys, words, message):
+    assert cli.main(["evaluate", "--model", "model", "--prompt", "a", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_cache_is_shown_and_cleared(run, capsys):

@@ -1,56 +1,27 @@
-"""Prompt files, and which guidance and device are taken where none is said."""
-
-import json
+"""Which prompts, guidance and device are taken where none is said."""
 
 import pytest
 
 from mmalign.cli import models
-from mmalign.cli.options import Given
-
-ROWS = ["a red shirt", "a blue bag, on white"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.txt", "a red shirt\n\n  a blue bag, on white  \n"),
-        ("p.json", json.dumps(ROWS)),
-        ("p.json", json.dumps([{"Prompt": row} for row in ROWS])),
-        ("p.jsonl", "\n".join(json.dumps({"caption": row}) for row in ROWS)),
-        ("p.tsv", "Prompt\tCategory\na red shirt\tx\na blue bag, on white\ty\n"),
-        ("p.csv", 'id,caption\n1,a red shirt\n2,"a blue bag, on white"\n'),
-    ],
-)
-def test_prompt_files(tmp_path, name, content):
-    path = tmp_path / name
-    path.write_text(content)
-    assert models.prompts_in(path) == ROWS
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("p.json", '{"prompt": "x"}', "must hold a list"),
-        ("p.jsonl", '{"image": "x"}', "a row has no column prompt, caption or text"),
-        ("p.csv", "id\n1\n", "a row has no column"),
-    ],
-)
-def test_prompt_files_that_are_refused(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        models.prompts_in(path)
+from mmalign.cli.options import Given, UsageError
 
 
 def test_prompts_of_the_command_line_come_first_and_are_cut(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text("b\nc\n")
-    given = Given({"prompt": ["a"], "prompts": str(path), "num_prompts": 2})
+    given = Given({"prompt": ["a"], "prompts": str(path), "prompts_split": None, "num_prompts": 2})
     assert models.read_prompts(given) == ["a", "b"]
 
 
+def test_a_split_needs_a_folder_of_prompt_files():
+    for prompts, message in (("playground", "not to the playground"), (None, "belongs to --prompts")):
+        given = Given({"prompt": ["a"], "prompts": prompts, "prompts_split": "test", "num_prompts": None})
+        with pytest.raises(UsageError, match=message):
+            models.read_prompts(given)
+
+
 def test_the_playgrounds_prompts_are_its_held_out_ones():
-    given = Given({"prompt": None, "prompts": "playground", "num_prompts": 3})
+    given = Given({"prompt": None, "prompts": "playground", "prompts_split": None, "num_prompts": 3})
     from mmalign.playground.pairs import prompts
 
     assert models.read_prompts(given) == prompts().test[:3]

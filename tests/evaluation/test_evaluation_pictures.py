@@ -1,12 +1,14 @@
 """The side-by-side sheet, and the cheap statistics that show a model gaming its scorer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.evaluation import side_by_side
+from mmalign.evaluation import moved_statistics, side_by_side
 from mmalign.evaluation.grid import _font, fit, wrap
-from mmalign.evaluation.image_statistics import DESCRIPTIONS, drift, side_statistics
+from mmalign.evaluation.image_statistics import STATISTICS, drift, side_statistics
 
 
 def picture(size, colour="#c03020"):
@@ -74,7 +76,7 @@ def test_statistics_of_known_pictures(tmp_path):
     stripes = np.zeros((32, 32, 3))
     stripes[:, ::2] = 255
     values, thumbnails = side_statistics(stored(tmp_path, [grey, red, stripes]), ["a", "b", "c"])
-    assert set(values) == set(DESCRIPTIONS)
+    assert set(values) == set(STATISTICS) - {"drift"}
     assert values["brightness"] == pytest.approx([128 / 255, 0.299, 0.5], abs=1e-6)
     assert values["saturation"] == pytest.approx([0, 1, 0])
     assert values["contrast"] == pytest.approx([0, 0, 0.5], abs=1e-6)
@@ -89,6 +91,43 @@ def test_near_duplicates_count_between_prompts_only(tmp_path):
     files = stored(tmp_path, [grey, nearly, other])
     assert side_statistics(files, ["a", "b", "c"])[0]["near-duplicates"].tolist() == [1, 1, 0]
     assert side_statistics(files, ["a", "a", "c"])[0]["near-duplicates"].tolist() == [0, 0, 0]
+
+
+def test_diversity_within_a_prompt_is_the_distance_between_its_own_pictures(tmp_path):
+    levels = (0, 51, 153, 255)
+    files = stored(tmp_path, [np.full((32, 32, 3), level) for level in levels])
+    values = side_statistics(files, ["a", "a", "a", "b"])[0]
+    within = values["diversity within a prompt"]
+    assert within[:3] == pytest.approx(np.sqrt([(0.2**2 + 0.6**2) / 2, (0.2**2 + 0.4**2) / 2, (0.6**2 + 0.4**2) / 2]))
+    assert np.isnan(within[3]), "a prompt with one picture has none"
+    assert values["diversity"] == pytest.approx([1, 0.8, 0.4, np.sqrt((1 + 0.8**2 + 0.4**2) / 3)])
+    assert np.isnan(side_statistics(files, ["a"] * 4)[0]["diversity"]).all()
+
+
+def test_what_moved_is_pointed_out_in_words(make_result):
+    base = np.random.default_rng(0).integers(60, 140, size=40)
+    darker = make_result([(level, level + 60 + level % 3) for level in base])
+    by_name = {statistic.name: statistic for statistic in darker.statistics}
+    brightness = by_name["brightness"]
+    assert brightness.base_spread == pytest.approx(np.std((0.299 - 0.587) * base / 255))
+    line = next(
+        line for line in moved_statistics(darker) if line.startswith("Pictures became darker: \N{MINUS SIGN}0.0")
+    )
+    size = abs(brightness.difference.value) / brightness.base_spread
+    assert line.endswith(f", {size:.2g} times the base's standard deviation.")
+    assert not replace(brightness, base_spread=brightness.base_spread * size * 4.01).moved
+    assert replace(brightness, base_spread=brightness.base_spread * size * 3.99).moved
+    assert not replace(brightness, difference=replace(brightness.difference, low=-1.0, high=1.0)).moved
+    assert "diversity within a prompt" not in by_name and not by_name["drift"].moved
+    noise = np.random.default_rng(1).integers(-40, 41, size=40)
+    assert (
+        moved_statistics(make_result([(level, level + shift) for level, shift in zip(base, noise, strict=True)])) == []
+    )
+
+
+def test_new_near_duplicates_are_pointed_out_although_the_base_has_no_spread(make_result):
+    result = make_result([(8 * row, 100) for row in range(30)])
+    assert any(line.startswith("Pictures became more often near-duplicates") for line in moved_statistics(result))
 
 
 def test_drift_is_zero_for_the_same_pictures_and_known_for_shifted_ones():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,9 @@ import pytest
 
 from mmalign import evaluation
 from mmalign.evaluation import WinRate, headline, read_report, write_report
+from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report import sample_rows, worst_losses
+from mmalign.evaluation.report_pictures import left_sides
 from mmalign.evaluation.report_plots import thin
 from mmalign.evaluation.wording import notes, number, percent
 
@@ -24,12 +27,15 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags, self.loads, self.text, self.scripts = [], [], [], 0
-        self.inside = ""
+        self.hidden: list[str] = []
+        self.inside = self.about = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.inside = tag
+        self.hidden += [tag] * (("hidden", None) in attrs)
+        self.about = dict(attrs).get("data-about", self.about)
         self.loads += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action", "poster")]
         assert not [name for name, _ in attrs if name.startswith("on")], "no event handlers in attributes"
 
@@ -92,7 +98,7 @@ def test_report_json_is_strict_and_reads_back(make_result, tmp_path, hostile):
     result = make_result(WINS[:5], prompts=hostile)
     files = write_report(result, tmp_path, history=[{"step": 1, "loss": math.nan}, {"step": 2, "loss": 0.7}])
     data = strict(files.json.read_text())
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert data["headline"] == headline(result)
     assert data["history"] == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.7}]
     assert {"torch", "diffusers", "mmalign"} <= set(data["versions"])
@@ -132,7 +138,7 @@ def test_pictures_outside_the_report_are_neither_named_nor_read(make_result, tmp
 
 def test_another_schema_is_refused(make_result, tmp_path):
     file = write_report(make_result(WINS[:3]), tmp_path).json
-    file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    file.write_text(file.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     with pytest.raises(ValueError, match="schema_version 99"):
         read_report(file)
 
@@ -148,6 +154,31 @@ def test_the_page_loads_nothing_and_hostile_text_stays_text(make_result, tmp_pat
     assert hostile[0] in text and hostile[1] in text and hostile[2] in text and hostile[3] in text
     assert "\x07" not in text and "half a pair � and a control � character" in text
     assert "Content-Security-Policy" in (tmp_path / "report.html").read_text()
+
+
+def test_sides_are_shuffled_evenly_by_what_no_score_knows(make_result, tmp_path):
+    wins, losses = make_result(WINS), make_result([(after, before) for before, after in WINS])
+    left = left_sides(wins, wins.rows)
+    assert left.count("aligned") == left.count("base") == 15
+    assert left == left_sides(losses, losses.rows)
+    other = replace(wins, aligned_fingerprint="other")
+    assert left != left_sides(other, other.rows) != ["base", "aligned"] * 15
+    html = write_report(wins, tmp_path, num_samples=30).html.read_text()
+    assert re.findall(r'data-left="(\w+)"', html) == left
+    lost = write_report(losses, tmp_path, num_samples=3).html.read_text()
+    assert lost.count("data-left=") == lost.count('class="votes"') == 3, "what scores picked is not judged blind"
+
+
+def test_the_page_brings_what_votes_are_counted_with(make_result, tmp_path):
+    result = make_result(WINS, prompts=[f"prompt {row} </script>" for row in range(30)])
+    found = page(result, tmp_path)
+    about = json.loads(found.about)
+    assert about["quantiles"][0] is None
+    assert about["quantiles"][1:] == [student_t(0.975, votes - 1) for votes in range(2, 13)]
+    assert (about["aligned_label"], about["base_fingerprint"]) == ("aligned", "base" * 4)
+    assert found.tags.count("input") == 12 and found.tags.count("figure") == 12
+    assert found.hidden.count("button") == 3 and found.hidden.count("input") == 12
+    assert found.hidden.count("div") == 12, "without a script pairs stand side by side, and no vote can be cast"
 
 
 def test_sample_is_fixed_before_scores_and_worst_losses_are_losses(make_result):
@@ -210,9 +241,9 @@ def test_numbers_have_the_decimals_their_error_gives_sense_to(value, scale, text
 
 
 def test_an_interval_that_touches_50_shows_no_difference():
-    rate = WinRate(0.6, 0.5, 0.7, 6, 0, 4, 10, 10, 0.95)
+    rate = WinRate(0.6, 0.5, 0.7, 6, 0, 4, 10, 10, 0.95, 0.05, "bootstrap")
     assert not rate.shows_difference
-    assert WinRate(0.6, 0.501, 0.7, 6, 0, 4, 10, 10, 0.95).shows_difference
+    assert replace(rate, low=0.501).shows_difference
 
 
 def test_a_model_compared_with_itself_is_told_so(make_result, tmp_path):
