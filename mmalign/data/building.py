@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
 from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
-from mmalign.data.images import BadImage, fit, to_pixels
+from mmalign.data.clips import fitted
+from mmalign.data.images import BadImage
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.shards import read_notes, read_shard, rows_per_shard, write_shard
@@ -55,7 +56,7 @@ class _Prepared:
     label: float
     scores: dict[str, tuple[float, float]]
     user_id: str | None
-    pixels: Float[Tensor, "2 3 H W"]
+    pixels: Float[Tensor, "2 3 *F H W"]
     sizes: Int[Tensor, "2 6"]
 
 
@@ -154,15 +155,17 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
     good: list[_Prepared] = []
     bad: list[BadRow] = []
     waiting: list[_Prepared] = []
-    c, h, w = job.denoiser.latent_shape(job.height, job.width)
-    latents = [torch.zeros(0, 2, c, h, w, dtype=job.dtype)]
+    shape = job.denoiser.latent_shape(job.height, job.width, job.source.num_frames)
+    latents = [torch.zeros(0, 2, *shape, dtype=job.dtype)]
+    # A clip is as much to hold as its frames.
+    at_once = max(1, job.batch_size // (job.source.num_frames or 1))
     for item in in_order(lambda row: _prepare(job, row), range(start, stop), job.workers):
         bar.update(1)
         if isinstance(item, BadRow):
             bad.append(item)
             continue
         waiting.append(item)
-        if len(waiting) == job.batch_size:
+        if len(waiting) == at_once:
             latents.append(_encode_images(job, waiting))
             good += map(_without_pixels, waiting)
             waiting = []
@@ -197,10 +200,10 @@ def _prepare(job: Job, row: int) -> _Prepared | BadRow:
     pixels, sizes = [], []
     for field, image in zip(job.source.image_fields, (record.image_0, record.image_1), strict=True):
         try:
-            cropped, size = fit(image, job.height, job.width)
+            cropped, size = fitted(image, job.height, job.width)
         except BadImage as error:
             return BadRow(row, field, str(error))
-        pixels.append(to_pixels(cropped))
+        pixels.append(cropped)
         sizes.append(size)
     return _Prepared(
         row, record.prompt, record.label, record.scores, record.user_id, torch.stack(pixels), torch.tensor(sizes)
@@ -211,7 +214,7 @@ def _without_pixels(item: _Prepared) -> _Prepared:
     return _Prepared(item.row, item.prompt, item.label, item.scores, item.user_id, item.pixels.new_zeros(0), item.sizes)
 
 
-def _encode_images(job: Job, items: Sequence[_Prepared]) -> Float[Tensor, "B 2 C h w"]:
+def _encode_images(job: Job, items: Sequence[_Prepared]) -> Float[Tensor, "B 2 C *F h w"]:
     pixels = torch.stack([item.pixels for item in items]).flatten(0, 1)
     generators = None
     if job.mode == "sample":

@@ -111,7 +111,7 @@ class EncodedPairs:
         """sha256 of everything the contents depend on."""
         return self.manifest.key
 
-    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C h w"]:
+    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C *F h w"]:
         """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in."""
         return self._latents.rows("latents", index)
 

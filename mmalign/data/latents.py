@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,12 @@ def encode_pairs(
     and cropped at the centre. latent_mode: "sample" draws each latent once from the VAE's posterior, keyed by (seed,
     row, side) and so independent of batches (the published code draws anew at every step); "mean" takes the posterior's
     mean and reads no seed. dtype: of what is stored. batch_size: pairs through the VAE, and prompts through the text
-    encoders, at once. workers: threads that decode. Several processes may call it at once: one builds, the rest wait.
+    encoders, at once (fewer pairs of clips, by their frames). workers: threads that decode. Several processes may call it at once: one builds, the rest wait.
     """
     from filelock import FileLock
 
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    c, h, w = denoiser.latent_shape(height, width)
+    shape = denoiser.latent_shape(height, width, source.num_frames)
     _check_options(latent_mode, dtype, batch_size, workers, shard_rows, seed)
     parts = _key_parts(source, denoiser, height, width, dtype, latent_mode, seed)
     key = key_of(parts)
@@ -76,7 +77,7 @@ def encode_pairs(
                 dtype=dtype,
                 mode=latent_mode,
                 seed=seed,
-                shard_rows=shard_rows or rows_per_shard(2 * c * h * w * dtype.itemsize),
+                shard_rows=shard_rows or rows_per_shard(2 * prod(shape) * dtype.itemsize),
                 workers=workers,
                 progress=progress,
             )
@@ -120,6 +121,8 @@ def _key_parts(
         "tiled": bool(getattr(denoiser.pipe.vae, "use_tiling", False)),
         "seed": seed,
     }
+    if source.num_frames is not None:
+        parts["num_frames"] = source.num_frames
     for name, component in sorted(denoiser.pipe.components.items()):
         if component is None or name in _UNUSED or component is denoiser.module:
             continue

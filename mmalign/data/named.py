@@ -1,4 +1,4 @@
-"""A folder of pictures that are paired by their names.
+"""A folder of pictures, or of clips in a file each, that are paired by their names.
 
 0001_chosen.png, 0001_rejected.png, 0001.txt     or     0001.png, 0001-rejectedlabel.png, 0001.txt
 `-` and `_` mean the same, any picture's ending will do, subfolders count, and the text file is the prompt. Every file with
@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.images import BadImage, inside
+from mmalign.data.clips import VIDEO_ENDINGS
+from mmalign.data.images import ENDINGS, BadImage, inside
 from mmalign.data.rows import ListRows
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
+_PICTURES = ENDINGS | VIDEO_ENDINGS
 _MARK = re.compile(r"(?P<key>.+)[-_](?P<side>chosen|rejected|rejectedlabel)", re.IGNORECASE | re.DOTALL)
 
 

@@ -36,20 +36,21 @@ def write_card(
     data: str,
     metrics: dict[str, Any],
     trained: tuple[str, str] | None,
+    task: str,
 ) -> None:
-    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
+    """Writes README.md with the Hub's metadata; `task`: the Hub's name for what the model does; `trained`: name and class of a fully trained component, None for a LoRA.
 
     No licence is stated: it is the base model's and the data's, which are not known here.
     """
     is_lora = trained is None
     name, arxiv = _PAPERS.get(args.method, (args.method, None))
     base, data_name = public_name(base_model), public_name(data.partition("[")[0])
-    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if is_hub_id(base_model):
         header |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
     if is_hub_id(data):
         header["datasets"] = [data_name]
-    header["tags"] = ["mmalign", args.method, "text-to-image", "diffusers-training", "diffusers"]
+    header["tags"] = ["mmalign", args.method, task, "diffusers-training", "diffusers"]
     header["tags"] += ["lora", "template:sd-lora"] if is_lora else []
     import yaml
 

@@ -52,6 +52,7 @@ class DenoiserConfig(TrainingArguments):
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
     resolution         pixels of the short side and of the centre crop; None is the model's own
+    num_frames         frames of a clip, sampled evenly from it; None is the model's own; for video models only
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 
@@ -98,6 +99,7 @@ class DenoiserConfig(TrainingArguments):
     train_split: str | None = None
     eval_split: str | None = None
     resolution: int | None = None
+    num_frames: int | None = None
     cache_dir: str | None = None
 
     validation_prompts: list[str] = field(default_factory=list)
@@ -170,6 +172,7 @@ class DenoiserConfig(TrainingArguments):
             "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
             "resolution must be positive": self.resolution is not None and self.resolution < 1,
+            "num_frames must be positive": self.num_frames is not None and self.num_frames < 1,
             "validation_steps must be 0 or more": self.validation_steps < 0,
             "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",

@@ -90,6 +90,7 @@ class SavingTrainer(Trainer):
             data=self._train.name,
             metrics=self.last_metrics(),
             trained=None if has_adapter(self.network) else whole,
+            task="text-to-image" if self.denoiser.native_frames is None else "text-to-video",
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
