@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
-from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
 from mmalign.data.clips import fitted
+from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
 from mmalign.data.images import BadImage
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, summarise

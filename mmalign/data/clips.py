@@ -1,14 +1,15 @@
 """Clips: a side of a pair that is several frames, sampled evenly to as many as a video model reads.
 
 A list of pictures, a folder of frame files (in the order of their names, numbers counting as numbers), an animated file that Pillow
-reads (GIF, APNG, WebP), or a video (.mp4, .mov, .webm; extra `video`). A still picture is a clip of one frame.
+reads (GIF, APNG, WebP), or a video (.mp4, .mov, .webm; extra `video`). A still picture is a clip of one frame. Frames are counted,
+not timed: what is shown longer weighs no more.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Clip: TypeAlias = "tuple[Image.Image, ...]"
-# A side of a pair, as it is read.
-Side: TypeAlias = "Image.Image | Clip"
+PictureOrClip: TypeAlias = "Image.Image | Clip"
 
 VIDEO_ENDINGS = {".mp4", ".mov", ".webm"}
 # Of a source, whether all of them are used or not.
@@ -81,7 +81,7 @@ def read_clip(
 
 
 def fitted(
-    side: Side, height: int, width: int
+    side: PictureOrClip, height: int, width: int
 ) -> tuple[Float[Tensor, "3 *F H W"], tuple[int, int, int, int, int, int]]:
     """Pixels in [−1, 1] of a picture (3, H, W) or a clip (3, F, H, W), resized and cropped by `fit`, and the numbers of `fit`."""
     fits = [fit(frame, height, width) for frame in frames_of(side)]
@@ -89,12 +89,12 @@ def fitted(
     return torch.stack(pixels, dim=1) if isinstance(side, tuple) else pixels[0], fits[0][1]
 
 
-def frames_of(side: Side) -> Clip:
+def frames_of(side: PictureOrClip) -> Clip:
     """The frames of a clip; a picture is the only one of its own."""
     return side if isinstance(side, tuple) else (side,)
 
 
-def glance(side: Side) -> Image.Image:
+def glance(side: PictureOrClip) -> Image.Image:
     """One picture to look at: a picture itself; of a clip the first, the middle and the last frame side by side."""
     from PIL import Image
 
@@ -129,7 +129,7 @@ def _evenly(total: int, wanted: int) -> list[int]:
     if total > MAX_FRAMES:
         raise BadImage(f"more than {MAX_FRAMES} frames: cut the clip")
     if total < wanted:
-        raise BadImage(f"{total} frames, and {wanted} are needed: ask for fewer (num_frames)")
+        raise BadImage(f"holds {total} frame(s), and {wanted} are asked for (num_frames)")
     return [int(at) for at in np.linspace(0, total - 1, wanted).round()]
 
 
@@ -165,10 +165,10 @@ def _of_video(source: Any, kind: str, num_frames: int, max_pixels: int) -> list[
     except ImportError as error:
         raise ImportError('reading .mp4, .mov and .webm files needs PyAV: pip install "mmalign[video]"') from error
 
-    def decoded() -> Iterator[Any]:
+    def decoded() -> Generator[Any]:
         # An open file and a named format: FFmpeg opens nothing else, whatever the file refers to.
         with (
-            io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
+            io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source.open("rb") as file,
             av.open(file, format=kind) as container,
         ):
             yield from container.decode(video=0)

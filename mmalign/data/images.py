@@ -106,7 +106,8 @@ def inside(text: str | Path, roots: Sequence[Path], absolute: bool, *, folders: 
             continue
         if found:
             return resolved
-        raise BadImage(f"no such file: {_quote(text)}")
+        folder = " is a folder (of frames? only video models read clips)" if resolved.is_dir() else ""
+        raise BadImage(f"no such file: {_quote(text)}{folder}")
     raise BadImage(f"path {_quote(text)} leads out of the data set's folder; copy the file into it")
 
 

@@ -53,7 +53,8 @@ def encode_pairs(
     and cropped at the centre. latent_mode: "sample" draws each latent once from the VAE's posterior, keyed by (seed,
     row, side) and so independent of batches (the published code draws anew at every step); "mean" takes the posterior's
     mean and reads no seed. dtype: of what is stored. batch_size: pairs through the VAE, and prompts through the text
-    encoders, at once (fewer pairs of clips, by their frames). workers: threads that decode. Several processes may call it at once: one builds, the rest wait.
+    encoders, at once (fewer pairs of clips, by their frames). workers: threads that decode. Several processes may call
+    it at once: one builds, the rest wait.
     """
     from filelock import FileLock
 

@@ -1,8 +1,9 @@
 """Where raw rows come from: a list, a JSON file, parquet files, or a datasets.Dataset.
 
 Each offers `columns`, `len`, `[i] → dict`, `light(columns)`, which passes over all rows without their pictures, and
-`fingerprint()`, a hash of the content (with folders=True also of the frames in folders that it names): of every byte up to 4 GiB; above that of sizes, times of change and samples, so
-that it costs seconds, notices every ordinary edit, and says so here.
+`fingerprint()`, a hash of the content (with folders=True also of the frames in folders that it names): of every byte up
+to 4 GiB; above that of sizes, times of change and samples, so that it costs seconds, notices every ordinary edit, and
+says so here.
 """
 
 from __future__ import annotations

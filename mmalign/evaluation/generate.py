@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmalign.data.clips import Side
 from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
 
 # A diffusers text-to-image or text-to-video pipeline; the common base class declares neither its call nor its components.
@@ -29,12 +28,12 @@ def generate(
     width: int | None = None,
     num_frames: int | None = None,
     progress: bool = True,
-) -> list[Side]:
+) -> list[Any]:
     """One picture for each (prompt, seed), in order, or of a video pipeline one clip, a tuple of frames.
 
     `height`, `width` and `num_frames` left out take the pipeline's own; only a video pipeline takes `num_frames`.
     """
-    pictures: list[Side] = []
+    pictures: list[Any] = []
     for batch in generate_batches(
         pipe,
         prompts,
@@ -64,7 +63,7 @@ def generate_batches(
     num_frames: int | None = None,
     progress: bool = True,
     description: str = "Drawing",
-) -> Generator[list[Side]]:
+) -> Generator[list[Any]]:
     """The pictures of `generate`, batch by batch, so that a caller can store them as they come."""
     if len(prompts) != len(seeds):
         raise ValueError(f"Every prompt needs a seed, but there are {len(prompts)} prompts and {len(seeds)} seeds.")
@@ -96,8 +95,8 @@ def generate_batches(
             bar.update(len(generators))
 
 
-def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> list[Side]:
-    """(B, H, W, 3) in [0, 1] → B pictures, (B, F, H, W, 3) → B clips; one that is not finite is an error that says how to draw it again."""
+def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
+    """(B, H, W, 3) in [0, 1] → B pictures, (B, F, H, W, 3) → B clips; what is not finite is an error that says how to draw it again."""
     if len(pixels) != len(prompts):
         raise ValueError(f"The pipeline returned {len(pixels)} pictures for {len(prompts)} prompts.")
     for image, prompt, seed in zip(pixels, prompts, seeds, strict=True):

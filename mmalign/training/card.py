@@ -38,8 +38,9 @@ def write_card(
     trained: tuple[str, str] | None,
     task: str,
 ) -> None:
-    """Writes README.md with the Hub's metadata; `task`: the Hub's name for what the model does; `trained`: name and class of a fully trained component, None for a LoRA.
+    """Writes README.md with the Hub's metadata.
 
+    `trained`: name and class of a fully trained component, None for a LoRA; `task`: the Hub's name for what the model does.
     No licence is stated: it is the base model's and the data's, which are not known here.
     """
     is_lora = trained is None
@@ -56,6 +57,9 @@ def write_card(
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
     settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **args.loss_options()}
+    judge = "Whether the clips got better, people must say who do not know which is which."
+    if task == "text-to-image":
+        judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
@@ -82,8 +86,7 @@ The licences of the base model and of the data apply.
 {_json(metrics)}
 ```
 
-These numbers come from the training pairs (`eval_*`: from held-out pairs). Whether the pictures got better is for a held-out judge:
-`mmalign evaluate`.
+These numbers come from the training pairs (`eval_*`: from held-out pairs). {judge}
 """
     write_file(folder / "README.md", text)
 

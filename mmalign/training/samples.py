@@ -52,7 +52,10 @@ class SamplePictures(TrainerCallback):
 
 
 def draw(pipe: Any, args: DenoiserConfig) -> list[Image.Image]:
-    """One picture (or first, middle and last frame of a clip) a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set."""
+    """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set.
+
+    Of a clip the first, the middle and the last frame, side by side.
+    """
     parts = list(networks(pipe).values())
     guidance = args.validation_guidance_scale
     if guidance is None:
