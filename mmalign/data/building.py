@@ -157,9 +157,9 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
     waiting: list[_Prepared] = []
     shape = job.denoiser.latent_shape(job.height, job.width, job.source.num_frames)
     latents = [torch.zeros(0, 2, *shape, dtype=job.dtype)]
-    # A clip is as much to hold as its frames.
-    at_once = max(1, job.batch_size // (job.source.num_frames or 1))
-    for item in in_order(lambda row: _prepare(job, row), range(start, stop), job.workers):
+    # A clip is as much to hold as its frames, in a batch as among what is read ahead.
+    at_once, workers = (max(1, number // (job.source.num_frames or 1)) for number in (job.batch_size, job.workers))
+    for item in in_order(lambda row: _prepare(job, row), range(start, stop), workers):
         bar.update(1)
         if isinstance(item, BadRow):
             bad.append(item)

@@ -68,6 +68,9 @@ class CogVideoXDenoiser(Denoiser):
             raise ValueError(
                 f"{self.family} reads clips: num_frames must be 1 more than a multiple of {2 * ratio}, got {frames}"
             )
+        most = self.native_size
+        if self.pipe.transformer.config.patch_size_t is not None and (height > most[0] or width > most[1]):
+            raise ValueError(f"CogVideoX 1.5 has positions up to {most[0]}×{most[1]} pixels, got {height}×{width}")
         channels, *size = super().latent_shape(height, width)
         return channels, (frames - 1) // ratio + 1 + self._repeated, *size
 

@@ -52,18 +52,27 @@ def test_the_schedule_is_the_schedulers(kind: Any, shift: float, zero_snr: bool)
 def test_predict_repeats_the_pipelines_own_calls(pipe: Any) -> None:
     """At another size and length than the network's own, so that positions must be made for them."""
     calls = []
+    height, width = (8, 16) if pipe.transformer.config.patch_size_t else (24, 32)
 
     def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         calls.append((kwargs["hidden_states"], kwargs["timestep"], output[0]))
 
     handle = pipe.transformer.register_forward_hook(record, with_kwargs=True)
-    pipe(PROMPT, height=24, width=32, num_frames=17, num_inference_steps=2, guidance_scale=1.0, output_type="latent")
+    pipe(
+        PROMPT,
+        height=height,
+        width=width,
+        num_frames=17,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="latent",
+    )
     handle.remove()
     denoiser = adapter_for(pipe)
     assert isinstance(denoiser, CogVideoXDenoiser) and len(calls) == 2
     conditioning = denoiser.encode_prompt([PROMPT])
     for x, t, out in calls:
-        assert x.transpose(1, 2).shape[1:] == denoiser.latent_shape(24, 32, 17)
+        assert x.transpose(1, 2).shape[1:] == denoiser.latent_shape(height, width, 17)
         with torch.no_grad():
             predicted = denoiser.predict(denoiser.module, x.transpose(1, 2), t, conditioning)
         torch.testing.assert_close(predicted, out.transpose(1, 2), rtol=0, atol=1e-5)
@@ -117,6 +126,14 @@ def test_numbers_of_frames_that_the_vae_would_change_are_refused() -> None:
         assert denoiser.decode(denoiser.encode_image(pixels)).shape == pixels.shape
     with pytest.raises(ValueError, match="multiples of 8"):
         denoiser.latent_shape(20, 16, 9)
+
+
+def test_a_size_beyond_the_positions_of_1_5_is_refused_before_anything_is_encoded() -> None:
+    pipe = tiny_pipeline("cogvideox")
+    assert adapter_for(pipe).latent_shape(24, 16, 9) == (4, 3, 6, 4)
+    pipe.register_modules(transformer=cogvideox_transformer(**GENERATIONS["1.5"]))
+    with pytest.raises(ValueError, match="positions up to 16×16 pixels, got 24×16"):
+        adapter_for(pipe).latent_shape(24, 16, 9)
 
 
 def test_pipelines_that_draw_from_something_given_are_refused() -> None:
