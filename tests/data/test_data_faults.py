@@ -179,7 +179,7 @@ def test_metadata_jsonl(folder: Path, bad_files: list[tuple[Any, str]], denoiser
     good = {"prompt": "x", "chosen": "a.png", "rejected": "b.png"}
     faults: list[Fault] = [({"rejected": value}, "rejected", reason) for value, reason in bad_files[:-1]]
     faults += [
-        ({"rejected": ["a.png"]}, "rejected", "one message of role 'assistant', got 1 ('a.png')"),
+        ({"rejected": ["a.png"]}, "rejected", "got list (a clip, which only video models read)"),
         ({"rejected": "a.png"}, "rejected", "the same file as chosen"),
         ({"prompt": 3}, "prompt", "expected text, got 3"),
         ({"chosen_score": 1.0}, "rejected_score", "finite number, got None"),
