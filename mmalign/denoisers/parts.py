@@ -1,4 +1,4 @@
-"""A pipeline's parts: which of them have weights, what it draws, and the pipeline in eval mode or without its bar for a while."""
+"""A pipeline's parts: which of them have weights, and the pipeline in eval mode or without its bar for a while."""
 
 import inspect
 from collections.abc import Iterable, Iterator
@@ -11,11 +11,6 @@ from torch import nn
 def networks(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that have weights, by name."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-
-
-def draws_clips(pipe: Any) -> bool:
-    """Whether a pipeline draws clips, not pictures: its call asks for their number of frames."""
-    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
 
 
 @contextmanager
@@ -40,3 +35,8 @@ def bar_hidden(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
+
+
+def draws_clips(pipe: Any) -> bool:
+    """Whether a pipeline draws clips, not pictures: its call asks for their number of frames."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters

@@ -38,12 +38,15 @@ def write_card(
     trained: tuple[str, str] | None,
     task: str,
 ) -> None:
-    """Writes README.md with the Hub's metadata.
+    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
 
-    `trained`: name and class of a fully trained component, None for a LoRA; `task`: the Hub's name for what the model does.
-    No licence is stated: it is the base model's and the data's, which are not known here.
+    No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
+    for what the model does.
     """
     is_lora = trained is None
+    judge = "Whether the clips got better, people must say who do not know which is which."
+    if task == "text-to-image":
+        judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
     name, arxiv = _PAPERS.get(args.method, (args.method, None))
     base, data_name = public_name(base_model), public_name(data.partition("[")[0])
     header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
@@ -57,9 +60,6 @@ def write_card(
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
     settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **args.loss_options()}
-    judge = "Whether the clips got better, people must say who do not know which is which."
-    if task == "text-to-image":
-        judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---

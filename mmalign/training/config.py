@@ -51,8 +51,8 @@ class DenoiserConfig(TrainingArguments):
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
-    resolution         pixels of the short side and of the centre crop; None is the model's own
     num_frames         frames of a clip, sampled evenly from it; None is the model's own; for video models only
+    resolution         pixels of the short side and of the centre crop; None is the model's own
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 

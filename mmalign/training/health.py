@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmalign.denoisers import Schedule
-from mmalign.denoisers.schedule import rows_like
 from mmalign.likelihood.denoising import DenoisingPoint, mean_squared_error
 from mmalign.losses import PairLogProbs
 from mmalign.training.measurement import Measurement, Pairs
@@ -88,7 +87,7 @@ def _against_reference(logps: PairLogProbs, reference_error: Tensor, pairs: Pair
 def path_mismatch(point: DenoisingPoint, x0: Tensor, schedule: Schedule) -> Tensor:
     """Root mean square of x_t − (signal·x_0 + noise·target), per side; near rounding error when landing = conditioning."""
     if schedule.is_flow:
-        rebuilt = x0 + rows_like(schedule.level(point.timestep), x0) * point.target
+        rebuilt = x0 + schedule.level(point.timestep).view(-1, 1, 1, 1).to(x0) * point.target
     else:
         rebuilt = schedule.add_noise(x0, point.target, point.timestep)
     return mean_squared_error(point.x_t, rebuilt).sqrt()

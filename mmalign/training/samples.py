@@ -22,7 +22,7 @@ _MARGIN, _LINE = 8, 16
 class SamplePictures(TrainerCallback):
     """Draws `validation_prompts` before the first step and every `validation_steps` steps into `samples/step-*.png`.
 
-    A sheet has a row a prompt: what the model drew when this run was started, and what it draws now; of a clip three frames.
+    A sheet has a row a prompt: what the model drew when this run was started, and what it draws now.
     """
 
     def __init__(self, pipe: Any) -> None:
