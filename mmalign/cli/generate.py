@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import (
-    SAMPLING,
     device_option,
     guidance_of,
     load_pipeline,
@@ -63,7 +62,7 @@ VERB = Command(
             help="frames of a clip; none is the video model's own",
             convert=whole,
             metavar="N",
-            group=SAMPLING,
+            group=_WHAT,
             nullable=True,
         ),
         Option(
@@ -71,7 +70,7 @@ VERB = Command(
             help="speed of a clip; none is 8",
             convert=number,
             metavar="X",
-            group=SAMPLING,
+            group=_WHAT,
             nullable=True,
         ),
     ],

@@ -13,7 +13,7 @@ from mmalign.cli.options import Given, Option, UsageError, number, one_of, whole
 
 BASE_CLASS = "StableDiffusionPipeline"
 DTYPES = ("float32", "bfloat16", "float16")
-SAMPLING = "how pictures are drawn"
+_SAMPLING = "how pictures are drawn"
 
 
 def model_options(*, group: str, lora: bool = False) -> list[Option]:
@@ -72,7 +72,7 @@ def device_option(group: str) -> Option:
 
 def sampling_options() -> list[Option]:
     """How pictures are drawn, for generate and evaluate."""
-    common: dict[str, Any] = {"group": SAMPLING}
+    common: dict[str, Any] = {"group": _SAMPLING}
     return [
         Option(name="num_inference_steps", help="sampling steps", convert=whole, metavar="N", default=25, **common),
         Option(

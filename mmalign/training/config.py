@@ -98,8 +98,8 @@ class DenoiserConfig(TrainingArguments):
     reference_cache: bool = False
     train_split: str | None = None
     eval_split: str | None = None
-    resolution: int | None = None
     num_frames: int | None = None
+    resolution: int | None = None
     cache_dir: str | None = None
 
     validation_prompts: list[str] = field(default_factory=list)
@@ -171,8 +171,8 @@ class DenoiserConfig(TrainingArguments):
             "prompt_dropout must lie in 0 … 1": not 0 <= self.prompt_dropout <= 1,
             "min_abs_strength must be 0 or more": not self.min_abs_strength >= 0,
             "smoothing_gamma must be positive": not self.smoothing_gamma > 0,
-            "resolution must be positive": self.resolution is not None and self.resolution < 1,
             "num_frames must be positive": self.num_frames is not None and self.num_frames < 1,
+            "resolution must be positive": self.resolution is not None and self.resolution < 1,
             "validation_steps must be 0 or more": self.validation_steps < 0,
             "validation_inference_steps must be at least 1": self.validation_inference_steps < 1,
             "share_noise=False belongs to latents='forward'": not self.share_noise and self.latents != "forward",
