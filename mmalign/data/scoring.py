@@ -105,7 +105,8 @@ def _score_batch(scorer: Scorer, records: list[PairRecord], scores: Tensor) -> N
     if not records:
         return
     sides = [(record.prompt, side) for record in records for side in (record.image_0, record.image_1)]
-    images, prompts = zip(*((frame, prompt) for prompt, side in sides for frame in frames_of(side)), strict=True)
+    images = [frame for _, side in sides for frame in frames_of(side)]
+    prompts = [prompt for prompt, side in sides for _ in frames_of(side)]
     answer = scorer.score(images, prompts)
     if answer.shape != (len(images),) or not torch.isfinite(answer).all():
         raise ValueError(

@@ -74,14 +74,12 @@ class CogVideoXDenoiser(Denoiser):
         channels, *size = super().latent_shape(height, width)
         return channels, (frames - 1) // ratio + 1 + self._repeated, *size
 
-    @torch.no_grad()
     def encode_image(
         self, pixels: Float[Tensor, "B 3 F H W"], generators: Sequence[torch.Generator] | None = None
     ) -> Float[Tensor, "B C f h w"]:
         latents = super().encode_image(pixels, generators)
         return torch.cat([latents[:, :, :1].repeat_interleave(self._repeated, dim=2), latents], dim=2)
 
-    @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B 3 F H W"]:
         return super().decode(latents[:, :, self._repeated :])
 

@@ -202,14 +202,16 @@ def test_folders_of_pairs_and_json_name_clips(packed: Packed, tmp_path: Path) ->
         assert told(record.image_0) == list(range(9)) and told(record.image_1) == second
 
 
-def test_a_data_set_of_lists_of_pictures_is_read(packed: Packed) -> None:
-    from datasets import Dataset, Features, List, Value
-    from datasets import Image as Feature
+def test_columns_of_lists_of_pictures_and_of_videos_are_read(packed: Packed) -> None:
+    from datasets import Dataset, Features, List, Value, Video
+    from datasets import Image as Picture
 
-    side = List(Feature())
-    row = {"prompt": ["a"], "chosen": [[packed(f) for f in frames(9)]], "rejected": [[packed(f) for f in frames(9)]]}
-    data = Dataset.from_dict(row, Features({"prompt": Value("string"), "chosen": side, "rejected": side}))
-    assert told(load_pairs(data, num_frames=3)[0].image_0) == [0, 4, 8]
+    one = [packed(frame) for frame in frames(9)]
+    for side, value in ((List(Picture()), one), (Video(), {"bytes": animated(packed, "GIF", 9), "path": None})):
+        columns = Features({"prompt": Value("string"), "chosen": side, "rejected": side})
+        data = Dataset.from_dict({"prompt": ["a"], "chosen": [value], "rejected": [value]}, columns)
+        source = load_pairs(data, num_frames=3)
+        assert told(source[0].image_0) == [0, 4, 8] and len(source.fingerprint) == 64
 
 
 def test_a_clips_score_is_the_mean_over_its_frames(tmp_path: Path) -> None:
