@@ -2,7 +2,8 @@
 
 `from tiny import tiny_pipeline, save_tiny` with `tests` on sys.path. Kinds: "sd" (ε, PNDM, as Stable Diffusion 1.5),
 "sd-v" (v-prediction, DDIM, as 2.1), "sdxl" (both CLIPs, Euler), "sd3" (both CLIPs and T5, flow), "flux" (CLIP and T5, packed
-latents, told its guidance as FLUX.1-dev is). Images are 16×16, latents (4, 8, 8).
+latents, told its guidance as FLUX.1-dev is). Images are 16×16, latents (4, 8, 8). "cogvideox" (T5, rotary positions, v-prediction,
+as CogVideoX-5b) draws clips of 9 such images, latents (4, 3, 4, 4).
 """
 
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 
-KINDS = ("sd", "sd-v", "sdxl", "sd3", "flux")
-IMAGE_SIZE = 16
+PICTURE_KINDS = ("sd", "sd-v", "sdxl", "sd3", "flux")
+KINDS = (*PICTURE_KINDS, "cogvideox")
+IMAGE_SIZE, NUM_FRAMES = 16, 9
 WORDS = ("red", "blue", "green", "black", "white", "a", "on", "sneaker", "bag", "shirt", "dress", "background")
 WIDTH, MAX_LENGTH = 16, 77
 
@@ -22,9 +24,8 @@ def tiny_pipeline(kind: str = "sd", seed: int = 0) -> Any:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = (
-            {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux}[kind]() if kind not in ("sd", "sd-v") else _sd(kind == "sd-v")
-        )
+        others = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "cogvideox": _cogvideox}
+        pipe = others[kind]() if kind in others else _sd(kind == "sd-v")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -231,6 +232,58 @@ def _flux() -> Any:
         text_encoder_2=_t5(tokenizer_2),
         tokenizer_2=tokenizer_2,
     )
+
+
+def _cogvideox() -> Any:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    tokenizer = _t5_tokenizer()
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3,
+        up_block_types=("CogVideoXUpBlock3D",) * 3,
+        block_out_channels=(4, 4, 8),
+        norm_num_groups=2,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_height=IMAGE_SIZE,
+        sample_width=IMAGE_SIZE,
+        scaling_factor=0.7,
+    )
+    scheduler = CogVideoXDDIMScheduler(
+        **_BETAS | {"steps_offset": 0},
+        prediction_type="v_prediction",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=1.0,
+        timestep_spacing="trailing",
+    )
+    return CogVideoXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=_t5(tokenizer),
+        vae=vae.eval(),
+        transformer=cogvideox_transformer(),
+        scheduler=scheduler,
+    )
+
+
+def cogvideox_transformer(**options: Any) -> Any:
+    """The network of "cogvideox": as CogVideoX-5b's unless `options` say otherwise."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    settings: dict[str, Any] = dict(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=8,
+        text_embed_dim=2 * WIDTH,
+        num_layers=1,
+        sample_width=IMAGE_SIZE // 4,
+        sample_height=IMAGE_SIZE // 4,
+        sample_frames=NUM_FRAMES,
+        use_rotary_positional_embeddings=True,
+    )
+    return _started(CogVideoXTransformer3DModel(**settings | options))
 
 
 def _started(transformer: Any) -> Any:

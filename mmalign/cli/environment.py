@@ -23,7 +23,7 @@ VERB = Command(
 )
 PACKAGES = (
     "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "safetensors", "huggingface_hub", "open_clip_torch",
-    "torchvision", "torchaudio", "xformers", "triton", "bitsandbytes", "trl", "numpy", "pillow",
+    "torchvision", "torchaudio", "av", "xformers", "triton", "bitsandbytes", "trl", "numpy", "pillow",
 )  # fmt: skip
 # Seen to import together; torch 2.15 is built for another CUDA than torchaudio 2.11 and breaks transformers' and diffusers' imports.
 AUDIO_FIX = 'pip install "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'

@@ -47,6 +47,7 @@ _EXPLAINED = {
     "train_split": 'split of a Hub data set or of "playground"; none is train',
     "eval_split": 'split of the evaluation data; none is train, and test for "playground"',
     "resolution": "pixels of the short side and of the centre crop; none is the model's own",
+    "num_frames": "frames of a clip, sampled evenly from it; none is the model's own; for video models only",
     "cache_dir": "where encoded pairs are kept; none is the place that `mmalign cache` shows",
     "validation_prompts": "draw these every validation_steps into output_dir/samples, beside what the model drew before",
     "validation_steps": "optimiser steps between sample pictures; 0 is never",

@@ -1,4 +1,4 @@
-"""`mmalign generate`: pictures from prompts and seeds, one file each, and all of them on one sheet."""
+"""`mmalign generate`: pictures or clips from prompts and seeds, one file each, and all of them on one sheet."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from mmalign.cli.models import (
     sampling_options,
     slug,
 )
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, switch, whole
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, switch, whole
 
 _MODEL, _WHAT = "the model", "what is drawn"
 _SHEET_ROWS = 32
+# CogVideoX 1.0's own.
+_FRAMES_PER_SECOND = 8.0
 ALIASES = [
     Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
     Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
@@ -30,7 +32,10 @@ ALIASES = [
 ]
 VERB = Command(
     prog="mmalign generate",
-    description="Draws one picture for each prompt and seed. A picture depends on its prompt and seed alone, not on its batch.",
+    description=(
+        "Draws one picture for each prompt and seed (a video model: one clip, as animated WebP). It depends on its prompt and seed "
+        "alone, not on its batch."
+    ),
     example='mmalign generate --model playground --prompt "a red bag on a blue background" --seeds 0 1 2 3',
     options=[
         *model_options(group=_MODEL, lora=True),
@@ -48,12 +53,28 @@ VERB = Command(
         Option(name="output_dir", help="where the pictures go", metavar="DIR", default="pictures", group=_WHAT),
         Option(
             name="grid",
-            help="also write grid.png, prompts down and seeds across",
+            help="also write grid.png, prompts down and seeds across; of a clip three frames",
             convert=switch,
             default=True,
             group=_WHAT,
         ),
         *sampling_options(),
+        Option(
+            name="num_frames",
+            help="frames of a clip; none is the video model's own",
+            convert=whole,
+            metavar="N",
+            group=_WHAT,
+            nullable=True,
+        ),
+        Option(
+            name="frames_per_second",
+            help="speed of a clip; none is 8",
+            convert=number,
+            metavar="X",
+            group=_WHAT,
+            nullable=True,
+        ),
     ],
     aliases=ALIASES,
 )
@@ -76,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     )
     files = draw(given, pairs, columns=len(seeds) if seeds else 1)
     print(
-        f"{len(pairs)} pictures in {given['output_dir']}/"
+        f"{len(pairs)} {'clips' if files[0].suffix == '.webp' else 'pictures'} in {given['output_dir']}/"
         + (f"; all on one sheet: {files[-1]}" if given["grid"] else "")
     )
     return 0
@@ -88,13 +109,18 @@ def _counted(given: Given, prompts: list[str]) -> range:
 
 def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]:
     """The files that were written, batch by batch: a picture each, then what they show (`metadata.jsonl`), then the sheet."""
+    from mmalign.data.clips import glance, write_clip
+    from mmalign.denoisers.parts import draws_clips
     from mmalign.evaluation import side_by_side
     from mmalign.evaluation.generate import generate_batches
     from mmalign.files import write_file, written_aside
 
     pipe = load_pipeline(given, lora=given["lora"])
-    folder = Path(given["output_dir"])
-    names = [f"{number:04d}-seed{seed}-{slug(prompt)}.png" for number, (prompt, seed) in enumerate(pairs)]
+    clips, speed = draws_clips(pipe), given["frames_per_second"]
+    if speed is not None and (speed <= 0 or not clips):
+        raise UsageError("--frames-per-second must be positive, and is for video models")
+    folder, ending = Path(given["output_dir"]), "webp" if clips else "png"
+    names = [f"{number:04d}-seed{seed}-{slug(prompt)}.{ending}" for number, (prompt, seed) in enumerate(pairs)]
     files = [folder / name for name in names]
     images: list[Any] = []
     for batch in generate_batches(
@@ -106,11 +132,15 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         batch_size=given["batch_size"],
         height=given["height"],
         width=given["width"],
+        num_frames=given["num_frames"],
     ):
         for image in batch:
             with written_aside(files[len(images)]) as part:
-                image.save(part, "PNG")
-            images.append(image)
+                if clips:
+                    write_clip(image, part, speed or _FRAMES_PER_SECOND)
+                else:
+                    image.save(part, "PNG")
+            images.append(glance(image))
     shown = [
         {"file_name": name, "prompt": prompt, "seed": seed} for name, (prompt, seed) in zip(names, pairs, strict=True)
     ]

@@ -90,11 +90,14 @@ def invert(given: Given, files: list[Path], prompts: list[str]) -> list[dict[str
     from mmalign import SmPOPipeline
     from mmalign.data.images import fit, to_pixels
     from mmalign.denoisers import adapter_for
+    from mmalign.denoisers.parts import draws_clips
     from mmalign.evaluation import side_by_side
     from mmalign.evaluation.scorers import read_picture
 
     images = [read_picture(file) for file in files]
     pipe: Any = load_pipeline(given, SmPOPipeline, lora=given["lora"])
+    if draws_clips(pipe):
+        raise UsageError("this verb reads pictures; clips are inverted in Python, by pipe.invert([frames, …], prompt)")
     options = {name: given[name] for name in ("num_steps", "renoise_steps", "combine", "solver")}
     if given["solver"] == "heun" and "renoise_steps" not in given.explicit:
         options["renoise_steps"] = 0

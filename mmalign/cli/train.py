@@ -351,6 +351,8 @@ def source_of(given: Given) -> Any:
 
 
 def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
+    from mmalign.denoisers.parts import draws_clips
+
     config_class = pipeline_class.config_class
     lora, quantization = lora_of(given), _base_quantization(given)
     options = config_options(given, config_class)
@@ -372,7 +374,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     if not rank_prefix():
         if given["full"] or given["save_pipeline"]:
             pipe.save_pretrained(folder / "pipeline")
-        print(_farewell(given, folder, config))
+        print(_farewell(given, folder, config, judged=not draws_clips(pipe)))
     return 0
 
 
@@ -385,8 +387,8 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
     return f"stopped; {found[-1]} is whole. Go on with:\n  {again}"
 
 
-def _farewell(given: Given, folder: Path, config: Any) -> str:
-    """Where everything was saved, and what to type next."""
+def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
+    """Where everything was saved, and what to type next; `judged`: whether scorers read what the model draws."""
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
@@ -404,12 +406,7 @@ def _farewell(given: Given, folder: Path, config: Any) -> str:
     )
     base = ["--base", given["model"]]
     prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "next:",
-            "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"),
-            "  " + command("mmalign", "evaluate", *model, *base, *prompts, *held),
-        ]
-    )
+    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4")]
+    if judged:
+        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held))
+    return "\n".join(lines)

@@ -44,6 +44,13 @@ VERB = Command(
         Option(
             name="resolution", help="side of the square that training crops to", convert=whole, metavar="N", default=512
         ),
+        Option(
+            name="num_frames",
+            help="read every side as a clip of N frames, as training a video model does",
+            convert=whole,
+            metavar="N",
+            nullable=True,
+        ),
         Option(name="workers", help="threads that decode", convert=whole, metavar="N", default=4),
     ],
     aliases=[
@@ -70,6 +77,7 @@ def run(argv: Sequence[str]) -> int:
         root=given["root"],
         max_rows=given["max_rows"],
         streaming=given["streaming"],
+        num_frames=given["num_frames"],
     )
     report = validate_pairs(source, resolution=given["resolution"], workers=given["workers"])
     folder = Path(given["output_dir"]).expanduser()
@@ -107,6 +115,7 @@ def summary(source: PairSource, report: DataReport) -> str:
 
 def _contact_sheet(source: PairSource, report: DataReport) -> Any:
     """Pairs evenly spaced over the usable rows, the preferred picture first; None where no row is usable."""
+    from mmalign.data.clips import glance
     from mmalign.evaluation import side_by_side
 
     number = min(_SHOWN_PAIRS, len(report.usable))
@@ -115,7 +124,7 @@ def _contact_sheet(source: PairSource, report: DataReport) -> Any:
     pictures, captions = [], []
     for at in range(number):
         record = source[report.usable[at * len(report.usable) // number]]
-        sides = [record.image_0, record.image_1]
+        sides = [glance(record.image_0), glance(record.image_1)]
         pictures.append(sides if record.label >= 0.5 else sides[::-1])
         told = "tie" if record.label == 0.5 else f"{max(record.label, 1 - record.label):.0%}"
         captions.append(f"row {record.row} ({told}): {' '.join(record.prompt.split())}")

@@ -11,8 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image
-
+from mmalign.data.clips import PictureOrClip, frames_of
 from mmalign.data.images import BadImage
 from mmalign.denoisers import Denoiser
 
@@ -23,26 +22,26 @@ RULE = "geometric mean of both aspects"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A shape in pixels, and (C, h, w) of its latents."""
+    """A shape in pixels, and (C, h, w) of its latents, of clips (C, F, h, w)."""
 
     height: int
     width: int
-    latent: tuple[int, int, int]
+    latent: tuple[int, ...]
 
     @property
     def elements(self) -> int:
         """Numbers in one channel of a latent."""
-        return self.latent[1] * self.latent[2]
+        return math.prod(self.latent[1:])
 
 
-def one_shape(denoiser: Denoiser, height: int, width: int) -> Bucket:
+def one_shape(denoiser: Denoiser, height: int, width: int, frames: int | None = None) -> Bucket:
     """That shape itself; ValueError where the network cannot read it."""
-    return Bucket(height, width, denoiser.latent_shape(height, width))
+    return Bucket(height, width, denoiser.latent_shape(height, width, frames))
 
 
-def buckets_of(denoiser: Denoiser, height: int, width: int) -> list[Bucket]:
+def buckets_of(denoiser: Denoiser, height: int, width: int, frames: int | None = None) -> list[Bucket]:
     """The shapes of about height × width pixels, that one among them, from the tallest to the widest."""
-    multiple = denoiser.pipe.vae_scale_factor * denoiser.patch
+    multiple = denoiser.pixels_per_latent * denoiser.patch
     step = max(multiple, min(_STEP, min(height, width) // 4) // multiple * multiple)
     area, shapes = height * width, {(height, width)}
     for side in range(step, math.isqrt(area) + 1, step):
@@ -50,7 +49,7 @@ def buckets_of(denoiser: Denoiser, height: int, width: int) -> list[Bucket]:
         if other / side <= _WIDEST:
             shapes |= {(side, other), (other, side)}
     ordered = sorted(shapes, key=lambda shape: shape[1] / shape[0])
-    return [one_shape(denoiser, *shape) for shape in ordered]
+    return [one_shape(denoiser, *shape, frames) for shape in ordered]
 
 
 def most_elements(buckets: Sequence[Bucket]) -> int:
@@ -58,8 +57,9 @@ def most_elements(buckets: Sequence[Bucket]) -> int:
     return max(bucket.elements for bucket in buckets)
 
 
-def nearest(buckets: Sequence[Bucket], images: Sequence[Image.Image]) -> Bucket:
+def nearest(buckets: Sequence[Bucket], sides: Sequence[PictureOrClip]) -> Bucket:
     """The pair's bucket; BadImage where a picture of it would lose more than half."""
+    images = [frames_of(side)[0] for side in sides]
     aspect = math.fsum(math.log(image.width / image.height) for image in images) / len(images)
     found = min(buckets, key=lambda bucket: abs(math.log(bucket.width / bucket.height) - aspect))
     for image in images:

@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
 from mmalign.data.buckets import Bucket, most_elements, nearest
+from mmalign.data.clips import fitted
 from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
-from mmalign.data.images import BadImage, fit, to_pixels
+from mmalign.data.images import BadImage
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.shards import read_notes, read_shard, rows_per_shard, write_shard
@@ -58,7 +59,7 @@ class _Prepared:
     scores: dict[str, tuple[float, float]]
     user_id: str | None
     shape: Bucket
-    pixels: Float[Tensor, "2 3 H W"]
+    pixels: Float[Tensor, "2 3 *F H W"]
     sizes: Int[Tensor, "2 6"]
 
 
@@ -158,7 +159,9 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
     bad: list[BadRow] = []
     waiting: dict[Bucket, list[_Prepared]] = {shape: [] for shape in job.shapes}
     latents: dict[int, Tensor] = {}
-    for item in in_order(lambda row: _prepare(job, row), range(start, stop), job.workers):
+    # A clip is as much to hold as its frames, in a batch as among what is read ahead.
+    at_once, workers = (max(1, number // (job.source.num_frames or 1)) for number in (job.batch_size, job.workers))
+    for item in in_order(lambda row: _prepare(job, row), range(start, stop), workers):
         bar.update(1)
         if isinstance(item, BadRow):
             bad.append(item)
@@ -166,7 +169,7 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
         good.append(_without_pixels(item))
         batch = waiting[item.shape]
         batch.append(item)
-        if len(batch) == job.batch_size:
+        if len(batch) == at_once:
             latents |= _encode_images(job, batch)
             batch.clear()
     for batch in waiting.values():
@@ -207,10 +210,10 @@ def _prepare(job: Job, row: int) -> _Prepared | BadRow:
     pixels, sizes = [], []
     for field, image in zip(job.source.image_fields, pictures, strict=True):
         try:
-            cropped, size = fit(image, shape.height, shape.width)
+            cropped, size = fitted(image, shape.height, shape.width)
         except BadImage as error:
             return BadRow(row, field, str(error))
-        pixels.append(to_pixels(cropped))
+        pixels.append(cropped)
         sizes.append(size)
     told = (record.prompt, record.label, record.scores, record.user_id)
     return _Prepared(row, *told, shape, torch.stack(pixels), torch.tensor(sizes))
@@ -221,13 +224,13 @@ def _without_pixels(item: _Prepared) -> _Prepared:
 
 
 def _no_latents(job: Job) -> Tensor:
-    channels, height, width = job.shapes[0].latent
-    shape = (height, width) if len(job.shapes) == 1 else (most_elements(job.shapes),)
+    channels, *inner = job.shapes[0].latent
+    shape = inner if len(job.shapes) == 1 else [most_elements(job.shapes)]
     return torch.zeros(0, 2, channels, *shape, dtype=job.dtype)
 
 
 def _encode_images(job: Job, items: Sequence[_Prepared]) -> dict[int, Float[Tensor, "2 C ..."]]:
-    """Row → latents, (2, C, h, w); where pairs differ in shape, flat and filled up to the largest: (2, C, P)."""
+    """Row → latents, (2, C, *F, h, w); where pairs differ in shape, flat and filled up to the largest: (2, C, P)."""
     pixels = torch.stack([item.pixels for item in items]).flatten(0, 1)
     generators = None
     if job.mode == "sample":

@@ -16,8 +16,8 @@ class PreferenceItem(TypedDict):
     """One pair. row: its number in the source, which keys every random draw. size_*: six numbers, see EncodedPairs."""
 
     row: int
-    chosen: Float[Tensor, "C h w"]
-    rejected: Float[Tensor, "C h w"]
+    chosen: Float[Tensor, "C *F h w"]
+    rejected: Float[Tensor, "C *F h w"]
     prompt_index: int
     strength: float
     size_chosen: Int[Tensor, "6"]
@@ -28,8 +28,8 @@ class PreferenceBatch(TypedDict):
     """B pairs; the text is encoded.conditioning(prompt_index)."""
 
     row: Int[Tensor, " B"]
-    chosen: Float[Tensor, "B C h w"]
-    rejected: Float[Tensor, "B C h w"]
+    chosen: Float[Tensor, "B C *F h w"]
+    rejected: Float[Tensor, "B C *F h w"]
     prompt_index: Int[Tensor, " B"]
     strength: Float[Tensor, " B"]
     size_chosen: Int[Tensor, "B 6"]

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class EncodedPairs:
     rows (N,): their numbers in the source. labels (N,): how strongly image_0 is preferred. scores: score column → (N, 2),
     NaN where a row has none. prompts: the distinct prompts, prompt_index (N,) says which one is a pair's.
     num_truncated_prompts: how many of the distinct prompts are longer than the text encoder reads. bucket (N,): which of
-    the `shapes` (C, h, w) a pair's latents have; None where all have the same.
+    the `shapes` (C, *F, h, w) a pair's latents have; None where all have the same.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -74,7 +75,7 @@ class EncodedPairs:
         self._latents = self._column(manifest.latents)
         self._text = self._column(manifest.prompts)
         listed = manifest.parts.get("aspect_buckets", {"shapes": []})["shapes"]
-        self.shapes = [tuple(shape[:3]) for shape in listed]
+        self.shapes = [tuple(shape[:-2]) for shape in listed]
         # Where pairs differ in shape, the target height and width that SDXL is told say which it is.
         places = {tuple(shape[3:]): place for place, shape in enumerate(listed)}
         targets = self._sizes[:, 0, 4:].tolist() if listed else []
@@ -118,7 +119,7 @@ class EncodedPairs:
         """sha256 of everything the contents depend on."""
         return self.manifest.key
 
-    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C h w"]:
+    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C *F h w"]:
         """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in.
 
         With aspect buckets the pairs must be of one bucket.
@@ -130,8 +131,8 @@ class EncodedPairs:
         if len(found) > 1:
             shapes = ", ".join(str(self.shapes[place]) for place in found)
             raise ValueError(f"these pairs have latents of several shapes: {shapes}; ask for those of one bucket")
-        _, height, width = self.shapes[found[0] if found else 0]
-        return stored[..., : height * width].unflatten(-1, (height, width))
+        _, *inner = self.shapes[found[0] if found else 0]
+        return stored[..., : prod(inner)].unflatten(-1, inner)
 
     def conditioning(self, prompt_index: Int[Tensor, " n"]) -> Conditioning:
         """The text of prompts `prompt_index`; for SDXL without sizes, which are an image's: see `sizes`."""

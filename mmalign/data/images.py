@@ -10,7 +10,8 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -49,10 +50,10 @@ def to_rgb(
     if isinstance(value, Image.Image):
         # The first load of a lazily opened picture moves a file position, and two rows may share one object.
         with _loading:
-            return _load(value, max_pixels)
+            return loaded(value, max_pixels)
     # Closed here, not whenever the memory is collected: a pass over damaged files must not run out of handles.
-    with _open(value, roots, absolute) as image:
-        return _load(image, max_pixels)
+    with opened(value, roots, absolute) as image:
+        return loaded(image, max_pixels)
 
 
 def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int, int, int, int, int]]:
@@ -85,8 +86,11 @@ def to_pixels(image: Image.Image) -> Float[Tensor, "3 H W"]:
     return torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 127.5 - 1
 
 
-def inside(text: str | Path, roots: Sequence[Path], absolute: bool) -> Path:
-    """The file that a data set's path names, which must lie in one of the folders; no way out by .., / or a link."""
+def inside(text: str | Path, roots: Sequence[Path], absolute: bool, *, folders: bool = False) -> Path:
+    """The file that a data set's path names, which must lie in one of the folders; no way out by .., / or a link.
+
+    folders: a folder below one of them will do as well.
+    """
     if not roots:
         raise BadImage(f"holds text or a path ({_quote(text)}) where a picture is expected; pass root=<its folder>")
     as_windows = PureWindowsPath(text)
@@ -96,7 +100,7 @@ def inside(text: str | Path, roots: Sequence[Path], absolute: bool) -> Path:
         candidate = root / text
         try:
             resolved = candidate.resolve()
-            found = resolved.is_file()
+            found = resolved.is_file() or (folders and resolved.is_dir() and resolved != root.resolve())
         except (OSError, ValueError, RuntimeError) as error:
             # Without the folder, so that the same data say the same anywhere.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else _short(error)
@@ -105,15 +109,23 @@ def inside(text: str | Path, roots: Sequence[Path], absolute: bool) -> Path:
             continue
         if found:
             return resolved
-        raise BadImage(f"no such file: {_quote(text)}")
+        folder = " is a folder (of frames? only video models read clips)" if resolved.is_dir() else ""
+        raise BadImage(f"no such file: {_quote(text)}{folder}")
     raise BadImage(f"path {_quote(text)} leads out of the data set's folder; copy the file into it")
 
 
-def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
+def content(value: Any) -> Any:
+    """What datasets' {"bytes", "path"} holds; any other value as it is."""
+    if isinstance(value, Mapping):
+        return value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    return value
+
+
+def opened(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
+    """The picture file or bytes, opened and not decoded; the caller closes it. Raises BadImage."""
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(value, Mapping):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    value = content(value)
     if value is None:
         raise BadImage("no image (None)")
     if isinstance(value, str | Path):
@@ -123,7 +135,8 @@ def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
             raise BadImage("no image (no bytes)")
         source = io.BytesIO(value)
     else:
-        raise BadImage(f"expected an image, its bytes or a path, got {type(value).__name__}")
+        clip = " (a clip, which only video models read)" if isinstance(value, list | tuple) else ""
+        raise BadImage(f"expected an image, its bytes or a path, got {type(value).__name__}{clip}")
     try:
         with warnings.catch_warnings():
             # Our own limit is told with row and field; Pillow's warning is not.
@@ -138,17 +151,29 @@ def _open(value: Any, roots: Sequence[Path], absolute: bool) -> Image.Image:
         raise BadImage(f"damaged or truncated image ({_short(error)})") from error
 
 
-def _load(image: Image.Image, max_pixels: int) -> Image.Image:
-    from PIL import Image, ImageOps
+def loaded(image: Image.Image, max_pixels: int) -> Image.Image:
+    """The picture (of an animation, the frame that was sought) as upright RGB. Raises BadImage."""
+    from PIL import ImageOps
 
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"{width}×{height} is more than {max_pixels} pixels: shrink it, or raise max_pixels")
-    try:
+    with damage_told():
         image.load()
         return _flatten(ImageOps.exif_transpose(image))
+
+
+@contextmanager
+def damage_told() -> Iterator[None]:
+    """What Pillow raises over a damaged picture, as a BadImage."""
+    from PIL import Image
+
+    try:
+        yield
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from error
+    except BadImage:
+        raise
     except _DAMAGED as error:
         raise BadImage(f"damaged or truncated image ({_short(error)})") from error
 

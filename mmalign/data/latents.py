@@ -54,13 +54,17 @@ def encode_pairs(
     and cropped at the centre. latent_mode: "sample" draws each latent once from the VAE's posterior, keyed by (seed,
     row, side) and so independent of batches (the published code draws anew at every step); "mean" takes the posterior's
     mean and reads no seed. dtype: of what is stored. batch_size: pairs through the VAE, and prompts through the text
-    encoders, at once. workers: threads that decode. Several processes may call it at once: one builds, the rest wait.
+    encoders, at once (fewer pairs of clips, by their frames). workers: threads that decode. Several processes may call
+    it at once: one builds, the rest wait.
     aspect_buckets: each pair in the shape of about that area which is nearest to its own (see buckets.py).
     """
     from filelock import FileLock
 
     height, width = (resolution, resolution) if isinstance(resolution, int) else resolution
-    shapes = buckets_of(denoiser, height, width) if aspect_buckets else [one_shape(denoiser, height, width)]
+    frames = source.num_frames
+    shapes = (
+        buckets_of(denoiser, height, width, frames) if aspect_buckets else [one_shape(denoiser, height, width, frames)]
+    )
     _check_options(latent_mode, dtype, batch_size, workers, shard_rows, seed)
     parts = _key_parts(source, denoiser, height, width, dtype, latent_mode, seed)
     if aspect_buckets:
@@ -126,6 +130,8 @@ def _key_parts(
         "tiled": bool(getattr(denoiser.pipe.vae, "use_tiling", False)),
         "seed": seed,
     }
+    if source.num_frames is not None:
+        parts["num_frames"] = source.num_frames
     for name, component in sorted(denoiser.pipe.components.items()):
         if component is None or name in _UNUSED or component is denoiser.module:
             continue

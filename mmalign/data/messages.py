@@ -17,12 +17,13 @@ _SIDES = ("chosen", "rejected")
 
 def plain_row(raw: Mapping[str, Any], row: int) -> Mapping[str, Any]:
     """The row with its prompt as text and its answers as pictures; a row without messages comes back as it is."""
-    if not any(isinstance(raw.get(name), list | tuple) for name in ("prompt", *_SIDES)):
+    told = [name for name in _SIDES if isinstance(raw.get(name), list | tuple) and not _is_clip(raw[name])]
+    if not told and not isinstance(raw.get("prompt"), list | tuple):
         return raw
     plain = dict(raw)
     if isinstance(raw.get("prompt"), list | tuple):
         plain["prompt"] = plain_prompt(raw["prompt"], row)
-    parts = {name: _picture_part(raw[name], name, row) for name in _SIDES if isinstance(raw.get(name), list | tuple)}
+    parts = {name: _picture_part(raw[name], name, row) for name in told}
     own = {name: _own_picture(part) for name, part in parts.items()}
     waiting = [name for name in parts if own[name] is None]
     given = _images(raw)
@@ -54,6 +55,11 @@ def _picture_part(messages: Any, field: str, row: int) -> Mapping[str, Any]:
         kinds = ", ".join(what(part.get("type")) for part in parts[:4])
         raise bad(row, field, f"expected one part of type 'image', got {len(parts)} ({kinds})")
     return parts[0]
+
+
+def _is_clip(items: Any) -> bool:
+    """Whether a list holds frames, which are pictures, and no messages, which have a role."""
+    return bool(items) and not any(isinstance(item, Mapping) and "role" in item for item in items)
 
 
 def _only_message(messages: Any, field: str, role: str, row: int) -> Mapping[str, Any]:

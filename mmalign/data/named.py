@@ -1,4 +1,4 @@
-"""A folder of pictures that are paired by their names.
+"""A folder of pictures, or of clips in a file each, that are paired by their names.
 
 0001_chosen.png, 0001_rejected.png, 0001.txt     or     0001.png, 0001-rejectedlabel.png, 0001.txt
 `-` and `_` mean the same, any picture's ending will do, subfolders count, and the text file is the prompt. Every file with
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.clips import VIDEO_ENDINGS
 from mmalign.data.images import ENDINGS, BadImage, inside
 from mmalign.data.rows import ListRows
 
@@ -59,7 +60,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str, Path]]:
         stem = relative.with_suffix("").as_posix()
         if ending == ".txt":
             yield stem, "prompt", path
-        elif ending[1:] in ENDINGS:
+        elif ending[1:] in ENDINGS | VIDEO_ENDINGS:
             mark = _MARK.fullmatch(stem)
             side = mark["side"].lower().removesuffix("label") if mark else "chosen"
             yield mark["key"] if mark else stem, side, path

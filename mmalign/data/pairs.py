@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
+from mmalign.data.clips import read_clip
 from mmalign.data.columns import REQUIRED, Form, read_pair, read_prompt, recognise, score_columns, used_columns
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.named import holds_pairs, named_pairs
@@ -60,14 +61,22 @@ class PairSource:
     Where the source holds rankings of several pictures, a row is one pair of a ranking (see rankings.py).
     """
 
-    def __init__(self, rows: Rows, name: str, *, max_rows: int | None = None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        name: str,
+        *,
+        max_rows: int | None = None,
+        max_pixels: int = MAX_PIXELS,
+        num_frames: int | None = None,
+    ) -> None:
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         self.name = name
         self.form = recognise(rows.columns)
-        self.max_pixels = max_pixels
+        self.max_pixels, self.num_frames = max_pixels, num_frames
         self._rows = rows
         self._scores = score_columns(self.form, rows.columns)
         if isinstance(rows, StreamRows) and self.form in RANKED:
@@ -100,7 +109,9 @@ class PairSource:
     def fingerprint(self) -> str:
         """sha256 of the content and of what decides which rows are good (see rows.py for its cost and its limits)."""
         chosen = len(self) if isinstance(self._index, range) else tuple(self._index)
-        parts = (self._rows.fingerprint(), self.form, chosen, self.max_pixels)
+        parts = (self._rows.fingerprint(folders=self.num_frames is not None), self.form, chosen, self.max_pixels)
+        if self.num_frames is not None:
+            return hashlib.sha256(repr((*parts, self.num_frames)).encode()).hexdigest()
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def prompts(self) -> list[str | None]:
@@ -110,9 +121,19 @@ class PairSource:
 
     def select(self, rows: Sequence[int], name: str) -> PairSource:
         """These rows of the source, in this order, as a source of its own that counts them from 0."""
+        part = self._copy()
+        part.name, part._index = name, [self._index[row] for row in rows]
+        return part
+
+    def as_clips(self, num_frames: int) -> PairSource:
+        """The same rows, every side of them read as a clip of so many frames."""
+        part = self._copy()
+        part.num_frames = num_frames
+        return part
+
+    def _copy(self) -> PairSource:
         part = copy.copy(self)
         part.__dict__.pop("fingerprint", None)
-        part.name, part._index = name, [self._index[row] for row in rows]
         return part
 
     def __getitem__(self, row: int) -> PairRecord:
@@ -131,8 +152,9 @@ class PairSource:
         return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
 
     def _open(self, value: Any, field: str, row: int) -> Any:
+        read = to_rgb if self.num_frames is None else partial(read_clip, num_frames=self.num_frames)
         try:
-            return to_rgb(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
+            return read(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
         except BadImage as error:
             name = value.get("path") if isinstance(value, Mapping) else value
             shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
@@ -149,6 +171,7 @@ def load_pairs(
     max_rows: int | None = None,
     max_pixels: int = MAX_PIXELS,
     streaming: bool = False,
+    num_frames: int | None = None,
 ) -> PairSource:
     """Open a source of preference pairs; nothing is decoded yet.
 
@@ -158,13 +181,18 @@ def load_pairs(
     Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's messages (see columns.py). split:
     "train" unless given. revision: of a Hub data set. root: the folder that paths in the data are relative to and stay in.
     max_rows: only the first so many. max_pixels: larger pictures make a bad row. streaming: read a Hub data set as it comes,
-    without storing it (see streams.py); where it does not tell its length, max_rows must.
+    without storing it (see streams.py); where it does not tell its length, max_rows must. num_frames: read every side as a
+    clip of so many frames (see clips.py); a run with a video model asks for it by itself.
     """
-    options = {"max_rows": max_rows, "max_pixels": max_pixels}
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+    options = {"max_rows": max_rows, "max_pixels": max_pixels, "num_frames": num_frames}
     asked = {"streaming": streaming or None}
     folder = None if root is None else Path(root).expanduser()
     if isinstance(source, PairSource):
-        _refuse("a PairSource", split=split, revision=revision, root=root, max_rows=max_rows, **asked)
+        _refuse(
+            "a PairSource", split=split, revision=revision, root=root, max_rows=max_rows, num_frames=num_frames, **asked
+        )
         return source
     if not isinstance(source, str | Path):
         _refuse("data in memory", revision=revision, **asked)

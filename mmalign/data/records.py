@@ -6,21 +6,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from mmalign.data.clips import PictureOrClip
 
 
 @dataclass(frozen=True, slots=True)
 class PairRecord:
-    """Two pictures of one prompt, in the data set's own order.
+    """Two pictures, or two clips, of one prompt, in the data set's own order.
 
     label in [0, 1]: how strongly image_0 is preferred (1 image_0, 0 image_1, 0.5 a tie, between: a share of votes).
-    Images are RGB, upright (EXIF), 8 bits a channel. scores: a column's name → (score of image_0, of image_1).
+    Images are RGB, upright (EXIF), 8 bits a channel; of a source that is read as clips, each is a tuple of frames.
+    scores: a column's name → (score of image_0, of image_1).
     """
 
     row: int
     prompt: str
-    image_0: Image.Image
-    image_1: Image.Image
+    image_0: PictureOrClip
+    image_1: PictureOrClip
     label: float
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     user_id: str | None = None

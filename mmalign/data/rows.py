@@ -1,8 +1,9 @@
 """Where raw rows come from: a list, a JSON file, parquet files, or a datasets.Dataset.
 
 Each offers `columns`, `len`, `[i] → dict`, `light(columns)`, which passes over all rows without their pictures, and
-`fingerprint()`, a hash of the content: of every byte up to 4 GiB; above that of sizes, times of change and samples, so
-that it costs seconds, notices every ordinary edit, and says so here.
+`fingerprint()`, a hash of the content (with folders=True also of the frames in folders that it names): of every byte up
+to 4 GiB; above that of sizes, times of change and samples, so that it costs seconds, notices every ordinary edit, and
+says so here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from mmalign.data.clips import frame_files
 from mmalign.data.images import BadImage, inside
 from mmalign.data.records import BadRow, InvalidRow
 
@@ -39,7 +41,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Mapping[str, Any]: ...
     def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]: ...
-    def fingerprint(self) -> str: ...
+    def fingerprint(self, *, folders: bool = False) -> str: ...
 
 
 class ListRows:
@@ -75,14 +77,14 @@ class ListRows:
         """Every row in order, its other columns left out or not."""
         return iter(self._items)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, folders: bool = False) -> str:
         sha = hashlib.sha256()
         texts: list[str] = []
         for item in self._items:
             for key in sorted(item, key=str):
                 sha.update(f"|{key}:".encode(errors="backslashreplace"))
                 _add_value(sha, item[key], texts)
-        sha.update(_referenced(texts, self).encode())
+        sha.update(_referenced(texts, self, folders).encode())
         return sha.hexdigest()
 
 
@@ -173,7 +175,7 @@ class ParquetRows:
             for batch in file.iter_batches(batch_size=1000, columns=list(columns)):
                 yield from batch.to_pylist()
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, folders: bool = False) -> str:
         texts: list[str] = []
         for file in self._files:
             # Never those that hold the pictures themselves: they may be terabytes, and are hashed with the file.
@@ -181,7 +183,7 @@ class ParquetRows:
             names = [name for name, kind in kinds.items() if "string" in kind and "binary" not in kind]
             for batch in file.iter_batches(batch_size=1000, columns=names) if names else ():
                 texts += _paths_in(batch)
-        return files_fingerprint((path.name, path) for path in self._paths) + _referenced(texts, self)
+        return files_fingerprint((path.name, path) for path in self._paths) + _referenced(texts, self, folders)
 
 
 class DatasetRows:
@@ -216,7 +218,7 @@ class DatasetRows:
         names = [name for name in columns if name in self.columns]
         return iter(self._data.select_columns(names))
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, folders: bool = False) -> str:
         if self._data.data.nbytes > READ_WHOLE:
             # datasets' own name for (builder, revision, files, transforms): all there is without reading everything.
             return hashlib.sha256(f"{self._data._fingerprint}/{len(self._data)}".encode()).hexdigest()
@@ -226,7 +228,7 @@ class DatasetRows:
             for batch in table.combine_chunks().to_batches():
                 sha.update(batch.serialize())
             texts += _paths_in(table)
-        return sha.hexdigest() + _referenced(texts, self)
+        return sha.hexdigest() + _referenced(texts, self, folders)
 
 
 def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
@@ -249,11 +251,11 @@ def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def undecoded(feature: Any) -> Any:
-    """The feature with every picture in it, however deep, as its bytes and path."""
-    from datasets import Image, List
+    """The feature with every picture and video in it, however deep, as its bytes and path."""
+    from datasets import Image, List, Video
 
-    if isinstance(feature, Image):
-        return Image(decode=False)
+    if isinstance(feature, Image | Video):
+        return type(feature)(decode=False)
     if isinstance(feature, List):
         return List(undecoded(feature.feature), length=feature.length)
     if isinstance(feature, dict):
@@ -322,12 +324,16 @@ def _add_texts(value: Any, found: list[str]) -> None:
             _add_texts(item, found)
 
 
-def _referenced(texts: Iterable[str], rows: Rows) -> str:
-    """files_fingerprint of the files that these texts lead to; of the others, that they lead to none."""
+def _referenced(texts: Iterable[str], rows: Rows, folders: bool) -> str:
+    """files_fingerprint of the files that these texts lead to; of the others, that they lead to none.
+
+    folders: of the frames in the folders that they lead to as well.
+    """
     found: dict[str, Path] = {}
     for text in dict.fromkeys(texts if rows.roots else ()):
         try:
-            found[text] = inside(text, rows.roots, rows.absolute)
+            place = inside(text, rows.roots, rows.absolute, folders=folders)
         except BadImage:
             continue
+        found |= {f"{text}/{file.name}": file for file in frame_files(place)} if place.is_dir() else {text: place}
     return files_fingerprint(found.items())

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
+from mmalign.data.clips import frames_of
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, PairRecord, summarise
 from mmalign.data.shards import read_notes, read_shard, write_shard
@@ -34,8 +35,9 @@ def score_pairs(
 ) -> Float[Tensor, "R 2"]:
     """Raw scores of (image_0, image_1) of each of the source's R rows; NaN where a row cannot be used.
 
-    The rows that encode_pairs kept are `scores[encoded.rows]`. Kept under (source, scorer) fingerprints in cache_dir,
-    and saved every 4096 rows, so that an interrupted pass goes on. batch_size: pairs at once.
+    A clip's score is the mean over its frames. The rows that encode_pairs kept are `scores[encoded.rows]`. Kept under
+    (source, scorer) fingerprints in cache_dir, and saved every 4096 rows, so that an interrupted pass goes on. batch_size:
+    pairs at once (fewer of clips, by their frames).
     """
     from filelock import FileLock
 
@@ -73,7 +75,7 @@ def _score_rows(
 ) -> None:
     """Fill `scores` from row `done` on, saving as it goes."""
     waiting: list[PairRecord] = []
-    saved = done
+    saved, at_once = done, max(1, batch_size // (source.num_frames or 1))
     records = in_order(lambda row: _read(source, row), range(done, len(source)), workers)
     with tqdm(total=len(source), initial=done, desc=f"Scoring by {scorer.name}", disable=not progress) as bar:
         for row, record in enumerate(records, start=done):
@@ -82,7 +84,7 @@ def _score_rows(
             else:
                 waiting.append(record)
             last = row + 1 == len(source)
-            if len(waiting) == batch_size or last or row + 1 - saved >= _SAVE_EVERY:
+            if len(waiting) == at_once or last or row + 1 - saved >= _SAVE_EVERY:
                 _score_batch(scorer, waiting, scores)
                 waiting = []
             if last or row + 1 - saved >= _SAVE_EVERY:
@@ -102,12 +104,15 @@ def _read(source: PairSource, row: int) -> PairRecord | BadRow:
 def _score_batch(scorer: Scorer, records: list[PairRecord], scores: Tensor) -> None:
     if not records:
         return
-    images = [image for record in records for image in (record.image_0, record.image_1)]
-    prompts = [record.prompt for record in records for _ in (0, 1)]
+    sides = [(record.prompt, side) for record in records for side in (record.image_0, record.image_1)]
+    images = [frame for _, side in sides for frame in frames_of(side)]
+    prompts = [prompt for prompt, side in sides for _ in frames_of(side)]
     answer = scorer.score(images, prompts)
     if answer.shape != (len(images),) or not torch.isfinite(answer).all():
         raise ValueError(
             f"{scorer.name} must give one finite score a picture, shape ({len(images)},); got {tuple(answer.shape)} "
             f"with {int((~torch.isfinite(answer)).sum())} not finite, at rows {records[0].row} … {records[-1].row}"
         )
-    scores[[record.row for record in records]] = answer.detach().cpu().to(scores.dtype).reshape(-1, 2)
+    scores[[record.row for record in records]] = (
+        answer.detach().cpu().to(scores.dtype).reshape(len(records), 2, -1).mean(2)
+    )

@@ -69,7 +69,7 @@ class StreamRows:
             data = data.select_columns([name for name in columns if name in self.columns])
         return itertools.islice(itertools.chain(data, itertools.repeat({})), self._length)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, folders: bool = False) -> str:
         key = self._key
         if key is None:
             first = list(itertools.islice(self._data, min(self._length, _HASHED)))

@@ -75,7 +75,7 @@ class TarRows:
         """Every row in order, without its pictures."""
         return ({} if sample.fault is not None else sample.columns for sample in self._samples)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, folders: bool = False) -> str:
         return files_fingerprint((f"{place}/{file.name}", file) for place, file in enumerate(self._files))
 
     def _read(self, sample: _Sample, column: str, row: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
+from mmalign.data.clips import frames_of
 from mmalign.data.images import BadImage, covering_size
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow
@@ -64,7 +65,7 @@ def validate_pairs(
             return error.bad_row
         for field, image in zip(source.image_fields, (record.image_0, record.image_1), strict=True):
             try:
-                covering_size(image, height, width)
+                covering_size(frames_of(image)[0], height, width)
             except BadImage as error:
                 return BadRow(row, field, str(error))
         return _Seen(record.prompt, record.label == 0.5, record.user_id)

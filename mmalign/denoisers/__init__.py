@@ -1,8 +1,10 @@
 """One short adapter a model family: encode, noise, predict, target. Importing this needs torch only."""
 
+import inspect
 from typing import Any
 
 from mmalign.denoisers.base import Denoiser
+from mmalign.denoisers.cogvideox import CogVideoXDenoiser
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.flux import FluxDenoiser
 from mmalign.denoisers.schedule import LossSpace, PredictionType, Schedule
@@ -12,6 +14,7 @@ from mmalign.denoisers.stable_diffusion_xl import StableDiffusionXLDenoiser
 
 __all__ = [
     "adapter_for",
+    "CogVideoXDenoiser",
     "Conditioning",
     "Denoiser",
     "FluxDenoiser",
@@ -28,6 +31,7 @@ _FAMILIES: dict[str, tuple[type[Denoiser], ...]] = {
     "UNet2DConditionModel": (StableDiffusionXLDenoiser, StableDiffusionDenoiser),
     "SD3Transformer2DModel": (StableDiffusion3Denoiser,),
     "FluxTransformer2DModel": (FluxDenoiser,),
+    "CogVideoXTransformer3DModel": (CogVideoXDenoiser,),
 }
 
 
@@ -46,7 +50,7 @@ def adapter_for(pipe: Any) -> Denoiser:
         raise ValueError(
             f"no denoiser adapter for {type(pipe).__name__}: {problem}.\n"
             f"Found components: {', '.join(sorted(present))}.\n"
-            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1"
+            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1; text-to-video: CogVideoX"
         )
     return fitting(pipe)
 
@@ -56,9 +60,19 @@ def _why_not(pipe: Any, present: set[str]) -> str | None:
         return f"{', '.join(sorted(blocked))} would be ignored in training"
     if "requires_aesthetics_score" in pipe.config and pipe.config["requires_aesthetics_score"]:
         return "the SDXL refiner is conditioned on an aesthetic score"
+    if "vae" in present and type(pipe.components.get("transformer")).__name__ == "CogVideoXTransformer3DModel":
+        # Pipelines that draw from a picture or a video hold the same parts; only their call tells them apart.
+        given = {"image", "video", "control_video"} & inspect.signature(type(pipe).__call__).parameters.keys()
+        if given:
+            return f"it draws from a given {given.pop()}, and training knows clips and prompts only"
+        return _read_besides_latents(pipe, pipe.transformer, "an image-to-video or control model")
     if "unet" not in present or "vae" not in present:
         return None
-    channels, latent = pipe.unet.config["in_channels"], pipe.vae.config["latent_channels"]
-    if channels != latent:
-        return f"its UNet reads {channels} channels but latents have {latent} (an inpainting or editing model)"
-    return None
+    return _read_besides_latents(pipe, pipe.unet, "an inpainting or editing model")
+
+
+def _read_besides_latents(pipe: Any, network: Any, kind: str) -> str | None:
+    channels, latent = network.config["in_channels"], pipe.vae.config["latent_channels"]
+    if channels == latent:
+        return None
+    return f"its network reads {channels} channels but latents have {latent} ({kind})"

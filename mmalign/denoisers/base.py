@@ -17,7 +17,8 @@ from mmalign.denoisers.schedule import Schedule
 class Denoiser(ABC):
     """A diffusers pipeline seen as: images and prompts in, latents and conditioning out, one network call between.
 
-    It owns no weights and holds no state of its own; `pipe` stays the user's pipeline.
+    A video family reads clips where others read images: pixels (B, 3, F, H, W), latents (B, C, F, h, w). It owns no weights and
+    holds no state of its own; `pipe` stays the user's pipeline.
     """
 
     family: ClassVar[str]
@@ -38,9 +39,19 @@ class Denoiser(ABC):
         return 1
 
     @property
+    def pixels_per_latent(self) -> int:
+        """Pixels that the VAE makes one latent of, in each direction."""
+        return self.pipe.vae_scale_factor
+
+    @property
+    def native_frames(self) -> int | None:
+        """Frames of the clips that the network was trained on, by its config; None for a family that draws pictures."""
+        return None
+
+    @property
     def native_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the network was trained at, by its config."""
-        size, factor = self.module.config.sample_size, self.pipe.vae_scale_factor  # type: ignore[union-attr]
+        size, factor = self.module.config.sample_size, self.pixels_per_latent  # type: ignore[union-attr]
         height, width = (size, size) if isinstance(size, int) else cast(tuple[int, int], size)
         return height * factor, width * factor
 
@@ -66,13 +77,17 @@ class Denoiser(ABC):
 
     @abstractmethod
     def predict(
-        self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
-    ) -> Float[Tensor, "B C h w"]:
+        self, module: nn.Module, x_t: Float[Tensor, "B C *F h w"], t: Int[Tensor, " B"], conditioning: Conditioning
+    ) -> Float[Tensor, "B C *F h w"]:
         """The raw output of `module` (policy or reference) at table index t, run in the module's dtype."""
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of an image of that size."""
-        factor = self.pipe.vae_scale_factor
+    def latent_shape(self, height: int, width: int, frames: int | None = None) -> tuple[int, ...]:
+        """(C, h, w) of the latents of an image of that size, or (C, F, h, w) of those of a clip of `frames` frames."""
+        if frames is not None:
+            raise ValueError(
+                f"num_frames={frames} has no effect: {self.family} draws pictures, not clips; leave it out"
+            )
+        factor = self.pixels_per_latent
         multiple = factor * self.patch
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height}×{width}")
@@ -81,12 +96,12 @@ class Denoiser(ABC):
     @torch.no_grad()
     def encode_image(
         self,
-        pixels: Float[Tensor, "B 3 H W"],
+        pixels: Float[Tensor, "B 3 *F H W"],
         generators: Sequence[torch.Generator] | None = None,
-    ) -> Float[Tensor, "B C h w"]:
+    ) -> Float[Tensor, "B C *F h w"]:
         """Pixels in [−1, 1] to scaled float32 latents: a posterior sample with one generator a row, else its mean."""
         vae = self.pipe.vae
-        self.latent_shape(*pixels.shape[-2:])
+        self.latent_shape(*pixels.shape[-2:], *pixels.shape[2:-2])
         with _safe_precision(vae):
             posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         latents = posterior.mean.float()
@@ -105,7 +120,7 @@ class Denoiser(ABC):
         return (latents - shift) * scale
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+    def decode(self, latents: Float[Tensor, "B C *F h w"]) -> Float[Tensor, "B 3 *F H W"]:
         """Scaled latents to float32 pixels in [−1, 1] (not clamped)."""
         vae = self.pipe.vae
         shift, scale = self._latent_affine(latents.float())
@@ -117,7 +132,10 @@ class Denoiser(ABC):
         """(shift, scale) with scaled = (raw − shift)·scale, from the VAE's config."""
         config = self.pipe.vae.config
         if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-            mean, std = (latents.new_tensor(config[key]).view(1, -1, 1, 1) for key in ("latents_mean", "latents_std"))
+            mean, std = (
+                latents.new_tensor(config[key]).view(1, -1, *[1] * (latents.ndim - 2))
+                for key in ("latents_mean", "latents_std")
+            )
             return mean, config["scaling_factor"] / std
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 

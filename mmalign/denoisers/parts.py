@@ -1,5 +1,6 @@
 """A pipeline's parts: which of them have weights and how these are stored; eval mode, or no bar, for a while."""
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,3 +48,8 @@ def bar_hidden(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.set_progress_bar_config(**before)
+
+
+def draws_clips(pipe: Any) -> bool:
+    """Whether a pipeline draws clips, not pictures: its call asks for their number of frames."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters

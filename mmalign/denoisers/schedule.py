@@ -46,8 +46,12 @@ class Schedule:
                     f"{config.get('use_flow_sigmas', False)} is not supported; supported are prediction_type 'epsilon' "
                     "and 'v_prediction', and FlowMatchEulerDiscreteScheduler for flow models"
                 )
-            # The product is taken again in float64: in float32, 1 − ᾱ_0 keeps only four digits.
-            alpha_bar = torch.cumprod(1 - scheduler.betas.double().cpu(), dim=0)
+            if "snr_shift_scale" in config:
+                # CogVideoX shifts and rescales ᾱ after the product, so that its betas no longer tell it.
+                alpha_bar = scheduler.alphas_cumprod.double().cpu()
+            else:
+                # The product is taken again in float64: in float32, 1 − ᾱ_0 keeps only four digits.
+                alpha_bar = torch.cumprod(1 - scheduler.betas.double().cpu(), dim=0)
             return cls(prediction_type, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         if "shift" in config and "base_shift" in config:
             if config.get("invert_sigmas", False):

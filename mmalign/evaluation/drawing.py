@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mmalign.denoisers.parts import draws_clips
 from mmalign.evaluation.fingerprint import digest, model_fingerprint, scheduler_fingerprint
 from mmalign.evaluation.generate import Pipeline, generate_batches
 from mmalign.files import write_file
@@ -86,6 +87,11 @@ def draw_side(
     fingerprint: names the model's weights; left out, it is computed from them. Draw the base with the adapter off and
     the aligned side with it on, one after the other, and hand both to `compare_sides`: one model in memory is enough.
     """
+    if draws_clips(pipe):
+        raise ValueError(
+            f"{type(pipe).__name__} draws clips, and neither scorers nor the report read them yet: draw both models with "
+            "`mmalign generate` and compare by eye"
+        )
     settings = SamplerSettings(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,

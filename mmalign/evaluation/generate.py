@@ -1,4 +1,4 @@
-"""Draw pictures so that each depends on its prompt and its seed only, never on the batch it was drawn in."""
+"""Draw pictures or clips so that each depends on its prompt and its seed only, never on the batch it was drawn in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from mmalign.denoisers.parts import bar_hidden, evaluating, networks
+from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
 
-# A diffusers text-to-image pipeline; the common base class declares neither its call nor its components.
+# A diffusers text-to-image or text-to-video pipeline; the common base class declares neither its call nor its components.
 Pipeline: TypeAlias = Any
 
 
@@ -26,10 +26,14 @@ def generate(
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     progress: bool = True,
-) -> list[Image.Image]:
-    """One picture for each (prompt, seed), in order; `height` and `width` left out take the pipeline's own size."""
-    pictures: list[Image.Image] = []
+) -> list[Any]:
+    """One picture for each (prompt, seed), in order, or of a video pipeline one clip, a tuple of frames.
+
+    `height`, `width` and `num_frames` left out take the pipeline's own; only a video pipeline takes `num_frames`.
+    """
+    pictures: list[Any] = []
     for batch in generate_batches(
         pipe,
         prompts,
@@ -39,6 +43,7 @@ def generate(
         batch_size=batch_size,
         height=height,
         width=width,
+        num_frames=num_frames,
         progress=progress,
     ):
         pictures.extend(batch)
@@ -55,15 +60,20 @@ def generate_batches(
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
+    num_frames: int | None = None,
     progress: bool = True,
     description: str = "Drawing",
-) -> Generator[list[Image.Image]]:
+) -> Generator[list[Any]]:
     """The pictures of `generate`, batch by batch, so that a caller can store them as they come."""
     if len(prompts) != len(seeds):
         raise ValueError(f"Every prompt needs a seed, but there are {len(prompts)} prompts and {len(seeds)} seeds.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
+    clips = draws_clips(pipe)
+    if num_frames is not None and not clips:
+        raise ValueError(f"num_frames={num_frames} has no effect: {type(pipe).__name__} draws pictures; leave it out")
+    asked = (("height", height), ("width", width), ("num_frames", num_frames))
+    size = {name: value for name, value in asked if value is not None}
     with (
         bar_hidden(pipe),
         evaluating(networks(pipe).values()),
@@ -80,12 +90,13 @@ def generate_batches(
                 output_type="np",
                 **size,
             )
-            yield _pictures(np.asarray(output.images), prompts[rows], seeds[rows])
+            drawn = np.asarray(output.frames if clips else output.images)
+            yield _pictures(drawn, prompts[rows], seeds[rows])
             bar.update(len(generators))
 
 
-def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-    """(B, H, W, 3) in [0, 1] → B pictures; a picture that is not finite is an error that says how to draw it again."""
+def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:
+    """(B, H, W, 3) in [0, 1] → B pictures, (B, F, H, W, 3) → B clips; what is not finite is an error that says how to draw it again."""
     if len(pixels) != len(prompts):
         raise ValueError(f"The pipeline returned {len(pixels)} pictures for {len(prompts)} prompts.")
     for image, prompt, seed in zip(pixels, prompts, seeds, strict=True):
@@ -94,4 +105,7 @@ def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) 
                 f"The picture of {prompt!r} with seed {seed} has NaN or infinite pixels. "
                 "Load the pipeline in float32 or bfloat16, or check whether training diverged."
             )
-    return [Image.fromarray(image) for image in (pixels * 255).round().astype(np.uint8)]
+    whole = (pixels * 255).round().astype(np.uint8)
+    if whole.ndim == 4:
+        return [Image.fromarray(image) for image in whole]
+    return [tuple(Image.fromarray(frame) for frame in clip) for clip in whole]

@@ -37,21 +37,26 @@ def write_card(
     metrics: dict[str, Any],
     beta: float,
     trained: tuple[str, str] | None,
+    task: str,
 ) -> None:
     """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA. `beta`:
     the one that training ended with.
 
-    No licence is stated: it is the base model's and the data's, which are not known here.
+    No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
+    for what the model does.
     """
     is_lora = trained is None
+    judge = "Whether the clips got better, people must say who do not know which is which."
+    if task == "text-to-image":
+        judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
     name, arxiv = _PAPERS.get(args.method, (args.method, None))
     base, data_name = public_name(base_model), public_name(data.partition("[")[0])
-    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if is_hub_id(base_model):
         header |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
     if is_hub_id(data):
         header["datasets"] = [data_name]
-    header["tags"] = ["mmalign", args.method, "text-to-image", "diffusers-training", "diffusers"]
+    header["tags"] = ["mmalign", args.method, task, "diffusers-training", "diffusers"]
     header["tags"] += ["lora", "template:sd-lora"] if is_lora else []
     import yaml
 
@@ -86,8 +91,7 @@ The licences of the base model and of the data apply.
 {_json(metrics)}
 ```
 
-These numbers come from the training pairs (`eval_*`: from held-out pairs). Whether the pictures got better is for a held-out judge:
-`mmalign evaluate`.
+These numbers come from the training pairs (`eval_*`: from held-out pairs). {judge}
 """
     write_file(folder / "README.md", text)
 

@@ -58,6 +58,7 @@ class DenoiserConfig(TrainingArguments):
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
+    num_frames         frames of a clip, sampled evenly from it; None is the model's own; for video models only
     resolution         pixels of the short side and of the centre crop; None is the model's own
     ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
                        products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
@@ -113,6 +114,7 @@ class DenoiserConfig(TrainingArguments):
     ema_decay: float | None = None
     train_split: str | None = None
     eval_split: str | None = None
+    num_frames: int | None = None
     resolution: int | None = None
     aspect_buckets: bool = False
     cache_dir: str | None = None

@@ -48,6 +48,7 @@ def check_axes(args: Any) -> None:
         "min_abs_strength must be 0 or more": not args.min_abs_strength >= 0,
         "smoothing_gamma must be positive": not args.smoothing_gamma > 0,
         "ema_decay must be 0 or more and below 1": args.ema_decay is not None and not 0 <= args.ema_decay < 1,
+        "num_frames must be positive": args.num_frames is not None and args.num_frames < 1,
         "resolution must be positive": args.resolution is not None and args.resolution < 1,
         "aspect_buckets needs dataloader_drop_last=True: a short batch would stand in the middle of an epoch": (
             args.aspect_buckets and not args.dataloader_drop_last

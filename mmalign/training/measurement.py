@@ -32,9 +32,9 @@ from mmalign.losses import PairLogProbs
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """A batch: latents of the sides (S·B, C, h, w), conditioning (S·B), row ids (B,) and strengths (B,)."""
+    """A batch: latents of the sides (S·B, C, h, w), of clips (S·B, C, F, h, w), conditioning (S·B), row ids (B,) and strengths (B,)."""
 
-    x0: Float[Tensor, "S*B C h w"]
+    x0: Float[Tensor, "S*B C *F h w"]
     conditioning: Conditioning
     rows: list[int]
     strength: Float[Tensor, " B"]

@@ -33,7 +33,7 @@ class AlignPipeline:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """Loads any supported text-to-image pipeline (hub id, folder, or "playground"), with diffusers' keywords."""
+        """Loads any supported text-to-image or text-to-video pipeline (hub id, folder, or "playground"), with diffusers' keywords."""
         return cls._adopt(load_base(pretrained_model_name_or_path, **options))
 
     @classmethod
@@ -126,14 +126,16 @@ class AlignPipeline:
     ) -> Any:
         """Inverts pictures to the noised latents from which this pipeline would draw them, and reports how well that worked.
 
-        `image`: one PIL picture or a list; `prompt`: one text or a list. `timestep`: up to which timestep, the last one by default.
+        `image`: one PIL picture or a list; for a video model one clip (a tuple of frames) or a list of clips, of which as many frames
+        are used as the model draws. `prompt`: one text or a list. `timestep`: up to which timestep, the last one by default.
         `options`: fields of `mmalign.likelihood.config.InversionConfig`; by default 10 steps with one averaged ReNoise correction.
         `generator`: with eta > 0, one a picture.
 
         Returns a `mmalign.likelihood.inversion.RoundTrip`: the inversion (x_t, target), what sampling back over the same grid gives,
         and the root-mean-square error and PSNR of that round trip in latent space, one number a picture.
         """
-        from mmalign.data.images import fit, to_pixels, to_rgb
+        from mmalign.data.clips import fitted, read_clip
+        from mmalign.data.images import to_rgb
         from mmalign.denoisers import adapter_for
         from mmalign.denoisers.parts import evaluating
         from mmalign.likelihood.config import InversionConfig
@@ -146,10 +148,11 @@ class AlignPipeline:
             raise ValueError(f"{len(images)} pictures need one prompt or {len(images)}, got {len(prompts)}")
         config = InversionConfig(**({"renoise_steps": int(options.get("solver") != "heun")} | options))
         denoiser = adapter_for(self)
-        fitted = [fit(to_rgb(picture), *denoiser.native_size) for picture in images]
-        latents = denoiser.encode_image(torch.stack([to_pixels(picture) for picture, _ in fitted]))
-        sizes = torch.tensor([size for _, size in fitted])
-        conditioning = denoiser.with_sizes(denoiser.encode_prompt(prompts), sizes)
+        frames = denoiser.native_frames
+        read = [to_rgb(picture) if frames is None else read_clip(picture, frames) for picture in images]
+        pixels, sizes = zip(*(fitted(picture, *denoiser.native_size) for picture in read), strict=True)
+        latents = denoiser.encode_image(torch.stack(pixels))
+        conditioning = denoiser.with_sizes(denoiser.encode_prompt(prompts), torch.tensor(sizes))
         schedule = denoiser.schedule = storable(denoiser.schedule, latents.device)
         t = torch.full((len(images),), schedule.max_timestep if timestep is None else timestep)
 

@@ -53,6 +53,9 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     source = load_pairs(data, split=args.train_split if like is None else args.eval_split)
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     progress = not args.disable_tqdm
+    num_frames = args.num_frames or source.num_frames or denoiser.native_frames
+    if num_frames is not None:
+        source = source.as_clips(num_frames)
     resolution = args.resolution or denoiser.native_size
     encoded = encode_pairs(
         source,

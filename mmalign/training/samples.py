@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import TrainerCallback
 
-from mmalign.denoisers.parts import bar_hidden, evaluating, networks
+from mmalign.data.clips import glance
+from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
 from mmalign.files import staged
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device
@@ -55,21 +56,26 @@ class SamplePictures(TrainerCallback):
 
 
 def draw(pipe: Any, args: DenoiserConfig) -> list[Image.Image]:
-    """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set."""
+    """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set.
+
+    Of a clip the first, the middle and the last frame, side by side.
+    """
     parts = list(networks(pipe).values())
     guidance = args.validation_guidance_scale
     if guidance is None:
         guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     with on_device(parts, args.device), evaluating(parts), bar_hidden(pipe):
-        return [
+        drawn = [
             pipe(
                 prompt,
                 generator=torch.Generator().manual_seed(args.validation_seed + i),
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=guidance,
-            ).images[0]
+                **({} if args.num_frames is None else {"num_frames": args.num_frames}),
+            )
             for i, prompt in enumerate(args.validation_prompts)
         ]
+    return [glance(tuple(output.frames[0])) if draws_clips(pipe) else output.images[0] for output in drawn]
 
 
 def sheet(columns: list[list[Image.Image]], titles: list[str], captions: list[str]) -> Image.Image:

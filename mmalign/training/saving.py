@@ -102,6 +102,7 @@ class SavingTrainer(Trainer):
             metrics=self.last_metrics(),
             beta=self.beta,
             trained=None if has_adapter(self.network) else whole,
+            task="text-to-image" if self.denoiser.native_frames is None else "text-to-video",
         )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

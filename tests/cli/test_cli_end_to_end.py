@@ -172,6 +172,11 @@ def test_generate_writes_pictures_that_depend_on_prompt_and_seed_only(place, run
         (["--prompts", "nowhere.txt"], "nowhere.txt: no such prompt file"),
         ([], 'no prompts: give --prompt "…"'),
         (["--prompt", "a", "--seed", "1", "--seeds", "1", "2"], "--seed and --seeds both say"),
+        (["--prompt", "a", "--num-frames", "9"], "num_frames=9 has no effect: StableDiffusionPipeline draws pictures"),
+        (
+            ["--prompt", "a", "--frames-per-second", "9"],
+            "--frames-per-second must be positive, and is for video models",
+        ),
     ],
 )
 def test_what_generate_refuses(run, words, message, capsys):
@@ -190,6 +195,49 @@ def test_invert_reports_the_round_trip(place, capsys):
     assert Image.open(place / "inverted" / "inversion.png").width > 300
     assert "0-chosen.png" in capsys.readouterr().out
     assert cli.main([*words, "--image", "pairs/0-chosen.png", "--prompt", "a", "b"]) == 2
+
+
+def test_a_video_model_is_trained_on_clips_and_draws_them(place, capsys):
+    from mmalign.data.clips import read_clip
+
+    save_tiny("cogvideox", place / "video")
+    (place / "clips").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        for side, (low, high) in {"chosen": (60, 255), "rejected": (0, 200)}.items():
+            first, *rest = map(Image.fromarray, rng.integers(low, high, (9 - (number == 2), 16, 20, 3), dtype=np.uint8))
+            first.save(place / "clips" / f"{number}_{side}.gif", save_all=True, append_images=rest)
+        (place / "clips" / f"{number}.txt").write_text(PROMPTS[number])
+    assert (
+        cli.main(["validate-data", "clips", "--num-frames", "9", "--resolution", "16", "--output-dir", "checked"]) == 1
+    )
+    shown = capsys.readouterr().out
+    assert "usable:   2 pairs" in shown and "holds 8 frame(s), and 9 are asked for" in shown
+    words = ["--model", "video", "--data", "clips", "--output-dir", "video run", *SMALL, "--max-steps", "1"]
+    assert cli.main(["train", "dpo", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "mmalign generate --model video --lora 'video run'" in shown and "mmalign evaluate" not in shown
+    draw = [
+        "generate",
+        "--model",
+        "video",
+        "--lora",
+        "video run",
+        "--steps",
+        "1",
+        "--prompt",
+        PROMPTS[0],
+        "--output-dir",
+        "drawn",
+    ]
+    assert cli.main([*draw, "--num-frames", "17", "--frames-per-second", "16"]) == 0
+    assert "1 clips in drawn/; all on one sheet" in capsys.readouterr().out
+    clip = read_clip("0000-seed0-a-red-shirt.webp", 17, roots=(place / "drawn",))
+    assert clip[0].size == (16, 16) and len({frame.tobytes() for frame in clip}) > 8
+    assert cli.main(["evaluate", *draw[1:7], "--prompt", PROMPTS[0], "--scorers", "clip:clip"]) == 2
+    assert "CogVideoXPipeline draws clips" in capsys.readouterr().err
+    assert cli.main(["invert", "--model", "video", "--image", "pairs/0-chosen.png", "--prompt", "a"]) == 2
+    assert "clips are inverted in Python" in capsys.readouterr().err
 
 
 def test_evaluate_writes_the_report_and_marks_the_scorer_of_the_training(place, run, capsys):

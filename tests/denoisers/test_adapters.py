@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import KINDS, save_tiny, tiny_pipeline
+from tiny import KINDS, PICTURE_KINDS, save_tiny, tiny_pipeline
 
 from mmalign.denoisers import StableDiffusionDenoiser, StableDiffusionXLDenoiser, adapter_for
 
@@ -56,6 +56,8 @@ def test_predict_repeats_the_pipelines_own_unet_calls(pipes: dict[str, Any], kin
             continue
         if kind == "flux":
             x, out = (pipes[kind]._unpack_latents(packed, 16, 16, 2) for packed in (x, out))
+        if kind == "cogvideox":
+            x, out = x.transpose(1, 2), out.transpose(1, 2)
         with torch.no_grad():
             output = denoiser.predict(denoiser.module, x, t, conditioning)
         torch.testing.assert_close(output, out, rtol=0, atol=1e-5)
@@ -125,13 +127,15 @@ def test_sdxl_sizes_act_and_are_required(pipes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_prompts_are_counted(pipes: dict[str, Any], kind: str) -> None:
     denoiser = adapter_for(pipes[kind])
-    most = {"sd3": 255, "flux": 511}.get(kind, 75)  # with T5's end, or CLIP's start and end: 256, 512, 77
+    most = {"sd3": 255, "flux": 511, "cogvideox": 225}.get(
+        kind, 75
+    )  # with T5's end, or CLIP's start and end: 256, 512, 226, 77
     fits, long = " ".join(["red"] * most), " ".join(["red"] * (most + 1))
     assert denoiser.count_truncated([PROMPTS[0], fits]) == 0
     assert denoiser.count_truncated([long, PROMPTS[0], long]) == 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURE_KINDS)
 def test_decode_is_the_pipelines_picture(pipes: dict[str, Any], kind: str) -> None:
     pipe, denoiser = pipes[kind], adapter_for(pipes[kind])
     options = dict(prompt=PROMPTS[0], height=16, width=16, num_inference_steps=2)
@@ -214,6 +218,8 @@ def test_families_are_chosen_by_components(pipes: dict[str, Any]) -> None:
     assert adapter_for(pipes["sd"]).module is pipes["sd"].unet
     with pytest.raises(ValueError, match="multiples of 2"):
         adapter_for(pipes["sd"]).latent_shape(17, 16)
+    with pytest.raises(ValueError, match="num_frames=9 has no effect: stable-diffusion draws pictures"):
+        adapter_for(pipes["sd"]).encode_image(torch.zeros(1, 3, 9, 16, 16))
 
 
 def test_unsupported_pipelines_are_told_what_is_missing() -> None:
@@ -230,7 +236,7 @@ def test_unsupported_pipelines_are_told_what_is_missing() -> None:
     with pytest.raises(ValueError, match="controlnet would be ignored"):
         adapter_for(control)
     control.components["controlnet"] = None
-    with pytest.raises(ValueError, match="9 channels but latents have 4"):
+    with pytest.raises(ValueError, match="9 channels but latents have 4 .an inpainting"):
         adapter_for(control)
     control.config = {"requires_aesthetics_score": True}
     with pytest.raises(ValueError, match="refiner"):

@@ -100,3 +100,24 @@ def test_what_is_refused(pipe):
     with pytest.raises(ValueError, match="batch_size"):
         draw(pipe, batch_size=0)
     assert draw(pipe, [], []) == []
+
+
+def test_a_clip_depends_on_its_prompt_and_seed_only_and_evaluation_says_what_it_lacks(tmp_path):
+    from tiny import tiny_pipeline
+
+    from mmalign.evaluation import draw_side
+
+    video = tiny_pipeline("cogvideox")
+    together = draw(video, PROMPTS[:2], [3, 4], batch_size=2)
+    alone = draw(video, PROMPTS[1:2], [4], num_frames=9)
+    assert len(together) == 2 and all(len(clip) == 9 and clip[0].size == (16, 16) for clip in together)
+    assert max(difference(one, many) for one, many in zip(alone[0], together[1], strict=True)) <= 1
+    assert difference(together[0][4], together[1][4]) > 1
+    with pytest.raises(ValueError, match="CogVideoXPipeline draws clips, and neither scorers nor the report read them"):
+        draw_side(video, PROMPTS[:1], label="a", output_dir=tmp_path, num_inference_steps=1, guidance_scale=1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_of_frames_is_refused_where_pictures_are_drawn(pipe):
+    with pytest.raises(ValueError, match="num_frames=9 has no effect: StableDiffusionPipeline draws pictures"):
+        draw(pipe, PROMPTS[:1], [0], num_frames=9)

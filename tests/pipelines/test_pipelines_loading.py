@@ -319,3 +319,13 @@ def test_an_adapter_with_dropout_inverts_without_it() -> None:
     pipe.unet.train()
     one, two = (pipe.invert(picture(), "a", num_steps=2).inversion.x_t for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_clips_are_inverted_whole() -> None:
+    pipe = pipeline("smpo", "cogvideox")
+    clip = tuple(picture(seed) for seed in range(11))
+    one = pipe.invert(clip, "a red shirt", num_steps=2)
+    two = pipe.invert([clip[::-1], clip], "a red shirt", num_steps=2)
+    assert one.inversion.x_t.shape == (1, 4, 3, 4, 4) and torch.isfinite(two.psnr).all()
+    torch.testing.assert_close(two.inversion.x_t[1:], one.inversion.x_t, rtol=0, atol=1e-4)
+    one_line("holds 1 frame.s., and 9 are asked for", lambda: pipe.invert(list(clip), "a"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import KINDS, tiny_pipeline
-from training.runs import lora, pairs, pipeline
+from training.runs import data_for, lora, pairs, pipeline
 
 TRAINED = {f"{kind}-lora": (kind, True) for kind in KINDS} | {"sd-full": ("sd", False)}
 RANK, ALPHA = 3, 12
@@ -31,11 +31,12 @@ from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 torch.set_num_threads(1)
 def draw(pipe):
     pipe.set_progress_bar_config(disable=True)
-    options = dict(num_inference_steps=2, guidance_scale=2.0, output_type="np", height=16, width=16)
-    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options).images[0]
+    options = dict(num_inference_steps=2, guidance_scale=2.0, output_type="np", height=16, width=16, return_dict=False)
+    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options)[0][0]
 drawn = {}
 for name, folder in json.loads(sys.argv[1]).items():
-    for kind in (DiffusionPipeline, AutoPipelineForText2Image):
+    loaders = (DiffusionPipeline, AutoPipelineForText2Image)
+    for kind in loaders[:1] if name.startswith("cogvideox") else loaders:
         pipe = kind.from_pretrained(folder + "/pipe", use_safetensors=True)
         drawn[f"{name}/{kind.__name__}"] = draw(pipe)
         drawn[f"{name}/class/{type(pipe).__name__}"] = np.zeros(1)
@@ -54,8 +55,8 @@ np.savez(sys.argv[2], **drawn)
 
 def draw(pipe: Any) -> Any:
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
-    options |= {"height": 16, "width": 16}
-    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options).images[0]
+    options |= {"height": 16, "width": 16, "return_dict": False}
+    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options)[0][0]
 
 
 def aligned(kind: str, with_lora: bool, folder: Path, **options: Any) -> Any:
@@ -64,7 +65,7 @@ def aligned(kind: str, with_lora: bool, folder: Path, **options: Any) -> Any:
     settings = {"max_steps": 2, "learning_rate": 1e-2 if with_lora else 1e-4, "save_strategy": "no"}
     peft_config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["to_q", "to_v"]) if with_lora else None
     result = pipe.align(
-        pairs(),
+        data_for(kind),
         output_dir=folder,
         peft_config=peft_config,
         per_device_train_batch_size=2,
@@ -101,7 +102,9 @@ def plain(folders: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPat
 @pytest.mark.parametrize("name", TRAINED)
 def test_plain_diffusers_draws_the_same_picture(name: str, folders: Any, plain: Any) -> None:
     ours = folders[name][1]
-    for loader in ("DiffusionPipeline", "AutoPipelineForText2Image"):
+    # diffusers has no class that finds a video pipeline by itself.
+    loaders = ("DiffusionPipeline", "AutoPipelineForText2Image")
+    for loader in loaders[:1] if name.startswith("cogvideox") else loaders:
         assert np.abs(plain[f"{name}/{loader}"] - ours).max() < 1e-5
     assert f"{name}/class/{type(tiny_pipeline(TRAINED[name][0])).__name__}" in plain
     assert np.abs(draw(tiny_pipeline(TRAINED[name][0])) - ours).max() > 1e-4

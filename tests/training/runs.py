@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from peft import LoraConfig
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import NUM_FRAMES, PICTURE_KINDS, tiny_pipeline
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -30,6 +30,23 @@ def pairs(number: int = 6, seed: int = 0) -> list[dict[str, Any]]:
         {"prompt": PROMPTS[i % len(PROMPTS)], "chosen": picture(60, 255), "rejected": picture(0, 200)}
         for i in range(number)
     ]
+
+
+def clips(number: int = 6, seed: int = 0) -> list[dict[str, Any]]:
+    """`pairs` of clips: random frames, once or twice as many as are used."""
+    rng = np.random.default_rng(seed)
+
+    def clip(low: int, high: int) -> list[Image.Image]:
+        frames = NUM_FRAMES * int(rng.integers(1, 3))
+        height, width = rng.integers(16, 28, 2)
+        return [Image.fromarray(frame) for frame in rng.integers(low, high, (frames, height, width, 3), dtype=np.uint8)]
+
+    return [row | {"chosen": clip(60, 255), "rejected": clip(0, 200)} for row in pairs(number)]
+
+
+def data_for(kind: str) -> list[dict[str, Any]]:
+    """Pairs of what a family draws."""
+    return pairs() if kind in PICTURE_KINDS else clips()
 
 
 def pipeline(method: str = "dpo", kind: str = "sd", dtype: torch.dtype = torch.float32) -> Any:
@@ -80,11 +97,11 @@ def trainer(
     callbacks: Any = None,
     **options: Any,
 ) -> Any:
-    """A trainer of `method` on `pairs()`."""
+    """A trainer of `method` on `pairs()` or, for a video family, `clips()`."""
     return getattr(mmalign, f"{METHODS[method]}Trainer")(
         model=pipeline(method, kind, dtype) if pipe is None else pipe,
         args=config(method, folder, **options),
-        train_dataset=pairs() if data is None else data,
+        train_dataset=data_for(kind) if data is None else data,
         eval_dataset=eval_dataset,
         peft_config=lora() if peft_config == "lora" else peft_config,
         ref_model=ref_model,

@@ -55,6 +55,7 @@ CHANGES_LOSSES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "prompt_dropout": ({}, 0.0, 1.0),
     "loss_space": ({}, "epsilon", "velocity"),
     "resolution": ({}, 16, 32),
+    "num_frames": ({"kind": "cogvideox"}, 1, 9),
 }
 
 

@@ -154,6 +154,22 @@ def test_sample_pictures_are_drawn_and_change_nothing_else(tmp_path: Path) -> No
     assert (first.width, later.width) == (8 + 136, 8 + 2 * 136) and first.height == later.height > 2 * 128
 
 
+def test_sample_clips_show_three_frames_and_the_card_tells_the_task(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "validation_steps": 1,
+        "validation_prompts": ["a red shirt"],
+        "validation_inference_steps": 1,
+    }
+    run = trainer(tmp_path, kind="cogvideox", num_frames=17, max_steps=1, **options)
+    run.train()
+    run.save_model()
+    later = Image.open(tmp_path / "samples" / "step-000001.png")
+    assert later.width == 8 + 2 * (3 * 16 * 2 + 8) and later.height == 16 + 16 * 2 + 16 + 8
+    header = card(tmp_path)[0]
+    assert header["pipeline_tag"] == "text-to-video" and "text-to-image" not in header["tags"]
+    assert run._train.dataset[0]["chosen"].shape == (4, 5, 4, 4)
+
+
 # The card.
 
 
