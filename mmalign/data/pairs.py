@@ -14,7 +14,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
-from mmalign.data.clips import read_clip
+from mmalign.data.clips import PictureOrClip, frames_of, read_clip
 from mmalign.data.columns import REQUIRED, Form, read_pair, read_prompt, recognise, score_columns, used_columns
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.named import holds_pairs, named_pairs
@@ -147,7 +147,7 @@ class PairSource:
         if isinstance(first, str | Path) and first and first == second:
             raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
         images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
-        if images[0].size == images[1].size and images[0].tobytes() == images[1].tobytes():
+        if _alike(*images):
             raise bad(row, pair.fields[1], f"the same picture as {pair.fields[0]}")
         return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
 
@@ -160,6 +160,12 @@ class PairSource:
             shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
             where = f" in {shown}" if shown and shown not in str(error) else ""
             raise bad(row, field, f"{error}{where}") from error
+
+
+def _alike(one: PictureOrClip, other: PictureOrClip) -> bool:
+    """Whether two sides are the same, pixel by pixel."""
+    frames = zip(frames_of(one), frames_of(other), strict=True)
+    return all(a.size == b.size and a.tobytes() == b.tobytes() for a, b in frames)
 
 
 def load_pairs(

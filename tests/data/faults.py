@@ -187,7 +187,7 @@ def faults_of_json() -> list[Fault]:
     """Those that only a file without types can hold as well."""
     return [
         ({"rejected": 7}, "rejected", "got int"),
-        ({"rejected": ["0-0.img"]}, "rejected", "one message of role 'assistant', got 1 ('0-0.img')"),
+        ({"rejected": ["0-0.img"]}, "rejected", "got list (a clip, which only video models read)"),
         ({"rejected": {"src": "0-0.img"}}, "rejected", "no image"),
         ({"prompt": 3}, "prompt", "expected text, got 3"),
         ({"prompt": "half \ud800"}, "prompt", "no valid Unicode"),

@@ -56,9 +56,9 @@ def encode(pairs: list[dict[str, Any]], denoiser: Denoiser, tmp_path: Path) -> C
 def family(factor: int, patch: int) -> Any:
     """What buckets_of asks a denoiser."""
     return SimpleNamespace(
-        pipe=SimpleNamespace(vae_scale_factor=factor),
+        pixels_per_latent=factor,
         patch=patch,
-        latent_shape=lambda height, width: (4, height // factor, width // factor),
+        latent_shape=lambda height, width, frames: (4, height // factor, width // factor),
     )
 
 

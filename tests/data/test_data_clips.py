@@ -190,14 +190,14 @@ def test_folders_of_pairs_and_json_name_clips(packed: Packed, tmp_path: Path) ->
     for folder in (named, listed):
         folder.mkdir()
     (named / "1_chosen.gif").write_bytes(animated(packed, "GIF", 9))
-    (named / "1_rejected.webp").write_bytes(animated(packed, "WEBP", 9))
+    (named / "1_rejected.webp").write_bytes(animated(packed, "WEBP", 17))
     (named / "1.txt").write_text("a red bag")
     stored(listed, 9)
     paths = [f"clip/frame_{k}.png" for k in range(9)]
     (listed / "metadata.jsonl").write_text(
         json.dumps({"prompt": "a red bag", "chosen": "clip", "rejected": paths[::-1]})
     )
-    for folder, second in ((named, list(range(9))), (listed, list(range(9))[::-1])):
+    for folder, second in ((named, list(range(0, 17, 2))), (listed, list(range(9))[::-1])):
         record = load_pairs(folder, num_frames=9)[0]
         assert told(record.image_0) == list(range(9)) and told(record.image_1) == second
 
@@ -207,11 +207,19 @@ def test_columns_of_lists_of_pictures_and_of_videos_are_read(packed: Packed) -> 
     from datasets import Image as Picture
 
     one = [packed(frame) for frame in frames(9)]
-    for side, value in ((List(Picture()), one), (Video(), {"bytes": animated(packed, "GIF", 9), "path": None})):
+    videos = [{"bytes": animated(packed, "GIF", number), "path": None} for number in (9, 5)]
+    for side, values in ((List(Picture()), [one, one[:5]]), (Video(), videos)):
         columns = Features({"prompt": Value("string"), "chosen": side, "rejected": side})
-        data = Dataset.from_dict({"prompt": ["a"], "chosen": [value], "rejected": [value]}, columns)
+        data = Dataset.from_dict({"prompt": ["a"], "chosen": values[:1], "rejected": values[1:]}, columns)
         source = load_pairs(data, num_frames=3)
-        assert told(source[0].image_0) == [0, 4, 8] and len(source.fingerprint) == 64
+        assert told(source[0].image_0) == [0, 4, 8] and told(source[0].image_1) == [0, 2, 4]
+        assert len(source.fingerprint) == 64
+
+
+def test_the_same_clip_twice_is_no_pair(packed: Packed) -> None:
+    clip = [packed(frame) for frame in frames(9)]
+    with pytest.raises(InvalidRow, match="rejected: the same picture as chosen"):
+        load_pairs([{"prompt": "a", "chosen": clip, "rejected": list(clip)}], num_frames=3)[0]
 
 
 def test_a_clips_score_is_the_mean_over_its_frames(tmp_path: Path) -> None:
@@ -246,7 +254,8 @@ def test_a_video_without_its_reader_says_what_to_install(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("ending", "codec"), [("mp4", "mpeg4"), ("mov", "mpeg4"), ("webm", "libvpx-vp9")])
 def test_videos_are_read(ending: str, codec: str, tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
+    import av
+
     file = tmp_path / f"clip.{ending}"
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=8)

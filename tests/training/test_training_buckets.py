@@ -14,7 +14,7 @@ from training import worker
 from training.runs import history, lora, trainer
 
 from mmalign.training.bucketing import InBuckets, bucket_batches
-from mmalign.training.prepare import Shuffled
+from mmalign.training.sampling import Shuffled
 
 # (height, width); at a resolution of 16 the shapes are 20×12, 16×16 and 12×20.
 TALL, SQUARE, WIDE = (40, 24), (24, 24), (22, 36)
