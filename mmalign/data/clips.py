@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Clip: TypeAlias = "tuple[Image.Image, ...]"
 PictureOrClip: TypeAlias = "Image.Image | Clip"
 
-VIDEO_ENDINGS = {".mp4", ".mov", ".webm"}
+VIDEO_ENDINGS = frozenset("mp4 mov webm".split())
 # Of a source, whether all of them are used or not.
 MAX_FRAMES = 4096
 # Of all frames that are used: 81 of full HD, and some.
@@ -120,7 +120,7 @@ def frame_files(folder: Path) -> list[Path]:
     def order(file: Path) -> list[Any]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
-    files = [file for file in folder.iterdir() if file.suffix.lower() in ENDINGS and not file.name.startswith(".")]
+    files = [file for file in folder.iterdir() if file.suffix.lower()[1:] in ENDINGS and not file.name.startswith(".")]
     return sorted(files, key=order)
 
 

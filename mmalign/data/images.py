@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**26
 RESIZE_FILTER = "lanczos"
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2"}
 # No format that runs a program (EPS) or holds no pixels of its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
+# How files of these formats are called.
+ENDINGS = frozenset("png jpg jpeg webp avif bmp gif tif tiff ppm jp2".split())
 _loading = threading.Lock()
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 

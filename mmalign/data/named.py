@@ -16,7 +16,6 @@ from mmalign.data.clips import VIDEO_ENDINGS
 from mmalign.data.images import ENDINGS, BadImage, inside
 from mmalign.data.rows import ListRows
 
-_PICTURES = ENDINGS | VIDEO_ENDINGS
 _MARK = re.compile(r"(?P<key>.+)[-_](?P<side>chosen|rejected|rejectedlabel)", re.IGNORECASE | re.DOTALL)
 
 
@@ -61,7 +60,7 @@ def _files(folder: Path) -> Iterator[tuple[str, str, Path]]:
         stem = relative.with_suffix("").as_posix()
         if ending == ".txt":
             yield stem, "prompt", path
-        elif ending in _PICTURES:
+        elif ending[1:] in ENDINGS | VIDEO_ENDINGS:
             mark = _MARK.fullmatch(stem)
             side = mark["side"].lower().removesuffix("label") if mark else "chosen"
             yield mark["key"] if mark else stem, side, path
