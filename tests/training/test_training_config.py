@@ -25,6 +25,7 @@ OWN = {
 # Options that change the losses of a first batch: name → (what it is set on top of, two values).
 SMOOTHED = {"method": "smpo", "comparison": "smoothed"}
 DDIM = {"latents": "ddim", "inversion_steps": 3}
+TALL = [row | {side: row[side].resize((16, 32)) for side in ("chosen", "rejected")} for row in pairs(2)]
 RENOISE = {"latents": "renoise", "inversion_steps": 3}
 CHANGES_LOSSES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "beta": ({}, 100.0, 200.0),
