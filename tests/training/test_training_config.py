@@ -57,6 +57,7 @@ CHANGES_LOSSES: dict[str, tuple[dict[str, Any], Any, Any]] = {
     "loss_space": ({}, "epsilon", "velocity"),
     "resolution": ({}, 16, 32),
     "num_frames": ({"kind": "cogvideox"}, 1, 9),
+    "aspect_buckets": ({"data": TALL}, False, True),
 }
 
 
@@ -152,7 +153,7 @@ def test_validation_options_change_the_pictures(tmp_path: Path) -> None:
 
 def test_every_field_of_ours_is_flipped_by_a_test() -> None:
     elsewhere = {
-        "sdpo_mu", "reference", "reference_cache", "inversion_refresh", "strength_sampling", "aspect_buckets", "ema_decay", "scorer",
+        "sdpo_mu", "reference", "reference_cache", "inversion_refresh", "strength_sampling", "ema_decay", "scorer",
         "keep_human_ties", "min_abs_strength", "train_split", "eval_split",
         "cache_dir", "validation_prompts", "validation_seed", "validation_inference_steps", "validation_guidance_scale",
         "validation_steps", "beta_saturation", "beta_calibration_steps",
