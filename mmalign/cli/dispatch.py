@@ -35,7 +35,7 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a text-to-image model on preference pairs: smpo, inpo, dpo, or sft",
+            "align a model of pictures or clips on preference pairs: smpo, inpo, dpo, or sft",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),
@@ -110,7 +110,7 @@ VERBS = {
 
 _HELP = """usage: mmalign VERB [options]
 
-Preference alignment for text-to-image models.
+Preference alignment for text-to-image and text-to-video models.
 
 {verbs}
 

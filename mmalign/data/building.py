@@ -237,7 +237,7 @@ def _encode_images(job: Job, items: Sequence[_Prepared]) -> dict[int, Float[Tens
         generators = [_generator(job.seed, item.row, side) for item in items for side in (0, 1)]
     latents = job.denoiser.encode_image(pixels, generators).unflatten(0, (-1, 2)).to("cpu", job.dtype)
     if len(job.shapes) > 1:
-        flat = latents.flatten(-2)
+        flat = latents.flatten(3)
         latents = functional.pad(flat, (0, most_elements(job.shapes) - flat.shape[-1]))
     return dict(zip((item.row for item in items), latents, strict=True))
 

@@ -169,7 +169,7 @@ def _of_video(source: Any, kind: str, num_frames: int, max_pixels: int) -> list[
         # An open file and a named format: FFmpeg opens nothing else, whatever the file refers to.
         with (
             io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source.open("rb") as file,
-            av.open(file, format=kind) as container,
+            av.open(file, "r", format=kind) as container,
         ):
             yield from container.decode(video=0)
 

@@ -77,7 +77,7 @@ class EncodedPairs:
         listed = manifest.parts.get("aspect_buckets", {"shapes": []})["shapes"]
         self.shapes = [tuple(shape[:-2]) for shape in listed]
         # Where pairs differ in shape, the target height and width that SDXL is told say which it is.
-        places = {tuple(shape[3:]): place for place, shape in enumerate(listed)}
+        places = {tuple(shape[-2:]): place for place, shape in enumerate(listed)}
         targets = self._sizes[:, 0, 4:].tolist() if listed else []
         self.bucket = torch.tensor([places[tuple(target)] for target in targets]) if listed else None
 

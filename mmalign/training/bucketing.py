@@ -52,7 +52,7 @@ def bucket_batches(buckets: Int[Tensor, " N"], rows: Iterable[int], size: int, *
 def told_buckets(shapes: Sequence[tuple[int, ...]], buckets: Int[Tensor, " N"], batch: int) -> str:
     """How many pairs each shape (C, h, w) has, and how many of them fill no batch, in one line."""
     counts = buckets.bincount(minlength=len(shapes)).tolist()
-    found = [f"{width}×{height}: {count}" for (_, height, width), count in zip(shapes, counts, strict=True) if count]
+    found = [f"{width}×{height}: {count}" for (*_, height, width), count in zip(shapes, counts, strict=True) if count]
     rest, never = sum(count % batch for count in counts), sum(count for count in counts if count < batch)
     told = f"pairs by shape of their latents: {', '.join(found)}; {rest} of {sum(counts)} fill no batch of {batch} in an epoch"
     return told + (f", {never} of them in none ever: a smaller batch would reach them" if never else "")

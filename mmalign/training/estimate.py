@@ -68,6 +68,7 @@ def forward_equivalents(
     adapted: bool = False,
     recomputes: bool = False,
     every_landing: bool = False,
+    visits: float | None = None,
 ) -> float:
     """Forward passes that one batch costs: 3 for the policy with its backward, 2 where a LoRA alone is trained, 1 more with
     checkpointing (0.75 in the UNets, where the last layer of a block is not repeated); 1 for the reference; and those of the inversion:
@@ -76,12 +77,16 @@ def forward_equivalents(
     A backward computes gradients of activations (1) and of weights (1), of a frozen base only the former. Operations counted with a
     LoRA of rank 16: 2.15 in SD 1.5, 2.10 in SDXL, 2.33 in SD 3, whose attention needs more; with all weights 3.0.
 
-    With every_landing a batch holds num_steps training points a pair: divide by num_steps for the cost of a point.
+    With every_landing a batch holds num_steps training points a pair: divide by num_steps for the cost of a point. visits: how often a
+    pair comes before its path is computed anew, where landings are used in turn.
     """
-    total = (2.0 if adapted else 3.0) + has_reference + recomputes
+    policy = (2.0 if adapted else 3.0) + recomputes
+    total = policy + has_reference
     if inversion is None:
         return total
     calls = 2 if inversion.solver == "heun" else 1 + inversion.renoise_steps
+    if visits is not None:
+        return policy + inversion.num_steps * (calls + has_reference) / max(1.0, visits)
     if every_landing:
         return inversion.num_steps * (total + calls)
     moves = make_grid(schedule, torch.arange(schedule.max_timestep + 1), inversion).moves
@@ -119,6 +124,7 @@ def estimate(trainer: Any, steps: int) -> str:
     args, frozen = trainer.args, trainer.reference
     copied = frozen.module if frozen.kind == "copy" else None
     memory = memory_of(trainer.network, copied, args.optim.value, averages=args.ema_decay is not None)
+    visits = (args.inversion_refresh or steps) * args.pairs_per_step / trainer.num_pairs
     forwards = forward_equivalents(
         trainer.denoiser.schedule,
         args.inversion(),
@@ -126,6 +132,7 @@ def estimate(trainer: Any, steps: int) -> str:
         adapted=has_adapter(trainer.network),
         recomputes=bool(args.gradient_checkpointing),
         every_landing=args.inversion_landings == "all",
+        visits=visits if args.inversion_landings == "in_turn" else None,
     )
     seconds = timed(trainer.one_forward(), args.device) * forwards * args.gradient_accumulation_steps
     room = ""

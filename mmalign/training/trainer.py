@@ -214,6 +214,11 @@ class DenoiserTrainer(SavingTrainer):
         """Numbers in one latent."""
         return self._train.dataset[0]["chosen"].numel()
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that are trained on."""
+        return len(self._train.dataset)
+
     # A run.
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:

@@ -151,3 +151,23 @@ def test_evaluation_counts_every_pair_once(tmp_path: Path) -> None:
     run.args.per_device_eval_batch_size = 1
     assert run.evaluate()["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
     assert run.one_forward()().shape[0] == 4
+
+
+def test_clips_and_kept_paths_have_shapes_too(tmp_path: Path) -> None:
+    def clip(seed: int, height: int, width: int) -> list[Image.Image]:
+        frames = np.random.default_rng(seed).integers(0, 255, (9, height, width, 3), dtype=np.uint8)
+        return [Image.fromarray(frame) for frame in frames]
+
+    data = [
+        {"prompt": "a", "chosen": clip(2 * n, *shape), "rejected": clip(2 * n + 1, *shape)}
+        for n, shape in enumerate((TALL, TALL, WIDE, WIDE))
+    ]
+    kept = {"inversion_landings": "in_turn", "inversion_model": "reference", "cache_dir": str(tmp_path)}
+    run = trainer(
+        tmp_path, "smpo", kind="cogvideox", data=data, resolution=32, aspect_buckets=True, max_steps=4, **kept
+    )
+    seen = watched(run)
+    run.train()
+    shapes = {shape for _, shape, _ in seen}
+    assert len(shapes) == 2 and {shape[:2] for shape in shapes} == {(4, 3)}
+    assert all(np.isfinite(history(run)))

@@ -87,6 +87,9 @@ def test_a_training_point_costs_less_where_every_landing_is_one(corrections: int
     schedule = adapter_for(tiny_pipeline("sd")).schedule
     config = InversionConfig(num_steps=10, renoise_steps=corrections, grid="strided")
     assert forward_equivalents(schedule, config, has_reference=True, every_landing=True) == 10 * a_point
+    # In turn: ten moves and the reference at their ends, once; then the policy alone.
+    for visits, cost in ((1, 3 + 10 * (a_point - 3)), (20, 3 + 10 * (a_point - 3) / 20)):
+        assert forward_equivalents(schedule, config, has_reference=True, visits=visits) == cost
 
 
 def test_the_estimate_and_the_settings_are_told_before_the_first_step(
