@@ -70,6 +70,9 @@ ROWS: dict[str, Row] = {
     "smpo, 10 inversion steps": Row("smpo", {"inversion_steps": 10}),
     "smpo, ddim": Row("smpo", {"latents": "ddim"}),
     "inpo, eta 1": Row("inpo", {"inversion_eta": 1.0}),
+    # At eta 1 the inversion is the forward process, but the two sides of a pair have noises of their own. Is that the difference to DPO?
+    "dpo, own noise": Row("dpo", {"share_noise": False}),
+    "inpo, eta 1, shared noise": Row("inpo", {"inversion_eta": 1.0, "inversion_share_eta_noise": True}),
     # The comparison: from DPO (human; smoothed is above) and from SmPO (smoothed).
     "dpo, relabel": Row("dpo", {**_BY_REWARD, "comparison": "relabel"}),
     "dpo, bradley_terry": Row("dpo", {**_BY_REWARD, "comparison": "bradley_terry"}),
@@ -221,6 +224,8 @@ CONTRASTS = (
     ("smpo, forward", "smpo"),
     ("smpo, forward", "dpo"),
     ("inpo, eta 1", "inpo"),
+    ("dpo, own noise", "dpo"),
+    ("inpo, eta 1, shared noise", "inpo, eta 1"),
     ("smpo", "smpo, 10 inversion steps"),
     ("smpo, official", "smpo, 10 inversion steps"),
     ("smpo, in turn", "smpo"),
