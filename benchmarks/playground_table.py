@@ -70,7 +70,7 @@ ROWS: dict[str, Row] = {
     "smpo, 10 inversion steps": Row("smpo", {"inversion_steps": 10}),
     "smpo, ddim": Row("smpo", {"latents": "ddim"}),
     "inpo, eta 1": Row("inpo", {"inversion_eta": 1.0}),
-    # At eta 1 the inversion is the forward process, but the two sides of a pair have noises of their own. Is that the difference to DPO?
+    # At eta 1 the inversion is the forward process, but each side of a pair has a noise of its own. Is that the difference to DPO?
     "dpo, own noise": Row("dpo", {"share_noise": False}),
     "inpo, eta 1, shared noise": Row("inpo", {"inversion_eta": 1.0, "inversion_share_eta_noise": True}),
     # The comparison: from DPO (human; smoothed is above) and from SmPO (smoothed).
