@@ -3,7 +3,8 @@
 `from tiny import tiny_pipeline, save_tiny` with `tests` on sys.path. Kinds: "sd" (ε, PNDM, as Stable Diffusion 1.5),
 "sd-v" (v-prediction, DDIM, as 2.1), "sdxl" (both CLIPs, Euler), "sd3" (both CLIPs and T5, flow), "flux" (CLIP and T5, packed
 latents, told its guidance as FLUX.1-dev is). Images are 16×16, latents (4, 8, 8). "cogvideox" (T5, rotary positions, v-prediction,
-as CogVideoX-5b) draws clips of 9 such images, latents (4, 3, 4, 4).
+as CogVideoX-5b) draws clips of 9 such images, latents (4, 3, 4, 4); "wan" (UMT5, flow by UniPC, as Wan 2.1) clips of 5, latents
+(4, 2, 4, 4), if asked for them: no config of Wan's names a size.
 """
 
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 
 PICTURE_KINDS = ("sd", "sd-v", "sdxl", "sd3", "flux")
-KINDS = (*PICTURE_KINDS, "cogvideox")
+KINDS = (*PICTURE_KINDS, "cogvideox", "wan")
 IMAGE_SIZE, NUM_FRAMES = 16, 9
+# What drawing and training must ask for besides the size of a picture.
+ASKED: dict[str, dict[str, int]] = {"wan": {"num_frames": 5}}
 WORDS = ("red", "blue", "green", "black", "white", "a", "on", "sneaker", "bag", "shirt", "dress", "background")
 WIDTH, MAX_LENGTH = 16, 77
 
@@ -24,7 +27,7 @@ def tiny_pipeline(kind: str = "sd", seed: int = 0) -> Any:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        others = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "cogvideox": _cogvideox}
+        others = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "cogvideox": _cogvideox, "wan": _wan}
         pipe = others[kind]() if kind in others else _sd(kind == "sd-v")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -284,6 +287,46 @@ def cogvideox_transformer(**options: Any) -> Any:
         use_rotary_positional_embeddings=True,
     )
     return _started(CogVideoXTransformer3DModel(**settings | options))
+
+
+def _wan() -> Any:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = _t5_tokenizer()
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=2 * WIDTH, d_kv=4, d_ff=32, num_layers=2, num_heads=2,
+            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[-0.8, 0.1, 1.0, -0.2],
+        latents_std=[2.8, 1.4, 2.3, 0.9],
+        scale_factor_spatial=4,
+    )
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=2 * WIDTH,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+    )
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder.eval(),
+        vae=vae.eval(),
+        transformer=_started(transformer),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
 
 
 def _started(transformer: Any) -> Any:

@@ -7,10 +7,12 @@ from mmalign.denoisers.base import Denoiser
 from mmalign.denoisers.cogvideox import CogVideoXDenoiser
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.flux import FluxDenoiser
+from mmalign.denoisers.parts import latent_channels
 from mmalign.denoisers.schedule import LossSpace, PredictionType, Schedule
 from mmalign.denoisers.stable_diffusion import StableDiffusionDenoiser
 from mmalign.denoisers.stable_diffusion_3 import StableDiffusion3Denoiser
 from mmalign.denoisers.stable_diffusion_xl import StableDiffusionXLDenoiser
+from mmalign.denoisers.wan import WanDenoiser
 
 __all__ = [
     "adapter_for",
@@ -24,6 +26,7 @@ __all__ = [
     "StableDiffusion3Denoiser",
     "StableDiffusionDenoiser",
     "StableDiffusionXLDenoiser",
+    "WanDenoiser",
 ]
 
 # The network's class → the adapters that can drive it; of several, the first whose components are all there.
@@ -32,6 +35,7 @@ _FAMILIES: dict[str, tuple[type[Denoiser], ...]] = {
     "SD3Transformer2DModel": (StableDiffusion3Denoiser,),
     "FluxTransformer2DModel": (FluxDenoiser,),
     "CogVideoXTransformer3DModel": (CogVideoXDenoiser,),
+    "WanTransformer3DModel": (WanDenoiser,),
 }
 
 
@@ -50,7 +54,8 @@ def adapter_for(pipe: Any) -> Denoiser:
         raise ValueError(
             f"no denoiser adapter for {type(pipe).__name__}: {problem}.\n"
             f"Found components: {', '.join(sorted(present))}.\n"
-            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1; text-to-video: CogVideoX"
+            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1; "
+            "text-to-video: CogVideoX, Wan 2.1"
         )
     return fitting(pipe)
 
@@ -60,7 +65,14 @@ def _why_not(pipe: Any, present: set[str]) -> str | None:
         return f"{', '.join(sorted(blocked))} would be ignored in training"
     if "requires_aesthetics_score" in pipe.config and pipe.config["requires_aesthetics_score"]:
         return "the SDXL refiner is conditioned on an aesthetic score"
-    if "vae" in present and type(pipe.components.get("transformer")).__name__ == "CogVideoXTransformer3DModel":
+    if "transformer_2" in present or pipe.config.get("boundary_ratio") is not None:
+        return "it draws with two networks, one for much noise and one for little (Wan 2.2), and training knows one"
+    if pipe.config.get("expand_timesteps", False):
+        return "its network is told a timestep for each patch (Wan 2.2 5B), and training tells one for each clip"
+    if "vae" in present and type(pipe.components.get("transformer")).__name__ in (
+        "CogVideoXTransformer3DModel",
+        "WanTransformer3DModel",
+    ):
         # Pipelines that draw from a picture or a video hold the same parts; only their call tells them apart.
         given = {"image", "video", "control_video"} & inspect.signature(type(pipe).__call__).parameters.keys()
         if given:
@@ -72,7 +84,7 @@ def _why_not(pipe: Any, present: set[str]) -> str | None:
 
 
 def _read_besides_latents(pipe: Any, network: Any, kind: str) -> str | None:
-    channels, latent = network.config["in_channels"], pipe.vae.config["latent_channels"]
+    channels, latent = network.config["in_channels"], latent_channels(pipe.vae)
     if channels == latent:
         return None
     return f"its network reads {channels} channels but latents have {latent} ({kind})"

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.parts import latent_channels
 from mmalign.denoisers.schedule import Schedule
 
 
@@ -91,7 +92,7 @@ class Denoiser(ABC):
         multiple = factor * self.patch
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height}×{width}")
-        return self.pipe.vae.config.latent_channels, height // factor, width // factor
+        return latent_channels(self.pipe.vae), height // factor, width // factor
 
     @torch.no_grad()
     def encode_image(
@@ -136,13 +137,22 @@ class Denoiser(ABC):
                 latents.new_tensor(config[key]).view(1, -1, *[1] * (latents.ndim - 2))
                 for key in ("latents_mean", "latents_std")
             )
-            return mean, config["scaling_factor"] / std
+            # Wan's VAE has no further factor.
+            return mean, config.get("scaling_factor", 1.0) / std
         return config.get("shift_factor") or 0.0, config["scaling_factor"]
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype a network computes in: that of its first floating parameter (adapters come after the base weights)."""
-    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+    """The dtype a network computes in: that of its first floating parameter (adapters come after the base weights).
+
+    What diffusers keeps in float32 whatever the rest is in (Wan's norms and modulation) does not tell it.
+    """
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return next(
+        p.dtype
+        for name, p in module.named_parameters()
+        if p.is_floating_point() and not any(part in name for part in kept)
+    )
 
 
 def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> int:
@@ -155,7 +165,7 @@ def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = 
 @contextmanager
 def _safe_precision(vae: Any) -> Iterator[None]:
     """float32 for the duration if the VAE's config asks for it: SDXL's own VAE overflows in float16."""
-    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+    if vae.dtype != torch.float16 or not vae.config.get("force_upcast", False):
         yield
         return
     vae.to(torch.float32)

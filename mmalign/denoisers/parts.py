@@ -50,6 +50,12 @@ def bar_hidden(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
+def latent_channels(vae: Any) -> int:
+    """Channels of a VAE's latents; Wan's config calls them z_dim."""
+    config = vae.config
+    return config["z_dim"] if "z_dim" in config else config["latent_channels"]
+
+
 def draws_clips(pipe: Any) -> bool:
     """Whether a pipeline draws clips, not pictures: its call asks for their number of frames."""
     return "num_frames" in inspect.signature(type(pipe).__call__).parameters

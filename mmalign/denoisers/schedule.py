@@ -39,12 +39,15 @@ class Schedule:
         """Read the training schedule out of a diffusers scheduler, whatever its inference settings are."""
         config = scheduler.config
         if "beta_start" in config:
-            prediction_type = config.get("prediction_type", "epsilon")
-            if prediction_type not in ("epsilon", "v_prediction") or config.get("use_flow_sigmas", False):
+            prediction_type, flow = config.get("prediction_type", "epsilon"), config.get("use_flow_sigmas", False)
+            if flow and prediction_type == "flow_prediction":
+                # Solvers that serve both kinds (UniPC, DPM-Solver, …): the betas in their config are not used.
+                return cls._flow(config, "flow_shift")
+            if flow or prediction_type not in ("epsilon", "v_prediction"):
                 raise ValueError(
-                    f"{type(scheduler).__name__} with prediction_type={prediction_type!r} and use_flow_sigmas="
-                    f"{config.get('use_flow_sigmas', False)} is not supported; supported are prediction_type 'epsilon' "
-                    "and 'v_prediction', and FlowMatchEulerDiscreteScheduler for flow models"
+                    f"{type(scheduler).__name__} with prediction_type={prediction_type!r} and use_flow_sigmas={flow} is "
+                    "not supported; supported are prediction_type 'epsilon' and 'v_prediction' without, "
+                    "'flow_prediction' with use_flow_sigmas, and FlowMatchEulerDiscreteScheduler"
                 )
             if "snr_shift_scale" in config:
                 # CogVideoX shifts and rescales ᾱ after the product, so that its betas no longer tell it.
@@ -56,15 +59,20 @@ class Schedule:
         if "shift" in config and "base_shift" in config:
             if config.get("invert_sigmas", False):
                 raise ValueError("flow schedules with invert_sigmas=True (noise at σ = 0) are not supported")
-            steps = config["num_train_timesteps"]
-            sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
-            if not config["use_dynamic_shifting"]:
-                sigma = config["shift"] * sigma / (1 + (config["shift"] - 1) * sigma)
-            return cls("flow", 1 - sigma, sigma)
+            return cls._flow(config, "shift")
         raise ValueError(
             f"{type(scheduler).__name__} has neither betas nor flow sigmas in its config; supported are the DDPM "
             "family (DDPM, DDIM, PNDM, Euler, DPM-Solver, …) and FlowMatchEulerDiscreteScheduler"
         )
+
+    @classmethod
+    def _flow(cls, config: Any, shift: str) -> "Schedule":
+        """σ = 1/T … 1, moved by the config's field `shift` unless the shift is made for each picture."""
+        steps = config["num_train_timesteps"]
+        sigma = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+        if not config.get("use_dynamic_shifting", False):
+            sigma = config[shift] * sigma / (1 + (config[shift] - 1) * sigma)
+        return cls("flow", 1 - sigma, sigma)
 
     @property
     def num_timesteps(self) -> int:

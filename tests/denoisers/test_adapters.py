@@ -127,9 +127,9 @@ def test_sdxl_sizes_act_and_are_required(pipes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_truncated_prompts_are_counted(pipes: dict[str, Any], kind: str) -> None:
     denoiser = adapter_for(pipes[kind])
-    most = {"sd3": 255, "flux": 511, "cogvideox": 225}.get(
+    most = {"sd3": 255, "flux": 511, "cogvideox": 225, "wan": 511}.get(
         kind, 75
-    )  # with T5's end, or CLIP's start and end: 256, 512, 226, 77
+    )  # with T5's end, or CLIP's start and end: 256, 512, 226, 512, 77
     fits, long = " ".join(["red"] * most), " ".join(["red"] * (most + 1))
     assert denoiser.count_truncated([PROMPTS[0], fits]) == 0
     assert denoiser.count_truncated([long, PROMPTS[0], long]) == 2

@@ -59,6 +59,32 @@ def test_flow_table_is_the_schedulers_sigmas(shift: float) -> None:
     torch.testing.assert_close(schedule.add_noise(x0, noise, t).float(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("solver", ["UniPC", "DPMSolver", "DEIS"])
+def test_flow_table_holds_the_sigmas_at_which_a_solver_for_both_kinds_stops(solver: str, shift: float) -> None:
+    scheduler = getattr(diffusers, f"{solver}MultistepScheduler")(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    schedule = Schedule.from_scheduler(scheduler)
+    # With one step fewer than the table has rows, every step is on a row.
+    scheduler.set_timesteps(999)
+    apart = (scheduler.sigmas[:-1, None].double() - schedule.noise).abs()
+    rows = apart.argmin(1)
+    # At σ = 1 UniPC stops 1e-6 below.
+    assert apart.min(1).values.max() < 2e-6 and rows.unique().numel() == 999
+    # The solvers tell σ·T rounded down.
+    rest = schedule.model_timestep(rows) - scheduler.timesteps
+    assert rest.min() > -1e-3 and rest.max() < 1.01
+    assert Schedule.from_scheduler(scheduler).fingerprint() == schedule.fingerprint()
+
+
+def test_a_shift_made_for_each_picture_is_left_out_of_the_table() -> None:
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0}
+    scheduler = diffusers.UniPCMultistepScheduler(**options, use_dynamic_shifting=True)
+    plain = Schedule.from_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0))
+    assert Schedule.from_scheduler(scheduler).fingerprint() == plain.fingerprint()
+
+
 def test_velocity_target_agrees_with_diffusers() -> None:
     x0, noise = sample(dtype=torch.float32)
     t = torch.tensor([0, 17, 500, 999])
@@ -114,6 +140,9 @@ def test_the_data_stand_at_level_zero() -> None:
 def test_unsupported_schedulers_are_named() -> None:
     with pytest.raises(ValueError, match="prediction_type='sample'"):
         Schedule.from_scheduler(diffusers.DDIMScheduler(**SD, prediction_type="sample"))
+    for kind, flow in (("flow_prediction", False), ("epsilon", True)):
+        with pytest.raises(ValueError, match=f"prediction_type='{kind}' and use_flow_sigmas={flow} is not supported"):
+            Schedule.from_scheduler(diffusers.UniPCMultistepScheduler(prediction_type=kind, use_flow_sigmas=flow))
     with pytest.raises(ValueError, match="EDMEulerScheduler"):
         Schedule.from_scheduler(diffusers.EDMEulerScheduler())
     with pytest.raises(ValueError, match="invert_sigmas"):

@@ -12,11 +12,16 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import KINDS, tiny_pipeline
+from tiny import ASKED, KINDS, PICTURE_KINDS, tiny_pipeline
 from training.runs import data_for, lora, pairs, pipeline
 
 TRAINED = {f"{kind}-lora": (kind, True) for kind in KINDS} | {"sd-full": ("sd", False)}
 RANK, ALPHA = 3, 12
+# diffusers has no class that finds a video pipeline by its task.
+LOADERS = {
+    name: ("DiffusionPipeline", "AutoPipelineForText2Image")[: 2 if kind in PICTURE_KINDS else 1]
+    for name, (kind, _) in TRAINED.items()
+}
 
 # Runs where mmalign cannot be imported. For every folder: what three ways of loading draw.
 PLAIN = """
@@ -27,24 +32,23 @@ class Blocked:
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Blocked())
 import numpy as np, torch
-from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+import diffusers
 torch.set_num_threads(1)
-def draw(pipe):
+def draw(pipe, asked):
     pipe.set_progress_bar_config(disable=True)
     options = dict(num_inference_steps=2, guidance_scale=2.0, output_type="np", height=16, width=16, return_dict=False)
-    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options)[0][0]
+    return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options, **asked)[0][0]
 drawn = {}
-for name, folder in json.loads(sys.argv[1]).items():
-    loaders = (DiffusionPipeline, AutoPipelineForText2Image)
-    for kind in loaders[:1] if name.startswith("cogvideox") else loaders:
-        pipe = kind.from_pretrained(folder + "/pipe", use_safetensors=True)
-        drawn[f"{name}/{kind.__name__}"] = draw(pipe)
+for name, (folder, loaders, asked) in json.loads(sys.argv[1]).items():
+    for kind in loaders:
+        pipe = getattr(diffusers, kind).from_pretrained(folder + "/pipe", use_safetensors=True)
+        drawn[f"{name}/{kind}"] = draw(pipe, asked)
         drawn[f"{name}/class/{type(pipe).__name__}"] = np.zeros(1)
     if name.endswith("lora"):
-        pipe = DiffusionPipeline.from_pretrained(folder + "/base", use_safetensors=True)
-        drawn[f"{name}/base"] = draw(pipe)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder + "/base", use_safetensors=True)
+        drawn[f"{name}/base"] = draw(pipe, asked)
         pipe.load_lora_weights(folder + "/run")
-        drawn[f"{name}/lora"] = draw(pipe)
+        drawn[f"{name}/lora"] = draw(pipe, asked)
         network = pipe.components.get("unet", pipe.components.get("transformer"))
         config = network.peft_config["default_0"]
         drawn[f"{name}/rank"] = np.array([config.r, config.lora_alpha])
@@ -53,9 +57,9 @@ np.savez(sys.argv[2], **drawn)
 """
 
 
-def draw(pipe: Any) -> Any:
+def draw(pipe: Any, **asked: int) -> Any:
     options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "np"}
-    options |= {"height": 16, "width": 16, "return_dict": False}
+    options |= {"height": 16, "width": 16, "return_dict": False} | asked
     return pipe("a red shirt", generator=torch.Generator().manual_seed(0), **options)[0][0]
 
 
@@ -73,7 +77,7 @@ def aligned(kind: str, with_lora: bool, folder: Path, **options: Any) -> Any:
         use_cpu=True,
         disable_tqdm=True,
         logging_steps=1,
-        **settings | options,
+        **settings | ASKED.get(kind, {}) | options,
     )
     return pipe, result
 
@@ -87,27 +91,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
         tiny_pipeline(kind).save_pretrained(folder / "base")
         pipe, _ = aligned(kind, with_lora, folder / "run")
         pipe.save_pretrained(folder / "pipe")
-        made[name] = folder, draw(pipe)
+        made[name] = folder, draw(pipe, **ASKED.get(kind, {}))
     return made
 
 
 @pytest.fixture(scope="module")
 def plain(folders: dict[str, tuple[Path, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("plain") / "drawn.npz"
-    named = {name: str(folder) for name, (folder, _) in folders.items()}
+    named = {
+        name: (str(folder), LOADERS[name], ASKED.get(TRAINED[name][0], {})) for name, (folder, _) in folders.items()
+    }
     subprocess.run([sys.executable, "-c", PLAIN, json.dumps(named), str(out)], check=True, timeout=280, cwd="/")
     return np.load(out)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_plain_diffusers_draws_the_same_picture(name: str, folders: Any, plain: Any) -> None:
-    ours = folders[name][1]
-    # diffusers has no class that finds a video pipeline by itself.
-    loaders = ("DiffusionPipeline", "AutoPipelineForText2Image")
-    for loader in loaders[:1] if name.startswith("cogvideox") else loaders:
+    ours, kind = folders[name][1], TRAINED[name][0]
+    for loader in LOADERS[name]:
         assert np.abs(plain[f"{name}/{loader}"] - ours).max() < 1e-5
-    assert f"{name}/class/{type(tiny_pipeline(TRAINED[name][0])).__name__}" in plain
-    assert np.abs(draw(tiny_pipeline(TRAINED[name][0])) - ours).max() > 1e-4
+    assert f"{name}/class/{type(tiny_pipeline(kind)).__name__}" in plain
+    assert np.abs(draw(tiny_pipeline(kind), **ASKED.get(kind, {})) - ours).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [name for name in TRAINED if name.endswith("lora")])

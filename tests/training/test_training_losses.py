@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import KINDS, tiny_pipeline
+from tiny import ASKED, KINDS, tiny_pipeline
 from torch import Tensor
 from training.runs import METHODS, batch, gradients, history, lora, losses, moved_lora, pairs, trainer
 
@@ -37,7 +37,8 @@ def test_policy_equal_to_reference_gives_ln2(method: str, peft_config: Any, tmp_
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_step_on_every_family(method: str, kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"kind": kind, "max_steps": 1, "learning_rate": 1e-2, "resolution": 16}
-    if method == "inpo" and kind in ("sd3", "flux"):
+    options |= ASKED.get(kind, {})
+    if method == "inpo" and kind in ("sd3", "flux", "wan"):
         with pytest.raises(ValueError, match="a flow model needs inversion_eta=0"):
             trainer(tmp_path, method, **options)
         options["inversion_eta"] = 0.0
