@@ -304,9 +304,9 @@ def test_how_data_are_read_reaches_load_pairs(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}\n' * 3)
     words = ["--model", "m", "--data", str(tmp_path / "pairs.jsonl")]
     verb = train.make_command("dpo", DiffusionDPOConfig)
-    source = train._source(verb.read([*words, "--root", str(tmp_path / "pictures"), "--max-rows", "2"]))
+    source = train.source_of(verb.read([*words, "--root", str(tmp_path / "pictures"), "--max-rows", "2"]))
     assert len(source) == 2 and source[0].image_0.getpixel((0, 0)) == (255, 0, 0)
     with pytest.raises(ValueError, match="streaming=True does not apply to a local path"):
-        train._source(verb.read([*words, "--streaming"]))
-    assert train._source(verb.read(words)) == str(tmp_path / "pairs.jsonl")
+        train.source_of(verb.read([*words, "--streaming"]))
+    assert train.source_of(verb.read(words)) == str(tmp_path / "pairs.jsonl")
     assert options("dpo", "--aspect-buckets")["aspect_buckets"] is True
