@@ -8,21 +8,24 @@ Beside it what the released code costs, by arithmetic on its grids (a backward p
 """
 
 import argparse
+import json
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainerCallback
 
 import mmalign
 from mmalign.data import load_pairs
-from mmalign.files import write_file
+from mmalign.files import write_file, write_json
 from mmalign.likelihood.config import OFFICIAL_INVERSION
 from mmalign.training.estimate import forward_equivalents
 from mmalign.training.pipeline import default_lora
 
-RESULTS = Path(__file__).parent / "results" / "training_cost.md"
+RESULTS = Path(__file__).parent / "results"
 NAMES = {"dpo": "DiffusionDPO", "inpo": "InPO", "smpo": "SmPO"}
 PAIRS, BATCH, STEPS = 16, 8, 10
 # Visits of a pair in the runs that keep its path.
@@ -53,8 +56,25 @@ def modes_of(method: str) -> list[str]:
     return [mode for mode in MODES if "reference kept" not in mode]
 
 
-def counted(method: str, options: dict[str, Any], cache_dir: str, *, lora: bool) -> float:
+class FromSecondStep(TrainerCallback):
+    """Counts what comes after the first step, in which a run computes a batch of what was kept again, to see that it is true."""
+
+    def __init__(self) -> None:
+        self.counter = FlopCounterMode(display=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts to count."""
+        if state.global_step == 1:
+            self.counter.__enter__()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Is done."""
+        self.counter.__exit__(None, None, None)
+
+
+def counted(method: str, options: dict[str, Any], cache_dir: str, *, lora: bool, from_second: bool = False) -> float:
     """Forward passes a point of one run."""
+    late = FromSecondStep()
     with tempfile.TemporaryDirectory() as folder:
         given: dict[str, Any] = {
             "output_dir": folder,
@@ -74,14 +94,15 @@ def counted(method: str, options: dict[str, Any], cache_dir: str, *, lora: bool)
             args=getattr(mmalign, f"{NAMES[method]}Config")(**given),
             train_dataset=first_pairs(),
             peft_config=default_lora() if lora else None,
+            callbacks=[late] if from_second else None,
         )
         with FlopCounterMode(display=False) as forward:
             trainer.one_forward()()
-        with FlopCounterMode(display=False) as run:
+        with nullcontext() if from_second else FlopCounterMode(display=False) as whole:
             trainer.train()
+    run = late.counter if whole is None else whole
     landings = STEPS if options.get("inversion_landings") == "all" else 1
-    points = trainer.state.global_step * BATCH * landings
-    return run.get_total_flops() / (forward.get_total_flops() * points / BATCH)
+    return run.get_total_flops() / (forward.get_total_flops() * (trainer.state.global_step - from_second) * landings)
 
 
 def first_pairs() -> list[dict[str, Any]]:
@@ -100,25 +121,37 @@ def released(method: str) -> float:
     return forward_equivalents(schedule, OFFICIAL[method], has_reference=True)
 
 
-def table() -> str:
-    """Every method and mode, as Markdown."""
+def row(method: str, mode: str) -> list[float]:
+    """What a point costs with a LoRA and, for exact inversions, with all weights and in the released code."""
+    options, filled = MODES[mode]
+    with tempfile.TemporaryDirectory() as cache_dir:
+        if filled:
+            counted(method, {**options, "num_train_epochs": 1}, cache_dir, lora=True)
+        found = [counted(method, options, cache_dir, lora=True, from_second=filled)]
+    if mode == "exact":
+        found += [counted(method, options, "", lora=False), released(method)]
+    return [round(value, 2) for value in found]
+
+
+def main() -> None:
+    """Counts the rows that are missing in results/training_cost.json, and writes all of them as Markdown."""
+    rows: dict[str, list[float]] = {}
+    if (RESULTS / "training_cost.json").is_file():
+        rows = json.loads((RESULTS / "training_cost.json").read_text())
     lines = ["| method | mode | LoRA | all weights | released code |", "|---|---|---|---|---|"]
     for method in NAMES:
         for mode in modes_of(method):
-            options, filled = MODES[mode]
-            with tempfile.TemporaryDirectory() as cache_dir:
-                if filled:
-                    counted(method, {**options, "num_train_epochs": 1}, cache_dir, lora=True)
-                lora = counted(method, options, cache_dir, lora=True)
-            whole, official = "", ""
-            if mode == "exact":
-                whole, official = f"{counted(method, options, '', lora=False):.2f}", f"{released(method):.1f}"
-            lines.append(f"| {method} | {mode} | {lora:.2f} | {whole} | {official} |")
+            if f"{method}, {mode}" not in rows:
+                rows[f"{method}, {mode}"] = row(method, mode)
+                write_json(RESULTS / "training_cost.json", rows)
+            told = [f"{value:.2f}" for value in rows[f"{method}, {mode}"]] + ["", ""]
+            lines.append(f"| {method} | {mode} | {' | '.join(told[:3])} |")
             print(lines[-1], flush=True)
     sizes = f"{PAIRS} pairs, batches of {BATCH}, {STEPS} inversion steps"
-    return "\n".join([f"Forward passes a training point: {sizes}, torch {torch.__version__}.", "", *lines]) + "\n"
+    head = f"Forward passes a training point: {sizes}, torch {torch.__version__}."
+    write_file(RESULTS / "training_cost.md", "\n".join([head, "", *lines]) + "\n")
 
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    write_file(RESULTS, table())
+    main()
