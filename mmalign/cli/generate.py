@@ -10,11 +10,11 @@ from typing import Any
 from mmalign.cli.models import (
     ALIGNED,
     device_option,
-    guidance_of,
     load_pipeline,
     model_options,
     prompt_options,
     read_prompts,
+    sampling_of,
     sampling_options,
     slug,
 )
@@ -127,11 +127,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         pipe,
         [prompt for prompt, _ in pairs],
         [seed for _, seed in pairs],
-        num_inference_steps=given["num_inference_steps"],
-        guidance_scale=guidance_of(given),
-        batch_size=given["batch_size"],
-        height=given["height"],
-        width=given["width"],
+        **sampling_of(given),
         num_frames=given["num_frames"],
     ):
         for image in batch:

@@ -8,11 +8,11 @@ from mmalign.cli.evaluate import scorer_named
 from mmalign.cli.models import (
     best_device,
     device_option,
-    guidance_of,
     load_pipeline,
     model_options,
     prompt_options,
     read_prompts,
+    sampling_of,
     sampling_options,
 )
 from mmalign.cli.options import Command, Option, number, whole
@@ -71,14 +71,10 @@ def run(argv: Sequence[str]) -> int:
         prompts,
         scorer_named(given["scorer"], best_device(given["device"])),
         output_dir=given["output_dir"],
-        num_inference_steps=given["num_inference_steps"],
-        guidance_scale=guidance_of(given),
         num_images_per_prompt=given["images_per_prompt"],
         min_margin=given["min_margin"],
         seed=given["seed"],
-        batch_size=given["batch_size"],
-        height=given["height"],
-        width=given["width"],
+        **sampling_of(given),
     )
     print(f"{made.num_pairs} pairs in {made.folder}/metadata.jsonl; {made.num_left_out} prompts gave none")
     print(f"train on them: mmalign train dpo --model {given['model']} --data {made.folder}")

@@ -229,6 +229,12 @@ def guidance_of(given: Given) -> float:
     return 7.5
 
 
+def sampling_of(given: Given) -> dict[str, Any]:
+    """What `sampling_options` gave, as the keywords of everything in `mmalign.evaluation` that draws; the seed apart."""
+    same = {name: given[name] for name in ("num_inference_steps", "batch_size", "height", "width")}
+    return same | {"guidance_scale": guidance_of(given)}
+
+
 def read_prompts(given: Given) -> list[str]:
     """Every prompt that was asked for, in order."""
     prompts = list(given["prompt"] or [])

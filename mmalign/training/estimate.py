@@ -74,8 +74,8 @@ def forward_equivalents(
     checkpointing (0.75 in the UNets, where the last layer of a block is not repeated); 1 for the reference; and those of the inversion:
     its mean number of moves over the timesteps, times the network calls of a move.
 
-    A backward computes gradients of activations (1) and of weights (1), of a frozen base only the former. Operations counted with a
-    LoRA of rank 16: 2.15 in SD 1.5, 2.10 in SDXL, 2.33 in SD 3, whose attention needs more; with all weights 3.0.
+    A backward computes gradients of activations (1) and of weights (1), of a frozen base only the former. Counted in the playground
+    (benchmarks/training_cost.py), DPO's point costs 2.90 with a LoRA and 3.97 with all weights, the reference's pass included.
 
     With every_landing a batch holds num_steps training points a pair: divide by num_steps for the cost of a point. visits: how often a
     pair comes before its path is computed anew, where landings are used in turn.

@@ -27,7 +27,7 @@ from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.auto_beta import AutoBeta
 from mmalign.training.average import MovingAverage
-from mmalign.training.bucketing import InBuckets, bucket_batches, rows_in_batches, told_buckets
+from mmalign.training.bucketing import InBuckets, bucket_batches, told_buckets
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
@@ -167,11 +167,13 @@ class DenoiserTrainer(SavingTrainer):
 
     def _check_batches(self, args: DenoiserConfig) -> None:
         data, size, alike = self._train.dataset, args.per_device_train_batch_size, ""
-        usable = len(data)
+        usable = len(self._sampler(args))
         if data.buckets is not None:
             told = told_buckets(self._train.encoded.shapes, data.buckets, size)
             logger.info("%s: %s", self._train.name, told)
-            usable, alike = rows_in_batches(data.buckets, size), f" of one shape ({told})"
+            alike = f" of one shape ({told})"
+        elif args.strength_sampling is not None:
+            alike = f" with strength_sampling={args.strength_sampling:g}"
         if usable < size * args.world_size and args.dataloader_drop_last:
             raise ValueError(
                 f"{len(data)} usable pairs do not fill one batch of {size}{alike} in each of {args.world_size} process(es): "
@@ -257,23 +259,23 @@ class DenoiserTrainer(SavingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._sampler(self.args)
 
-    def _sampler(self, args: DenoiserConfig) -> Sampler[int]:
+    def _sampler(self, args: DenoiserConfig) -> Shuffled | InBuckets:
         seed = args.seed if args.data_seed is None else args.data_seed
         if args.strength_sampling is not None:
-            return ShuffledByProbability(self._probabilities, seed, lambda: self._epoch)
+            return ShuffledByProbability(self._probabilities(args.strength_sampling), seed, lambda: self._epoch)
         rows, buckets = Shuffled(len(self._train.dataset), seed, lambda: self._epoch), self._train.dataset.buckets
         return rows if buckets is None else InBuckets(rows, buckets, args.per_device_train_batch_size)
 
-    @cached_property
-    def _probabilities(self) -> Tensor:
-        """How likely an epoch is to draw each training pair (R,)."""
-        return inclusion_probabilities(self._train.dataset.compared.strength, self.args.strength_sampling or 1.0)
+    def _probabilities(self, share: float) -> Tensor:
+        """How likely an epoch that draws `share` of them is to draw each training pair (R,)."""
+        return inclusion_probabilities(self._train.dataset.compared.strength, share)
 
     @cached_property
     def _sampling_weights(self) -> dict[int, float]:
         """Row → by how much its loss counts more for being drawn seldom: mean 1 over the rows of an epoch."""
         compared, encoded = self._train.dataset.compared, self._train.encoded
-        weights = self._probabilities.sum() / (len(self._probabilities) * self._probabilities)
+        probabilities = self._probabilities(self.args.strength_sampling or 1.0)
+        weights = probabilities.sum() / (len(probabilities) * probabilities)
         return dict(zip(encoded.rows[compared.kept].tolist(), weights.tolist(), strict=True))
 
     @property

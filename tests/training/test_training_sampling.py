@@ -86,3 +86,8 @@ def test_a_resumed_run_draws_the_same(tmp_path: Path, brightness: Any) -> None:
 def test_what_cannot_be_sampled_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, "smpo", **options)
+
+
+def test_a_share_that_fills_no_batch_is_refused(tmp_path: Path, brightness: Any) -> None:
+    with pytest.raises(ValueError, match="do not fill one batch of 2 with strength_sampling=0.1"):
+        trainer(tmp_path, "smpo", comparison="smoothed", data=pairs(8), strength_sampling=0.1)
