@@ -1,4 +1,4 @@
-"""The command line: `mmalign VERB …`, or `python -m mmalign.cli VERB …` where a launcher wants a module."""
+"""The command line: `mmalign VERB …`, or `python -m mmalign VERB …` where a launcher wants a module."""
 
 from mmalign.cli.dispatch import main
 

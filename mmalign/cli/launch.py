@@ -69,7 +69,7 @@ def relaunch(argv: Sequence[str], chosen: Mapping[str, Any]) -> int | None:
         raise UsageError(
             f"{names}: a launcher has already started these processes; give the option to that launcher instead"
         )
-    words = [*launch_words(chosen), "-m", "mmalign.cli", "train", *without_options(argv, NAMES)]
+    words = [*launch_words(chosen), "-m", "mmalign", "train", *without_options(argv, NAMES)]
     os.environ[_LAUNCHED] = command(*argv)
     return start(words)
 

@@ -33,8 +33,8 @@ class Reading:
 
     margin: mean of strength · (ρ_w − ρ_l), not scaled by β. saturation: at the probe's β. auto_beta: the β with the stated saturation.
     chosen, rejected: mean excess error over the reference; below 0: the policy fits better. price: log-likelihood that the winner lost
-    for each unit of margin; None where there was no margin to pay for. is_shown: whether it ranks pairs
-    better than chance, by their number or by their mean margin. why_not: what makes it unsound.
+    for each unit of margin; None where there was no margin to pay for. is_shown: whether its
+    accuracy is above 50 % or its margin above 0 beyond chance. why_not: what makes it unsound.
     """
 
     learning_rate: float
@@ -86,15 +86,16 @@ def advise(cells: "list[Cell]", args: Any, saturation: float) -> Advice:
             None,
             None,
             [
-                "no learning rate is shown to rank held-out pairs better than chance "
+                "no learning rate is shown to tell held-out pairs apart "
                 f"({len(gap)} pairs, {best.steps} steps): probe more steps, or hold out more pairs"
             ],
             readings,
         )
     cell, reading = max(level, key=lambda pair: pair[0].learning_rate)
     told = [
-        f"learning rate {reading.learning_rate:g}: the largest sound one that ranks {len(gap)} held-out pairs better than chance "
-        f"({_percent(reading)}) and not worse than the best ({_percent(best_reading)} at {best_reading.learning_rate:g}) beyond chance"
+        f"learning rate {reading.learning_rate:g}: the largest sound one that is shown to tell {len(gap)} held-out pairs apart "
+        f"(margin {reading.margin:.2g}, at least {reading.margin_low:.2g}; accuracy {_percent(reading)}) and does not rank them worse "
+        f"than the best ({_percent(best_reading)} at {best_reading.learning_rate:g}) beyond chance"
     ]
     larger = next((r for r in readings if r.learning_rate > reading.learning_rate), None)
     if larger is None:

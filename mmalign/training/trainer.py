@@ -31,6 +31,7 @@ from mmalign.training.bucketing import InBuckets, bucket_batches, told_buckets
 from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
+from mmalign.training.loading import load_base
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
 from mmalign.training.metrics import MetricSums
 from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
@@ -90,8 +91,6 @@ class DenoiserTrainer(SavingTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
-            from mmalign.training.loading import load_base
-
             model = load_base(model)
         self.pipe, self.denoiser = model, adapter_for(model)
         self._check_arguments(args, train_dataset, eval_dataset, peft_config)
@@ -101,8 +100,9 @@ class DenoiserTrainer(SavingTrainer):
         if self._eval is not None:
             check_held_out(self._train, self._eval)
         self._check_batches(args)
-        # One process drives one device; more of them are started by `accelerate launch`.
+        # One process drives one device; more of them are started by `accelerate launch`. Without one there is nothing to pin for.
         args._n_gpu = min(1, args.n_gpu)
+        args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
         # Every trained weight of a denoiser gets a gradient in every step.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
         with made_trainable(self.network, peft_config, args.seed):

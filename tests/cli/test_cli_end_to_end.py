@@ -298,16 +298,16 @@ def test_the_cache_is_shown_and_cleared(run, capsys):
 
 @pytest.mark.parametrize("launcher", ["mmalign", "accelerate"])
 def test_two_processes_train_as_one_with_twice_the_batch(place, launcher):
-    """`mmalign train --num_processes 2` and `accelerate launch -m mmalign.cli train`, on a CPU."""
+    """`mmalign train --num_processes 2` and `accelerate launch -m mmalign train`, on a CPU."""
     options = ["--model", "model", "--data", "pairs", "--lora-r", "2", "--logging-steps", "1", "--max-steps", "2"]
     # Adam divides by the gradient's size and so turns rounding into steps; plain descent does not.
     options += ["--learning-rate", "1e-4", "--optim", "sgd", "--save-strategy", "no", "--use-cpu", "--disable-tqdm"]
     assert cli.main(["train", "dpo", *options, "--train_batch_size", "4", "--output-dir", f"{launcher}-one"]) == 0
     two = [*options, "--train_batch_size", "2", "--output-dir", f"{launcher}-two"]
     if launcher == "mmalign":
-        words = ["-m", "mmalign.cli", "train", "--num_processes", "2", "dpo", *two]
+        words = ["-m", "mmalign", "train", "--num_processes", "2", "dpo", *two]
     else:
-        words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "mmalign.cli"]
+        words = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "mmalign"]
         words += ["train", "dpo", *two]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr

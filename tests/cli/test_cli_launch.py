@@ -74,8 +74,8 @@ def test_train_starts_itself_again(started):
     # For the line that says how to go on after a stop.
     assert launched == "smpo --num_processes 2 --model m --data d --max-steps 3"
     assert launch.typed(["other"]) == launched.split()
-    at = command.index("mmalign.cli")
-    assert command[at - 1 :] == ["-m", "mmalign.cli", "train", "smpo", *words]
+    at = command.index("mmalign")
+    assert command[at - 1 :] == ["-m", "mmalign", "train", "smpo", *words]
     launch_command_parser().parse_args(command)
 
 

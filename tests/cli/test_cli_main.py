@@ -119,7 +119,7 @@ def test_help_is_light():
 
 
 def test_the_module_runs_as_the_command_does():
-    done = subprocess.run([sys.executable, "-m", "mmalign.cli", "nonsense"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mmalign", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("mmalign: error: no verb 'nonsense'")
 
 
