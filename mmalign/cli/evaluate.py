@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mmalign.evaluation import RetentionPlan
 
 _MODEL, _WHAT, _JUDGED, _ALSO = "the two models", "what is drawn", "who judges", "what else is asked and shown"
+# Who judges what is drawn for the playground's own prompts.
+_OWN_SCORERS = {"playground": ["judge-B", "playground"], "playground-scenes": ["scene-judge-B"]}
 VERB = Command(
     prog="mmalign evaluate",
     description="Draws the same prompts and seeds with both models, scores every pair, and writes report.html and report.json.",
@@ -53,8 +55,9 @@ VERB = Command(
         ),
         Option(
             name="scorers",
-            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B. The first that was not trained on "
-            "makes the headline. none is judge-B and playground for the playground's prompts, else pickscore",
+            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B, for its scenes scene-judge-A, "
+            "scene-judge-B. The first that was not trained on makes the headline. none is the playground's judge B for its prompts "
+            "(and, without scenes, its reward), else pickscore",
             metavar="NAME",
             many=True,
             group=_JUDGED,
@@ -153,7 +156,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
     prompts, plan = read_prompts(given), _retention(given)
     history = _history(given)
-    names = given["scorers"] or (["judge-B", "playground"] if given["prompts"] == "playground" else ["pickscore"])
+    names = list(given["scorers"] or _OWN_SCORERS.get(given["prompts"], ["pickscore"]))
     trained_on = set(given["trained_on"] or [])
     # A scorer that was trained on stands in the report even if nobody listed it.
     names += sorted(trained_on - set(names))
@@ -205,10 +208,10 @@ def _retention(given: Given) -> RetentionPlan | None:
 
 def scorer_named(name: str, device: str) -> Any:
     """A scorer of the playground's judges or of `mmalign.rewards`."""
-    if name in ("judge-A", "judge-B"):
-        from mmalign.playground import judges
+    if name.removeprefix("scene-") in ("judge-A", "judge-B"):
+        from mmalign.playground import judges, scene_judges
 
-        return judges.load("A" if name == "judge-A" else "B")
+        return (scene_judges if name.startswith("scene-") else judges).load("A" if name.endswith("A") else "B")
     from mmalign.rewards import scorer
 
     return scorer(name, device=device)

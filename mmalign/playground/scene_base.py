@@ -1,4 +1,4 @@
-"""Trains the scene world's Stable Diffusion, the stand-in of SD1.5 and its 77 tokens: it knows sentences and places, and no long captions.
+"""Trains the scene world's Stable Diffusion, a stand-in of SD1.5: it knows sentences and places, and no text beyond 77 tokens.
 
 First the text encoder alone, which learns to tell what a sentence has said so far; then encoder and UNet together, on pictures with
 captions of one or two sentences that fit into 77 tokens. The UNet begins as the first world's.
@@ -22,7 +22,15 @@ TEXT_FIT = FitConfig(
     steps=1_200, batch_size=32, learning_rate=2e-3, warmup=100, weight_decay=1e-2, seed=21, curve_every=50
 )
 FIT = FitConfig(
-    steps=2_000, batch_size=32, learning_rate=5e-4, warmup=100, weight_decay=1e-3, ema=0.998, constant=True, seed=22, save_every=100
+    steps=2_000,
+    batch_size=32,
+    learning_rate=5e-4,
+    warmup=100,
+    weight_decay=1e-3,
+    ema=0.998,
+    constant=True,
+    seed=22,
+    save_every=100,
 )
 TEXT_STEPS = 750  # of the schedule's 1,200: by then it tells everything that was said.
 MAX_LENGTH = 77
@@ -30,13 +38,14 @@ VOCAB_SIZE = 340
 STREAM = 211
 TEXT_STREAM = 212
 NUM_ROWS = 12_000
+TWO_SENTENCES = 0.75
 _BLOCK = 500
 _ATTRIBUTES = (len(scenes.PLACES), len(photographs.GARMENTS), len(world.COLOURS), len(world.COLOURS))
 
 
 @cache
 def build_tokenizer() -> CLIPTokenizer:
-    """A tokenizer with so few merges that most garments and colours are spelled, and a caption of four sentences is well over 77 tokens."""
+    """A tokenizer with so few merges that most garments are spelled, and that 77 tokens hold about half of a long caption."""
     rows = torch.arange(1_000)
     cells = scenes.draw_scenes(photographs.load("train").labels, rows, seed=TEXT_STREAM)
     captions = [scenes.caption(cells, row, np.random.default_rng([TEXT_STREAM, row])) for row in rows.tolist()]
@@ -44,7 +53,10 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(seed: int = 0) -> CLIPTextModel:
-    """An untrained text encoder of 0.35 M parameters. Its positions begin as sinusoids, so that "the token before" is one thing everywhere."""
+    """An untrained text encoder of 0.3 M parameters.
+
+    Its positions begin as sinusoids: what "the token before" is need not be learned 77 times.
+    """
     torch.manual_seed(seed)
     vocabulary = build_tokenizer()
     width = 96
@@ -76,7 +88,7 @@ def tokens_of(captions: list[str]) -> Tensor:
 
 def fits(caption: str) -> bool:
     """Whether a caption is at most 77 tokens long, begin and end counted."""
-    return len(build_tokenizer()(caption).input_ids) <= MAX_LENGTH
+    return len(build_tokenizer()(caption, verbose=False).input_ids) <= MAX_LENGTH
 
 
 def train_text_encoder(
@@ -107,11 +119,13 @@ def train_text_encoder(
 
 
 def draw_captions(cells: world.Scenes, rows: Tensor, *, seed: int) -> list[str]:
-    """A short caption for each scene; that of row i is drawn from (seed, i)."""
-    return [
-        scenes.short_caption(cells, scene, np.random.default_rng([seed, row]), fits)
-        for scene, row in enumerate(rows.tolist())
-    ]
+    """One sentence or, three times as often, two about each scene; those of row i are drawn from (seed, i)."""
+    captions = []
+    for scene, row in enumerate(rows.tolist()):
+        rng = np.random.default_rng([seed, row])
+        number = 1 + int(rng.random() < TWO_SENTENCES)
+        captions.append(scenes.short_caption(cells, scene, number, rng, fits))
+    return captions
 
 
 class TrainingScenes:

@@ -7,14 +7,14 @@ name seven properties more, all of them true; a caption holds the sentences of s
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mmalign.playground import pairs, world
+from mmalign.playground import world
 from mmalign.playground.photographs import GARMENTS, Photographs
 
 SIZE = 2 * world.SIZE
@@ -22,8 +22,8 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 NUM_PROPERTIES = 7
 _WORDINGS = (
     "{place}: {own}{garment}{moved} on a {behind}background.",
-    "at the {place} on a {behind}background {own}{garment}{moved}.",
-    "the {place} shows {own}{garment} on a {behind}background{moved}.",
+    "At the {place} on a {behind}background {own}{garment}{moved}.",
+    "The {place} shows {own}{garment} on a {behind}background{moved}.",
     "{place}, a {behind}background with {own}{garment}{moved} on it.",
 )
 _SENTENCE = re.compile(
@@ -104,7 +104,8 @@ def sentence(cells: world.Scenes, cell: int, wording: int, told: Sequence[bool] 
         behind=f"{vivid_behind}{light_behind}{background} ",
         moved=f", {moved}," if moved else "",
     )
-    return text.replace(",.", ".").replace("a orange", "an orange")
+    text = text.replace(",.", ".").replace("a orange", "an orange")
+    return text[0].upper() + text[1:]
 
 
 def caption(cells: world.Scenes, scene: int, rng: np.random.Generator) -> str:
@@ -115,9 +116,10 @@ def caption(cells: world.Scenes, scene: int, rng: np.random.Generator) -> str:
     )
 
 
-def short_caption(cells: world.Scenes, scene: int, rng: np.random.Generator, fits: Callable[[str], bool]) -> str:
-    """One or two (three times as often) sentences about a scene, with as many drawn properties as `fits` lets through."""
-    number = 1 + int(rng.random() < 0.75)
+def short_caption(
+    cells: world.Scenes, scene: int, number: int, rng: np.random.Generator, fits: Callable[[str], bool]
+) -> str:
+    """`number` sentences about a scene, with as many drawn properties as `fits` lets through; ValueError if it lets none."""
     places = rng.permutation(len(PLACES))[:number]
     wordings = rng.integers(len(_WORDINGS), size=number)
     order = rng.permutation(number * NUM_PROPERTIES)
@@ -135,11 +137,11 @@ def short_caption(cells: world.Scenes, scene: int, rng: np.random.Generator, fit
 def read_caption(text: str) -> list[Asked]:
     """What each sentence of a caption asks for, in its order; ValueError for a text that is not of this world."""
     sentences = [part for part in text.split(".") if part.strip()]
-    found = [_SENTENCE.search(part) for part in sentences]
+    found = [_SENTENCE.search(part.lower()) for part in sentences]
     if not sentences or None in found:
         wrong = sentences[found.index(None)].strip() if sentences else text
         raise ValueError(
-            f"no sentence of the playground's scenes: {wrong!r} (say 'top left: a red sneaker on a blue background.')"
+            f"no sentence of the playground's scenes: {wrong!r} (say 'Top left: a red sneaker on a blue background.')"
         )
     return [
         Asked(

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from mmalign.playground.photographs import GARMENTS
@@ -28,6 +28,7 @@ def build() -> CLIPTokenizer:
 def learn(captions: Iterable[str], *, vocab_size: int, max_length: int) -> CLIPTokenizer:
     """A tokenizer with merges learned until `vocab_size` pieces (letters counted once) are known: the fewer, the longer a text."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
