@@ -1,7 +1,8 @@
 """Builds everything in `assets/` from the photographs: `python -m mmalign.playground.build STEP --work-dir DIR`.
 
 Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs, scene-base, scene-guidance. Each writes its result,
-its loss curve and what was measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours on two CPU cores.
+its loss curve and what was measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours
+on two CPU cores.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def build_scene_base(work_dir: Path) -> None:
     text_encoder, text_curve = scene_base.train_text_encoder(work_dir / "scene-text.pt")
     unet = UNet2DConditionModel.from_pretrained(STABLE_DIFFUSION / "unet", torch_dtype=torch.float32)
     unet.register_to_config(_name_or_path="")
-    pipe, curve = scene_base.train(scene_vae(torch.float32), unet, text_encoder, work_dir / "scene-base.pt")
+    pipe, curve = scene_base.train(scene_vae(torch.float32), unet, text_encoder, work_dir)
 
     def write(folder: Path) -> None:
         pipe.to(torch.float16).save_pretrained(folder)
