@@ -112,7 +112,7 @@ def test_long_captions_name_two_garments_beyond_77_tokens() -> None:
     assert len(set(prompts.train) | set(prompts.test)) == scene_prompts.NUM_TRAIN + scene_prompts.NUM_TEST
     tokenizer = scene_base.build_tokenizer()
     lengths = [len(tokenizer(text, verbose=False).input_ids) for text in prompts.test]
-    assert 110 < min(lengths) and max(lengths) < 180
+    assert min(lengths) > 110 and max(lengths) < 180
     for text in prompts.test:
         assert sorted(one.place for one in scenes.read_caption(text)) == [0, 1, 2, 3]
         seen = tokenizer.decode(tokenizer(text, truncation=True).input_ids, skip_special_tokens=True)
@@ -208,7 +208,7 @@ def test_what_is_watched_is_what_the_unet_computes() -> None:
     torch.manual_seed(0)
     latents, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 96)
     looking = unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    # With one and the same value in all channels of all heads, and their mean as output, attention returns its gaze's mean of that value.
+    # With the same value in all channels of all heads, and their mean as output, attention returns the mean of that value by its gaze.
     with torch.no_grad():
         looking.to_v.weight.copy_(looking.to_v.weight[:1].expand_as(looking.to_v.weight))
         looking.to_out[0].weight.fill_(1 / 128)
