@@ -2,7 +2,8 @@
 
 A row that lies behind what is held starts the stream again, so that an interrupted encoding goes on where it was, at the price of
 passing over what it has. What keys a cache of latents has to be known before the stream is read: the data set's name and commit
-on the Hub; of an IterableDataset of the user's own its features and its first 64 rows, which do not see a change further on.
+on the Hub; of an IterableDataset of the user's own its features and its first 64 rows; where rows name files below `root`, that
+folder's place and the files that the first 64 rows name. A change further on is not seen.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ class StreamRows:
         return itertools.islice(itertools.chain(data, itertools.repeat({})), self._length)
 
     def fingerprint(self, *, folders: bool = False) -> str:
-        key = self._key
-        if key is None:
+        key = self._key or str(self._data.features)
+        if self._key is None or self.roots:
+            # The files that the first rows name stand for all; where the folder is, for those named further on.
             first = list(itertools.islice(self._data, min(self._length, _HASHED)))
-            key = f"{self._data.features}/{ListRows(first, None).fingerprint()}"
+            roots = [str(root.resolve()) for root in self.roots]
+            key += f"/{roots}/{ListRows(first, *self.roots[:1]).fingerprint(folders=folders)}"
         return hashlib.sha256(f"stream/{key}/{self._length}".encode()).hexdigest()
 
     def _read_to(self, row: int) -> None:

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.fingerprints import files_fingerprint
 from mmalign.data.images import ENDINGS
 from mmalign.data.records import BadRow, InvalidRow
-from mmalign.data.rows import files_fingerprint
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PICTURE_BYTES, TEXT_BYTES = 2**28, 2**22

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmalign.data import BadRow, InvalidRow, PairSource, find_bad_rows, load_pairs, rows
+from mmalign.data import BadRow, InvalidRow, PairSource, find_bad_rows, fingerprints, load_pairs
 
 Rows = Callable[..., list[dict[str, Any]]]
 Picture = Callable[..., Image.Image]
@@ -204,7 +204,7 @@ def test_pictures_outside_the_table_count_in_its_fingerprint(tmp_path: Path, pac
 def test_a_large_source_is_sampled(tmp_path: Path, pickapic_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
 
-    monkeypatch.setattr(rows, "READ_WHOLE", 10)
+    monkeypatch.setattr(fingerprints, "READ_WHOLE", 10)
     file = _write_parquet(pickapic_rows(4), tmp_path / "x.parquet")
     before = load_pairs(file).fingerprint
     assert load_pairs(file).fingerprint == before
