@@ -22,6 +22,7 @@ from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
+from mmalign.data.splits import choose_split, files_of_split
 from mmalign.data.streams import StreamRows, known_length
 from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
 
@@ -244,7 +245,7 @@ def find_bad_rows(source: PairSource, *, workers: int = 4, progress: bool = True
 
 def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int | None = None) -> Rows:
     if isinstance(source, Mapping):
-        return _in_memory(_choose_split(source, split), None, root, max_rows)
+        return _in_memory(choose_split(source, split), None, root, max_rows)
     if split is not None:
         raise ValueError(f"split={split!r} does not apply to {type(source).__name__}: pass the split itself")
     if isinstance(source, Sequence):
@@ -295,31 +296,13 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
         return named_pairs(path)
     if not found and (tars := sorted(path.rglob("*.tar"))):
         _refuse("a folder of tar files", root=root)
-        return TarRows(_files_of_split(tars, split, path))
+        return TarRows(files_of_split(tars, split, path))
     if not found:
         raise ValueError(
             f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "
             f"tar files. A source is {_FORMS}"
         )
-    return ParquetRows(_files_of_split(found, split, path), root or path)
-
-
-def _files_of_split(found: list[Path], split: str | None, folder: Path) -> list[Path]:
-    """Files named as the Hub names them, train.parquet or train-00000-of-00003.parquet; all of them if none is."""
-    known = ("train", "validation", "test")
-    by_split: dict[str, list[Path]] = {}
-    for file in found:
-        by_split.setdefault(file.stem.split("-")[0], []).append(file)
-    if split is None and not set(by_split) & set(known):
-        return found
-    return list(_choose_split(by_split, split, folder))
-
-
-def _choose_split(splits: Mapping[str, Any], split: str | None, where: Any = "the data set") -> Any:
-    chosen = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    if chosen not in splits:
-        raise ValueError(f"{where} has no split {chosen!r}; it has {', '.join(sorted(splits)) or 'none'}: pass split=…")
-    return splits[chosen]
+    return ParquetRows(files_of_split(found, split, path), root or path)
 
 
 def _from_hub(name: str, split: str, revision: str | None, root: Path | None) -> Rows:
