@@ -1,6 +1,7 @@
 """The layouts of HPDv2, HPDv3, ImageReward and TRL give the pairs that they mean."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,8 @@ def test_trl_s_messages_hold_pictures_or_placeholders(
         ({}, 1.0, None),
         ({"confidence": 0.9}, 0.9, None),
         ({"confidence": None, "chosen_votes": 4, "rejected_votes": 1}, 0.8, None),
+        ({"confidence": math.nan, "chosen_votes": 4, "rejected_votes": 1}, 0.8, None),
+        ({"confidence": 0.9, "chosen_votes": math.nan, "rejected_votes": math.nan}, 0.9, None),
         ({"chosen_votes": 2, "rejected_votes": 2}, 0.5, None),
         ({"chosen_votes": 1, "rejected_votes": 2}, None, "rejected_votes"),
         ({"chosen_votes": 1}, None, "rejected_votes"),

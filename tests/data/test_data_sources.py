@@ -122,7 +122,9 @@ def test_faulty_rows_are_dropped_whole_and_named(
         ({"jpg_1": huge}, "jpg_1", "300×300 is more than 50000 pixels"),
         ({"has_label": False}, "has_label", "never labelled"),
         ({"ps_score_0": [0.2], "ps_score_1": [0.1]}, None, ""),
-        ({"ps_score_0": [0.2], "ps_score_1": None}, "ps_score_1", "finite number"),
+        ({"ps_score_0": [0.2], "ps_score_1": None}, None, ""),
+        ({"ps_score_0": math.nan, "ps_score_1": 0.2, "label_1": None, "has_label": math.nan}, None, ""),
+        ({"ps_score_0": "high", "ps_score_1": 0.2}, "ps_score_0", "finite number"),
         ({"jpg_0": packed(picture().convert("RGBA"))}, None, ""),
         ({"jpg_0": "elsewhere.png"}, "jpg_0", "pass root="),
     ]
@@ -136,6 +138,7 @@ def test_faulty_rows_are_dropped_whole_and_named(
         with pytest.raises(InvalidRow, match=f"^row {row}, {field}: "):
             source[row]
     assert source[14].scores == {"ps_score": (0.2, 0.1)} and source[0].scores == {}
+    assert source[15].scores == source[16].scores == {} and source[16].label == 1.0
 
 
 def test_a_folder_s_missing_and_escaping_files_are_named(tmp_path: Path, packed: Packed, picture: Picture) -> None:
