@@ -81,7 +81,10 @@ class ListRows:
 
 
 def json_rows(file: Path, root: Path) -> ListRows:
-    """A .jsonl file, one JSON object a line, or a .json file with a list of objects; paths are relative to `root`, inside it."""
+    """A .jsonl file, one JSON object a line (blank lines are no rows), or a .json file with a list of them.
+
+    Paths are relative to `root`, inside it; `chosen_file_name` is `chosen`, as in the Hub's folders of pictures.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -91,8 +94,12 @@ def json_rows(file: Path, root: Path) -> ListRows:
     for place, item in _json_items(file, text):
         if not isinstance(item, dict):
             unreadable[len(items)] = (file.name, f"{place} is not a JSON object")
-        items.append(item if isinstance(item, dict) else {})
+        items.append(_without_suffix(item) if isinstance(item, dict) else {})
     return ListRows(items, root, unreadable=unreadable, absolute=False)
+
+
+def _without_suffix(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name.removesuffix("_file_name"): value for name, value in item.items()} | item
 
 
 def _json_items(file: Path, text: str) -> Iterator[tuple[str, Any]]:

@@ -297,6 +297,12 @@ def test_the_cache_is_shown_and_cleared(run, capsys):
     assert ours["bytes"] > 0 and ours["folder"].endswith("cache")
     other = Path(ours["folder"]) / "not-ours.txt"
     other.write_text("kept")
+    assert cli.main(["cache", "--verify"]) == 0
+    assert "is whole: 8 pairs of 4 prompts" in capsys.readouterr().out
+    shard = next(Path(ours["folder"]).glob("*/latents-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert cli.main(["cache", "--verify"]) == 1 and f"{shard.name} is damaged" in capsys.readouterr().out
     assert cli.main(["cache", "--clear"]) == 0
     assert "freed" in capsys.readouterr().out and other.exists()
     assert cli.main(["cache", "--json"]) == 0

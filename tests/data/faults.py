@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmalign.data import BadRow, PairSource, validate_pairs
+
 Row = dict[str, Any]
 # What is changed in a good row, the field that must be named, and a part of the reason.
 Fault = tuple[Row, str, str]
 Made = tuple[Any, list[Fault], list[Row]]
 MAX_PIXELS = 50_000
+
+
+def bad_rows(source: PairSource) -> list[BadRow]:
+    """What of a source no training can use."""
+    return validate_pairs(source, resolution=1, progress=False).bad_rows
 
 
 # Pictures.
