@@ -98,7 +98,7 @@ def json_rows(file: Path, root: Path) -> ListRows:
     return ListRows(items, root, unreadable=unreadable, absolute=False)
 
 
-def _without_suffix(item: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_suffix(item: dict[str, Any]) -> dict[str, Any]:
     return {name.removesuffix("_file_name"): value for name, value in item.items()} | item
 
 

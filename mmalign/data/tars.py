@@ -82,7 +82,7 @@ class TarRows:
 
     def _fault(self, sample: _Sample) -> tuple[str, str] | None:
         """The first that concerns what is read."""
-        unread = set(self._pictures) - set(self._wanted)
+        unread = set(_PICTURES.values()) - set(self._wanted)
         return next((fault for fault in sample.faults if fault[0] not in unread), None)
 
     def fingerprint(self, *, folders: bool = False) -> str:

@@ -118,6 +118,7 @@ def test_a_member_that_no_column_needs_costs_nothing(write: Write) -> None:
     extra = {"a.png": b"no picture", "b.png": None, "c.jpg": picture(0, 0), "c.png": picture(0, 1)}
     members = extra | pair("a", 0) | pair("b", 1) | pair("c", 2) | pair("d", 3)
     assert numbers(load_pairs(write("x.tar", members))) == [0, 1, 2, 3]
+    assert numbers(load_pairs(write("y.tar", {"a.png": None} | pair("a", 0)))) == [0]
 
 
 def test_names_that_begin_here_and_prompts_told_twice_are_one(write: Write) -> None:
