@@ -290,4 +290,4 @@ def _union(items: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:120]
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

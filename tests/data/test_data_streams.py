@@ -165,7 +165,8 @@ def test_the_card_s_length_is_not_that_of_a_stream_that_was_cut(pickapic_rows: R
     import datasets
 
     whole = generated(pickapic_rows(4), [])
-    whole._info.splits, whole._split = {"train": datasets.SplitInfo("train", num_examples=4)}, datasets.Split.TRAIN
+    split = datasets.SplitInfo("train", num_examples=4)
+    whole._info.splits, whole._split = datasets.SplitDict({"train": split}), datasets.Split.TRAIN
     for stream in (whole.take(1), whole.skip(3), whole.filter(lambda row: row["label_0"] == 1.0)):
         with pytest.raises(ValueError, match="does not tell its length: pass max_rows"):
             load_pairs(stream)
@@ -208,7 +209,7 @@ def test_a_hub_data_set_is_streamed_at_its_commit(pickapic_rows: Rows, monkeypat
         stream = generated(items, read)
         if name == "some/card":
             split = datasets.SplitInfo(name="test", num_examples=4)
-            stream._info.splits, stream._split = {"test": split}, datasets.NamedSplit("test")
+            stream._info.splits, stream._split = datasets.SplitDict({"test": split}), datasets.NamedSplit("test")
         return stream
 
     def dataset_info(self: Any, name: str, revision: str | None) -> Any:
