@@ -410,7 +410,7 @@ def imagereward(folder: Path) -> Made:
     kinds += faults_of("image", [(value, "image") for value in (None, b"", 7, [])] + [("a.png", "pass root=")])
     kinds += faults_of("rank", [(value, "finite number") for value in (None, "1", math.nan, [])])
     kinds += faults_of("prompt_id", [(value, "expected text or a whole number") for value in (None, 1.5)])
-    kinds += [({"prompt": None}, "prompt", "expected text"), ({"overall_rating": None}, "overall_rating", "finite")]
+    kinds += [({"prompt": None}, "prompt", "expected text"), ({"overall_rating": "high"}, "overall_rating", "finite")]
     kinds.append(({"image": picture(0, 0)}, "image", "the same picture as image of row"))
     rows: list[Row] = []
     faults: list[Fault] = []
