@@ -9,8 +9,9 @@ A member is <key>.<field>; the key ends at the first dot of the file's name. Fie
     0001.json                                              one object with the other columns: label_0, prompt, confidence, user_id …
 
 Pictures 0 and 1 need `label_0` (1 where picture 0 is preferred): a plain `label` would not say of which. Every key is a row, in the
-order of shards and of first members; members of a key may lie anywhere in its shard. Other fields, folders and hidden files, and
-names without a dot, are passed over; a link, a device, a name that occurs twice or a text that cannot be read makes its key a bad row.
+order of shards and of first members; members of a key may lie anywhere in its shard. Other fields, pictures that the columns do not
+need, folders and hidden files, and names without a dot, are passed over; among the rest a link, a device, a name that occurs twice or
+a text that cannot be read makes its key a bad row.
 """
 
 from __future__ import annotations
