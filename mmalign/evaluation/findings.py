@@ -21,7 +21,7 @@ def scorer_line(result: EvaluationResult, scorer: ScorerResult) -> str:
     rate, p = scorer.win_rate, scorer.p_corrected
     use = "seen in training" if scorer.seen_in_training else "held out"
     verdict = "no difference is shown"
-    if p.shown <= 1 - rate.confidence:
+    if scorer.shows_difference:
         winner = result.aligned_label if rate.rate > 0.5 else result.base_label
         verdict = f"{winner} wins more often"
     return (
@@ -39,7 +39,7 @@ def conclusion(result: EvaluationResult) -> str:
     ahead: list[str] = []
     behind: list[str] = []
     for scorer in held_out:
-        if scorer.p_corrected.shown <= alpha:
+        if scorer.shows_difference:
             (ahead if scorer.win_rate.rate > 0.5 else behind).append(scorer.name)
     told = [
         f"{label} wins more often by {', '.join(names)}"

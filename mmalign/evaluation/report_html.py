@@ -61,7 +61,7 @@ def page(
 
 def _hero(result: EvaluationResult) -> str:
     rate = result.judge.win_rate
-    mood = "even" if not rate.shows_difference else "win" if rate.rate > 0.5 else "loss"
+    mood = "even" if not result.judge.shows_difference else "win" if rate.rate > 0.5 else "loss"
     warnings = "".join(f'<p class="warn">{text(line)}</p>' for line in cautions(result))
     return (
         '<div class="hero"><div>'

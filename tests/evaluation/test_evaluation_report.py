@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mmalign import evaluation
-from mmalign.evaluation import WinRate, headline, read_report, write_report
+from mmalign.evaluation import WinRate, headline, read_report, scorer_line, write_report
 from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report import sample_rows, worst_losses
 from mmalign.evaluation.report_pictures import left_sides
@@ -76,6 +76,22 @@ def test_headline_of_a_loss_and_of_no_difference(make_result):
     mixed = make_result([(100, 101 if row % 2 else 99) for row in range(40)])
     assert headline(mixed).startswith("No difference is shown: aligned wins 50.0% of 40 comparisons on 40 prompts (95%")
     assert "the interval contains 50%" in headline(mixed)
+
+
+def test_the_headline_goes_by_the_corrected_p_value_as_every_other_verdict(make_result, tmp_path):
+    """22 wins of 32 leave out 50 % by their interval, but not once two held-out scorers were looked at."""
+    result = make_result([(100, 101 if row < 22 else 99) for row in range(32)])
+    judge = result.judge
+    assert judge.win_rate.shows_difference and judge.p_corrected.shown > 0.05
+    assert headline(result).startswith(
+        "No difference is shown: aligned wins 68.8% of 32 comparisons on 32 prompts (95%"
+    )
+    assert f"against base, but corrected p = {judge.p_corrected.shown:.3f}, as told by red" in headline(result)
+    assert "50%" not in headline(result) and "no difference is shown" in scorer_line(result, judge)
+    assert '<div class="rate even">' in write_report(result, tmp_path).html.read_text()
+    alone = make_result([(100, 101 if row < 22 else 99) for row in range(32)], trained_on=("green", "blue"))
+    assert headline(alone).startswith("Aligned beats base")
+    assert '<div class="rate win">' in write_report(alone, tmp_path).html.read_text()
 
 
 def test_a_judge_seen_in_training_is_called_so(make_result, tmp_path):
