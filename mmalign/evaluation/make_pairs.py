@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.evaluation.drawing import Side, draw_side, prompt_numbers
+from mmalign.evaluation.drawing import Side, check_prompts, draw_side, prompt_numbers
 from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.scorers import Scorer, score_files
 from mmalign.files import write_file
@@ -43,11 +44,12 @@ def make_pairs(
     A prompt whose best and worst score lie no further apart than `min_margin` gives no pair. Called again, only missing pictures are
     drawn. Both scores are kept (`chosen_score`, `rejected_score`). Raises ValueError where no prompt gives a pair.
     """
+    check_prompts(prompts)
     prompts = list(dict.fromkeys(prompts))
     if num_images_per_prompt < 2:
         raise ValueError(f"num_images_per_prompt must be at least 2, got {num_images_per_prompt}")
-    if min_margin < 0:
-        raise ValueError(f"min_margin must be 0 or more, got {min_margin}")
+    if not 0 <= min_margin < math.inf:
+        raise ValueError(f"min_margin must be a number, 0 or more, got {min_margin}")
     side = draw_side(
         pipe,
         prompts,
