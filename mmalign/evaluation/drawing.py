@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from PIL import Image
 from mmalign.denoisers.parts import draws_clips
 from mmalign.evaluation.fingerprint import model_fingerprint, scheduler_fingerprint
 from mmalign.evaluation.generate import Pipeline, generate_batches
-from mmalign.files import write_file
+from mmalign.files import slug, write_file
 from mmalign.rewards.fingerprints import text_hash
 
 
@@ -108,7 +107,7 @@ def draw_side(
     model = fingerprint or model_fingerprint(pipe)
     rows, seeds = paired_rows(prompts, num_images_per_prompt, seed)
     origin = {"model": model, "settings": asdict(settings)}
-    folder = Path(output_dir) / "pictures" / f"{_slug(label)}-{text_hash(origin)[:12]}"
+    folder = Path(output_dir) / "pictures" / f"{slug(label)}-{text_hash(origin)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "drawn_from.json", json.dumps(origin, indent=2))
 
@@ -150,12 +149,8 @@ def prompt_numbers(prompts: Sequence[str]) -> list[int]:
     return [number.setdefault(prompt, len(number)) for prompt in prompts]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
-
-
 def _file_name(prompt: str, seed: int) -> str:
-    return f"{_slug(prompt)}-{text_hash(prompt)[:10]}-{seed}.png"
+    return f"{slug(prompt)}-{text_hash(prompt)[:10]}-{seed}.png"
 
 
 def _is_picture(file: Path) -> bool:

@@ -13,8 +13,9 @@ from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics, measure_side
 from mmalign.evaluation.result import EvaluationResult, Row, library_versions
 from mmalign.evaluation.retention import RetentionPlan, retention, retention_scorer
-from mmalign.evaluation.scorers import Scorer, check_scorers
+from mmalign.evaluation.scorers import check_scorers
 from mmalign.evaluation.sweep import check_scales, sweep_scales
+from mmalign.rewards.scorer import Scorer
 
 
 def evaluate(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from mmalign.evaluation.drawing import Side, check_prompts, draw_side, prompt_numbers
 from mmalign.evaluation.generate import Pipeline
-from mmalign.evaluation.scorers import Scorer, score_files
-from mmalign.files import write_file
+from mmalign.evaluation.scorers import score_files
+from mmalign.files import write_file, write_json
+from mmalign.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,8 @@ def make_pairs(
     """Draws and scores, and writes metadata.jsonl with the best picture of each prompt as chosen and the worst as rejected.
 
     A prompt whose best and worst score lie no further apart than `min_margin` gives no pair. Called again, only missing pictures are
-    drawn. Both scores are kept (`chosen_score`, `rejected_score`). Raises ValueError where no prompt gives a pair.
+    drawn. Both scores are kept (`chosen_score`, `rejected_score`), and in judged_by.json whose they are. Raises ValueError where no
+    prompt gives a pair.
     """
     check_prompts(prompts)
     prompts = list(dict.fromkeys(prompts))
@@ -72,6 +74,7 @@ def make_pairs(
             "or draw more pictures a prompt"
         )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_json(Path(output_dir) / "judged_by.json", {"scorer": scorer.name, "fingerprint": scorer.fingerprint})
     write_file(Path(output_dir) / "metadata.jsonl", lines)
     return MadePairs(folder=Path(output_dir), num_pairs=len(rows), num_left_out=len(prompts) - len(rows))
 

@@ -15,8 +15,9 @@ from mmalign.evaluation.holm import corrected
 from mmalign.evaluation.image_statistics import STATISTICS, SideStatistics, drift, side_statistics
 from mmalign.evaluation.intervals import Array, as_clusters, check_options, clustered_standard_error
 from mmalign.evaluation.result import NOISE, PictureStatistic, ScorerResult, Summary
-from mmalign.evaluation.scorers import Scorer, score_files
+from mmalign.evaluation.scorers import score_files
 from mmalign.evaluation.win_rate import Difference, check_tie_margin, paired_difference, win_rate
+from mmalign.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

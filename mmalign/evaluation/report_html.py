@@ -204,6 +204,7 @@ def _settings(result: EvaluationResult) -> str:
         **{f"Scorer {scorer.name}": scorer.fingerprint for scorer in result.ranked_scorers},
     }
     settings = {capital(key.removeprefix("num_").replace("_", " ")): value for key, value in result.settings.items()}
+    settings["Trained on"] = settings["Trained on"] or "not said"
     return (
         f"<section><h2>Settings</h2>{definitions(settings)}</section>\n"
         '<section><h2>Fingerprints and versions</h2><p class="quiet lead">Numbers may be compared only where the '

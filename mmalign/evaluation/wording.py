@@ -146,7 +146,7 @@ def history_keys(history: Sequence[dict[str, object]]) -> list[str]:
 def _told_by(judge: ScorerResult) -> str:
     if judge.seen_in_training:
         return f"as told by {judge.name}, which was seen in training, so this is no evidence of better pictures"
-    return f"as told by {judge.name}, a scorer that was not used in training"
+    return f"as told by {judge.name}, which was not named as used in training"
 
 
 def _interval_note(rate: WinRate) -> str:

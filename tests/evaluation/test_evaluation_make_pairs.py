@@ -30,6 +30,7 @@ def test_the_best_is_chosen_over_the_worst_and_the_folder_is_data(tmp_path: Path
     assert [source[row].prompt for row in range(2)] == PROMPTS
     pictures = sorted(tmp_path.rglob("*.png"))
     assert len(pictures) == 6
+    assert json.loads((tmp_path / "judged_by.json").read_text()) == {"scorer": "red", "fingerprint": "channel-0"}
     for row in range(2):
         record = source[row]
         assert record.label == 1 and record.scores["score"] == pytest.approx((red(record.image_0), red(record.image_1)))

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mmalign import evaluation
-from mmalign.evaluation import WinRate, headline, read_report, scorer_line, write_report
+from mmalign.evaluation import WinRate, headline, read_report, result_lines, scorer_line, write_report
 from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report import sample_rows, worst_losses
 from mmalign.evaluation.report_pictures import left_sides
@@ -66,7 +66,7 @@ def test_headline_of_a_win_comes_from_the_first_held_out_scorer(make_result):
     assert [scorer.name for scorer in result.ranked_scorers] == ["red", "blue", "green"]
     assert headline(result) == (
         "Aligned beats base: it wins 100.0% of 30 comparisons on 30 prompts (95% interval 87.8% to 100.0%), "
-        "as told by red, a scorer that was not used in training."
+        "as told by red, which was not named as used in training."
     )
 
 
@@ -150,6 +150,38 @@ def test_pictures_outside_the_report_are_neither_named_nor_read(make_result, tmp
     rewritten = write_report(again, tmp_path / "elsewhere")
     assert rewritten.picture is None
     assert "not stored with this report" in rewritten.html.read_text()
+
+
+def test_a_report_without_pictures_keeps_no_sheet_of_an_earlier_one(make_result, tmp_path):
+    assert write_report(make_result(WINS[:3]), tmp_path).picture.is_file()
+    assert write_report(make_result(WINS[:3]), tmp_path, num_samples=0).picture is None
+    assert not (tmp_path / "side_by_side.png").exists()
+
+
+def test_what_is_no_report_is_refused_by_its_name(tmp_path):
+    file = tmp_path / "compare.json"
+    for text, message in (
+        ('{"schema_version": 2}', "compare.json is no report"),
+        ("[1]", "is no report"),
+        ("{", "not a whole"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_report(file)
+
+
+def test_nobody_having_named_a_training_scorer_does_not_mean_that_there_was_none(make_result, tmp_path):
+    html = write_report(make_result(WINS[:3], trained_on=()), tmp_path).html.read_text()
+    assert "<dt>Trained on</dt><dd>not said</dd>" in html
+    assert "<dt>Trained on</dt><dd>green</dd>" in write_report(make_result(WINS[:3]), tmp_path).html.read_text()
+
+
+def test_the_terminal_is_told_what_takes_weight_from_the_headline(make_result):
+    assert (
+        "Every scorer here was seen in training"
+        in result_lines(make_result(WINS, trained_on=("red", "green", "blue")))[1]
+    )
+    assert not any("Every scorer" in line for line in result_lines(make_result(WINS)))
 
 
 def test_another_schema_is_refused(make_result, tmp_path):
