@@ -123,6 +123,14 @@ def sampling_options(*, seed: str = _SEED) -> list[Option]:
             default=8,
             **common,
         ),
+        Option(
+            name="safety_checker",
+            help="let Stable Diffusion's checker, where the model has one, stop at a picture; --no-safety-checker draws it",
+            convert=switch,
+            default=True,
+            hidden=True,
+            **common,
+        ),
     ]
 
 
@@ -202,6 +210,8 @@ def load_pipeline(
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
     pipe = load(name, **options)
+    if given.values.get("safety_checker") is False and "safety_checker" in pipe.components:
+        pipe.register_modules(safety_checker=None)
     if lora is not None:
         adapter = load_aligned(pipe, lora, allow_pickle=given["allow_pickle"])
         if adapter is None and given["lora_scale"] != 1:

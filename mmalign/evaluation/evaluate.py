@@ -84,12 +84,15 @@ def evaluate(
             name = aligned_fingerprint and f"{aligned_fingerprint}, LoRA scale {scale:g}"
             return draw_aligned(prompts, fingerprint=name)
 
+        def measure_scaled(side: Side) -> MeasuredSide:
+            return measured if side.pictures == measured.side.pictures else measure(side, scorers=scorers)
+
         points = sweep_scales(
             aligned,
             lora_scales,
             reference,
             draw=draw_scaled,
-            measure=partial(measure, scorers=scorers),
+            measure=measure_scaled,
             scorers=scorers,
             trained_on=trained_on,
             rules=rules,

@@ -103,7 +103,7 @@ def _check_shown(output: Any, prompts: Sequence[str], seeds: Sequence[int]) -> N
         if flagged:
             raise ValueError(
                 f"The safety checker blacked out the picture of {prompt!r} with seed {seed}, which would be scored as it is. "
-                "Load the pipeline with safety_checker=None, or leave the prompt out."
+                "Load the pipeline with safety_checker=None (--no-safety-checker), or leave the prompt out."
             )
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_pipeline
 
 from mmalign import cli
-from mmalign.cli.models import load_pipeline
+from mmalign.cli.models import BASE_CLASS, load_pipeline
 from mmalign.cli.options import Given, UsageError
 
 EVALUATE = ["evaluate", "--model", "a", "--base", "b", "--prompt", "a red bag", "a blue bag", "--steps", "1"]
@@ -120,6 +120,18 @@ def test_help_tells_what_the_seed_is(verb, said, capsys):
     assert cli.main([verb, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert said in shown.partition("--seed ")[2].partition("--height")[0]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_safety_checker_stays_unless_it_is_sent_away(kept, monkeypatch):
+    from mmalign.training import loading
+
+    pipe, checker = tiny_pipeline("sd"), object()
+    pipe.safety_checker = checker
+    monkeypatch.setattr(loading, "load_base", lambda name, **options: pipe)
+    options = dict.fromkeys(("revision", "variant", "vae", "device"))
+    given = Given({"model": "a", "base_class": BASE_CLASS, "dtype": "float32", "safety_checker": kept, **options})
+    assert load_pipeline(given, device="cpu").safety_checker is (checker if kept else None)
 
 
 def test_the_class_of_a_single_file_is_refused_only_where_there_is_no_such_file():

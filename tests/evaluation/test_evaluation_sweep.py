@@ -58,8 +58,10 @@ def test_a_sweep_starts_at_the_base_and_passes_through_the_comparison(base, chan
         return original(self, prompt, **keywords)
 
     monkeypatch.setattr(kind, "__call__", counted)
-    keywords = options([channel_scorer("red"), channel_scorer("green", 1)], tmp_path)
+    red = channel_scorer("red")
+    keywords = options([red, channel_scorer("green", 1)], tmp_path)
     result = evaluate(pipe, base, PROMPTS, lora_scales=[1.0, 0.0, 0.5], **keywords)
+    assert len(red.batches) == 4, "at 1 the scores of the comparison are taken"
     assert [point.scale for point in result.sweep] == [0, 0.5, 1]
     nothing, half, whole = result.sweep
     for scorer in nothing.scorers:
