@@ -66,5 +66,5 @@ def test_pairs_closer_than_the_margin_are_left_out(tmp_path: Path, channel_score
     with pytest.raises(ValueError, match="no prompt has two pictures whose red scores differ by more than 5"):
         made(tmp_path, channel_scorer("red"), min_margin=5.0)
     for bad in ({"num_images_per_prompt": 1}, {"min_margin": -1.0}, {"min_margin": float("nan")}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             made(tmp_path, channel_scorer("red"), **bad)
