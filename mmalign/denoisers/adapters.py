@@ -25,7 +25,9 @@ def acting_adapters(network: nn.Module) -> dict[str, float]:
     return acting
 
 
-def blend(network: nn.Module, negative: str, *, alpha: float, beta: float) -> Callable[[], AbstractContextManager[None]]:
+def blend(
+    network: nn.Module, negative: str, *, alpha: float, beta: float
+) -> Callable[[], AbstractContextManager[None]]:
     """A context in which the adapters that act now act `alpha` times as strongly, and `negative` acts with weight `beta` beside them.
 
     ValueError where `negative` acts already, or an adapter is fused, so that it would act whatever is switched.
@@ -33,7 +35,9 @@ def blend(network: nn.Module, negative: str, *, alpha: float, beta: float) -> Ca
     now, then = [], []
     for layer in adapter_layers(network):
         if layer.merged:
-            raise ValueError("a LoRA is fused into the network, which must switch between two: pipe.unfuse_lora() first")
+            raise ValueError(
+                "a LoRA is fused into the network, which must switch between two: pipe.unfuse_lora() first"
+            )
         positive = _acting_on(layer)
         if negative in positive:
             raise ValueError(

@@ -2,8 +2,8 @@
 
     prediction = negative(x, c⁻) + guidance_scale · (network(x, c) − negative(x, c⁻))
 
-Some pipelines make one call on a batch [negative…, positive…] (Stable Diffusion, SDXL, SD 3, CogVideoX): each half is run by itself. The
-others (FLUX, Wan) make two, which diffusers tells apart for its caches. The work of a step stays what it was.
+Some pipelines make one call on a batch [negative…, positive…] (Stable Diffusion, SDXL, SD 3, CogVideoX): each half is run by itself.
+The others (FLUX, Wan) make two, which diffusers tells apart for its caches. The work of a step stays what it was.
 """
 
 from collections.abc import Callable, Iterator

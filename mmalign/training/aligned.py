@@ -48,7 +48,8 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, and a LoRA of diffusers, peft or kohya; all in safetensors. With `allow_pickle` also
-    state dicts in .bin, .ckpt, .pth and .pt, as tensors only. ValueError names the first weight that does not fit, before anything is changed.
+    state dicts in .bin, .ckpt, .pth and .pt, as tensors only. ValueError names the first weight that does not fit, before anything is
+    changed.
     """
     released = read_released(pipe, path, allow_pickle=allow_pickle)
     if released.is_lora:

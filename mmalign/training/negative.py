@@ -66,7 +66,9 @@ def load_negative(
         return Negative(alpha, beta)
     positive = acting_adapters(network)
     if base is None and not positive and alpha != 1:
-        raise ValueError("alpha has no effect: nothing acts on the base. Load the positive LoRA first, or name the base")
+        raise ValueError(
+            "alpha has no effect: nothing acts on the base. Load the positive LoRA first, or name the base"
+        )
     second = _mixed(network, released, None if base is None else _network_of(base), alpha=alpha, beta=beta)
     pipe.register_modules(**{f"negative_{component}": second})
     return Negative(alpha, beta, positive)
@@ -96,14 +98,16 @@ def second_network(pipe: Any) -> nn.Module | None:
 
 @contextmanager
 def drawing(pipe: Any, negative: Negative, call: inspect.BoundArguments) -> Iterator[None]:
-    """A block around one call of the pipeline, in which the negative branch runs with the negative side. ValueError where there is no such
-    branch: FLUX without true guidance."""
+    """A block around one call of the pipeline, in which the negative branch runs with the negative side.
+
+    ValueError where there is no such branch (FLUX without true guidance), or the mixture is not what α and β say.
+    """
     asked = call.arguments
     prompted = asked.get("negative_prompt") is not None or asked.get("negative_prompt_embeds") is not None
     if "true_cfg_scale" in asked and not (asked["true_cfg_scale"] > 1 and prompted):
         raise ValueError(
-            f"{plain_class(type(pipe)).__name__} has a negative branch only with true_cfg_scale above 1 and a negative_prompt (it may be "
-            "''): give both, or unload_negative()"
+            f"{plain_class(type(pipe)).__name__} has a negative branch only with true_cfg_scale above 1 and a negative_prompt (which "
+            "may be ''): give both, or unload_negative()"
         )
     network, second = aligned_network(pipe)[1], second_network(pipe)
     acting = acting_adapters(network)
@@ -113,7 +117,9 @@ def drawing(pipe: Any, negative: Negative, call: inspect.BoundArguments) -> Iter
         )
     if second is None and not acting and negative.alpha != 1:
         raise ValueError(f"alpha={negative.alpha:g} has no effect: no adapter acts on the positive branch")
-    with negative_branch(pipe, network, _switched(network, negative) if second is None else lambda _: nullcontext(second)):
+    with negative_branch(
+        pipe, network, _switched(network, negative) if second is None else lambda _: nullcontext(second)
+    ):
         yield
 
 
@@ -162,9 +168,7 @@ def _network_of(base: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _mixed(
-    network: nn.Module, released: Released, base: nn.Module | None, *, alpha: float, beta: float
-) -> nn.Module:
+def _mixed(network: nn.Module, released: Released, base: nn.Module | None, *, alpha: float, beta: float) -> nn.Module:
     """A network with θ + α·(θ_pos − θ) + β·(θ_npo − θ), each weight mixed in float32 or better and kept in the network's precision."""
     if is_quantized(network):
         raise ValueError("a quantised network cannot be mixed with another: use a negative LoRA")

@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Self
 
+from mmalign.training.loading import plain_class
 from mmalign.training.negative import (
     COMPONENTS,
     NEGATIVE,
@@ -22,7 +23,6 @@ from mmalign.training.negative import (
     save_negative,
     unload_negative,
 )
-from mmalign.training.loading import plain_class
 from mmalign.training.pipeline import AlignPipeline
 
 
