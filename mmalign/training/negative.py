@@ -81,7 +81,7 @@ def unload_negative(pipe: Any) -> None:
     if NEGATIVE in getattr(network, "peft_config", {}):
         with acting_as_before(network):
             network.delete_adapters(NEGATIVE)  # type: ignore[operator]
-        if not network.peft_config:
+        if not has_adapter(network):
             network.unload_lora()  # type: ignore[operator]
 
 
