@@ -93,7 +93,7 @@ def _check_adapters(module: nn.Module) -> None:
         raise ValueError(
             "kind='adapter' needs a policy with adapters: add_adapter(LoraConfig(…)) first, or kind='copy'"
         )
-    active = {name for layer in layers for name in layer.active_adapters}  # type: ignore[union-attr]
+    active = {name for layer in layers for name in layer.active_adapters}
     if len(active) > 1:
         raise ValueError(
             f"adapters {', '.join(sorted(active))} are active together; switching all of them off would not give back "
@@ -137,11 +137,11 @@ def _adapters_off(policy: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
         for layer in layers:
-            layer.enable_adapters(False)  # type: ignore[operator]
+            layer.enable_adapters(False)
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)  # type: ignore[operator]
+            layer.enable_adapters(True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

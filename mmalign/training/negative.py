@@ -25,7 +25,7 @@ from mmalign.likelihood.reference import base_state
 from mmalign.training.aligned import Released, add_lora, read_released, replace_weights
 from mmalign.training.loading import load_base, plain_class
 from mmalign.training.lora import adapter_of, weighted_sum
-from mmalign.training.weights import aligned_network, has_adapter, save_lora
+from mmalign.training.weights import ADAPTER, aligned_network, has_adapter, save_lora
 
 NEGATIVE = "negative"
 COMPONENTS = ("negative_unet", "negative_transformer")
@@ -72,6 +72,19 @@ def load_negative(
     second = _mixed(network, released, None if base is None else _network_of(base), alpha=alpha, beta=beta)
     pipe.register_modules(**{f"negative_{component}": second})
     return Negative(alpha, beta, positive)
+
+
+def become_negative(pipe: Any, base: nn.Module | None) -> Negative:
+    """What a run trained on `pipe` as its negative side: its LoRA, or its network, whose place `base` takes."""
+    component, network = aligned_network(pipe)
+    if base is not None:
+        pipe.register_modules(**{component: base, f"negative_{component}": network.requires_grad_(False)})
+        return Negative(positive={})
+    lora = adapter_of(pipe, ADAPTER)
+    network.unload_lora()  # type: ignore[operator]
+    with acting_as_before(network):
+        network.load_lora_adapter(lora.weights, prefix=None, adapter_name=NEGATIVE, metadata=lora.config)  # type: ignore[operator]
+    return Negative()
 
 
 def unload_negative(pipe: Any) -> None:

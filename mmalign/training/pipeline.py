@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mmalign.training.aligned import load_aligned
-from mmalign.training.config import DenoiserConfig
 from mmalign.training.export import ExportFormat, export
 from mmalign.training.loading import load_base, plain_class, single_file
 from mmalign.training.merging import flags, merged, plain_components
+from mmalign.training.run_config import RunConfig
 from mmalign.training.weights import ADAPTER, aligned_network, has_adapter, save_trained
 
 
@@ -28,7 +28,7 @@ class AlignResult:
 class AlignPipeline:
     """Mixed into a diffusers pipeline class: alignment, inversion, and saving that plain diffusers reads."""
 
-    config_class: ClassVar[type[DenoiserConfig]]
+    config_class: ClassVar[type[RunConfig]]
     trainer_class: ClassVar[type]
 
     @classmethod
