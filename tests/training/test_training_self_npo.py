@@ -76,7 +76,7 @@ def test_every_family_learns_a_negative_side_and_draws_with_it(kind: str, tmp_pa
 @pytest.mark.parametrize("reference", ["frozen", "ema"])
 def test_training_all_weights_leaves_the_base_where_it_was(reference: str, tmp_path: Path) -> None:
     pipe, plain = SelfNPOPipeline.from_pipe(tiny_pipeline("sd")), tiny_pipeline("sd")
-    pipe.align(PROMPTS, peft_config=None, **options(tmp_path, learning_rate=0.01, reference=reference))
+    pipe.align(PROMPTS, peft_config=None, **options(tmp_path, learning_rate=0.01, target_model=reference))
     for name, value in plain.unet.state_dict().items():
         assert torch.equal(pipe.unet.state_dict()[name], value)
     guided = draw(pipe)
@@ -132,7 +132,13 @@ def test_paths_from_pictures_start_at_the_preferred_ones(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("full", "reference"), [(False, "ema"), (True, "ema"), (True, "frozen")])
 def test_a_resumed_run_goes_on_exactly(full: bool, reference: str, tmp_path: Path) -> None:
-    given = {"reference": reference, "learning_rate": 0.02, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    given = {
+        "target_model": reference,
+        "learning_rate": 0.02,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
     given |= {"peft_config": None if full else "lora", "prompt_dropout": 0.5}
     whole = self_npo(tmp_path / "whole", **given)
     whole.train()
@@ -164,7 +170,7 @@ def test_the_reference_follows_from_the_start_on() -> None:
 
 def test_the_targets_of_a_following_reference_move(tmp_path: Path) -> None:
     """After a step the student's loss differs between the two references, and not before."""
-    frozen, ema = (self_npo(tmp_path / name, reference=name, learning_rate=0.05) for name in ("frozen", "ema"))
+    frozen, ema = (self_npo(tmp_path / name, target_model=name, learning_rate=0.05) for name in ("frozen", "ema"))
     torch.testing.assert_close(rows_of(frozen), rows_of(ema))
     for run in (frozen, ema):
         run.train()
@@ -180,8 +186,8 @@ def test_held_out_prompts_are_evaluated(tmp_path: Path) -> None:
 
 
 def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="reference_decay has no effect with reference='frozen'"):
-        SelfNPOConfig(**options(tmp_path, reference_decay=0.9))
+    with pytest.raises(ValueError, match="target_decay has no effect with target_model='frozen'"):
+        SelfNPOConfig(**options(tmp_path, target_decay=0.9))
     with pytest.raises(ValueError, match="solver_steps must be at least 1"):
         SelfNPOConfig(**options(tmp_path, solver_steps=0))
     with pytest.raises(ValueError, match="source must be one of 'noise', 'images'"):
@@ -204,7 +210,7 @@ def test_what_has_no_effect_is_refused(tmp_path: Path) -> None:
 )
 def test_presets_hold_the_published_constants(name: str, scale: float, reference: str, tmp_path: Path) -> None:
     args = SelfNPOConfig.preset(name, output_dir=str(tmp_path), use_cpu=True, fp16=False)
-    assert (args.target_guidance_scale, args.reference) == (scale, reference)
+    assert (args.target_guidance_scale, args.target_model) == (scale, reference)
     assert (args.solver_steps, args.grid_points, args.prompt_dropout) == (5, 25, 0)
 
 
