@@ -152,7 +152,9 @@ def run(argv: Sequence[str]) -> int:
         return 0
     check_negative(given)
     if given["base"] is None and given["lora"] is None and given["negative"] is None:
-        raise UsageError("nothing to compare with: give --base, or --lora to compare the model with and without it")
+        raise UsageError(
+            "nothing to compare with: give --base, --lora or --negative, to compare the model with and without it"
+        )
     if given["lora_scales"] and given["lora"] is None:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
     prompts, plan = read_prompts(given), _retention(given)
