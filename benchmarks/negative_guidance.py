@@ -18,7 +18,7 @@ from playground_table import judged
 
 import mmalign
 from mmalign.evaluation import Difference, win_rate, win_rate_difference
-from mmalign.files import write_file, write_json
+from mmalign.files import slug, write_file, write_json
 from mmalign.playground import measure, pairs, settings
 
 RESULTS = Path(__file__).parent / "results" / "negative_guidance"
@@ -28,14 +28,12 @@ PICTURE_SEED, CHOICE_SEED = 9_000_000, 8_000_000
 NUM_CHOICE_PROMPTS = 280
 # Method of a negative side, and what differs from its playground preset.
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        f"self-npo-target{target:g}-lr{rate:g}": ("SelfNPO", {"target_guidance_scale": target, "learning_rate": rate})
-        for target in (1.0, 0.0, -2.0)
-        for rate in (1e-4, 3e-4)
-    },
-    **{f"npo-lr{rate:g}": ("DiffusionDPO", {"swap_pairs": True, "learning_rate": rate}) for rate in (1e-4, 3e-4)},
+    **{f"self-npo, target guidance {g:g}": ("SelfNPO", {"target_guidance_scale": g}) for g in (-4.0, 0.0, 1.0)},
+    "npo": ("DiffusionDPO", {"swap_pairs": True, "max_steps": 60}),
 }
-NEGATIVES: dict[str, tuple[str, dict[str, Any]]] = {}
+BETAS = (0.3, 1.0)
+# Of the candidates, with how far the negative side goes.
+NEGATIVES: dict[str, tuple[str, float]] = {}
 POSITIVES = ("base", "smpo")
 
 
@@ -46,13 +44,13 @@ def train(method: str, changes: dict[str, Any], folder: Path, seed: int) -> None
     pipe.align("playground", output_dir=folder, preset="playground", **options)
 
 
-def pipeline(positive: Path | None, negative: Path | None) -> Any:
+def pipeline(positive: Path | None, negative: Path | None, beta: float = 1.0) -> Any:
     """The base with a LoRA for what it draws and one for its negative branch."""
     pipe = mmalign.SelfNPOPipeline.from_pretrained("playground")
     if positive is not None:
         pipe.load_lora_weights(positive)
     if negative is not None:
-        pipe.load_negative(negative)
+        pipe.load_negative(negative, beta=beta)
     return pipe
 
 
@@ -60,26 +58,27 @@ def choose() -> str:
     """Every candidate against plain guidance at the base's own guidance scale, on training prompts by judge A."""
     prompts = pairs.prompts().train[:NUM_CHOICE_PROMPTS]
     for name, spec in {"plain": None, **CANDIDATES}.items():
-        path = RESULTS / "choice" / f"{name}.json"
-        if path.is_file():
-            continue
+        paths = {beta: RESULTS / "choice" / f"{slug(name)}-beta{beta:g}.json" for beta in (BETAS if spec else (0.0,))}
         with tempfile.TemporaryDirectory() as folder:
-            if spec is not None:
+            if spec is not None and not all(path.is_file() for path in paths.values()):
                 train(*spec, Path(folder), seed=0)
-            pipe = pipeline(None, None if spec is None else Path(folder))
-            seen = judged(pipe, prompts, first_seed=CHOICE_SEED, judge="A")
-        write_json(path, {"name": name, "settings": spec, **seen})
-    cells = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / "choice").glob("*.json"))}
+            for beta, path in paths.items():
+                if not path.is_file():
+                    pipe = pipeline(None, None if spec is None else Path(folder), beta)
+                    seen = judged(pipe, prompts, first_seed=CHOICE_SEED, judge="A")
+                    write_json(path, {"name": name, "beta": beta, "settings": spec, **seen})
+    cells = [json.loads(path.read_text()) for path in sorted((RESULTS / "choice").glob("*.json"))]
+    plain = next(cell for cell in cells if cell["name"] == "plain")
     lines = [
-        "| negative side | win rate over plain guidance, judge A, training prompts | 95 % interval | all three | clean |",
-        "|---|---|---|---|---|",
+        f"Win rates over plain guidance at {measure.chosen_guidance():g} by judge A, {len(prompts)} training prompts, one seed.",
+        "",
+        "| negative side | β | win rate | 95 % interval | all three | clean |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, cell in cells.items():
-        rate = win_rate(
-            cell["scores"], cells["plain"]["scores"], list(range(len(prompts))), tie_margin=settings.TIE_MARGIN
-        )
+    for cell in cells:
+        rate = win_rate(cell["scores"], plain["scores"], list(range(len(prompts))), tie_margin=settings.TIE_MARGIN)
         lines.append(
-            f"| {name} | {100 * rate.rate:.1f} % | {100 * rate.low:.1f} … {100 * rate.high:.1f} % | "
+            f"| {cell['name']} | {cell['beta']:g} | {100 * rate.rate:.1f} % | {100 * rate.low:.1f} … {100 * rate.high:.1f} % | "
             f"{100 * cell['all_three']:.1f} % | {cell['clean']:.3f} |"
         )
     return "\n".join(lines) + "\n"
@@ -90,14 +89,15 @@ def run(seed: int) -> None:
     missing = [cell for cell in cells() if not cell_path(*cell, seed).is_file()]
     with tempfile.TemporaryDirectory() as place:
         trained: dict[str, Path | None] = {"base": None, "plain": None}
-        recipes = {"smpo": ("SmPO", {}), **NEGATIVES}
+        recipes = {"smpo": ("SmPO", {}), **CANDIDATES}
         for positive, negative, guidance in missing:
-            for name in (positive, negative):
+            recipe, beta = NEGATIVES.get(negative, ("plain", 1.0))
+            for name in (positive, recipe):
                 if name not in trained:
-                    trained[name] = Path(place) / name
-                    train(*recipes[name], Path(place) / name, seed)
+                    train(*recipes[name], Path(place) / slug(name), seed)
+                    trained[name] = Path(place) / slug(name)
             seen = judged(
-                pipeline(trained[positive], trained[negative]),
+                pipeline(trained[positive], trained[recipe], beta),
                 pairs.prompts().test,
                 first_seed=PICTURE_SEED + 1000 * seed,
                 judge="B",
@@ -115,7 +115,7 @@ def cells() -> list[tuple[str, str, float]]:
 
 def cell_path(positive: str, negative: str, guidance: float, seed: int) -> Path:
     """Where the result of a cell lies."""
-    return RESULTS / f"{positive}-{negative}-g{guidance:g}-seed{seed}.json"
+    return RESULTS / f"{slug(f'{positive} {negative}')}-g{guidance:g}-seed{seed}.json"
 
 
 def table() -> str:
