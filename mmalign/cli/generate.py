@@ -8,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import (
-    ALIGNED,
+    ALIASES,
+    check_negative,
     device_option,
     load_pipeline,
     model_options,
+    negative_options,
     prompt_options,
     read_prompts,
     sampling_of,
     sampling_options,
-    slug,
 )
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, switch, whole
+from mmalign.cli.options import Command, Given, Option, UsageError, number, switch, whole
+from mmalign.files import slug
 
 _MODEL, _WHAT = "the model", "what is drawn"
 _SHEET_ROWS = 32
 # CogVideoX 1.0's own.
 _FRAMES_PER_SECOND = 8.0
-ALIASES = [
-    Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
-    Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
-    Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
-    ALIGNED,
-]
 VERB = Command(
     prog="mmalign generate",
     description=(
@@ -39,6 +35,7 @@ VERB = Command(
     example='mmalign generate --model playground --prompt "a red bag on a blue background" --seeds 0 1 2 3',
     options=[
         *model_options(group=_MODEL, lora=True),
+        *negative_options(group=_MODEL),
         device_option(_MODEL),
         *prompt_options(_WHAT),
         Option(
@@ -58,7 +55,7 @@ VERB = Command(
             default=True,
             group=_WHAT,
         ),
-        *sampling_options(),
+        *sampling_options(seed="of the first picture; the next ones count up"),
         Option(
             name="num_frames",
             help="frames of a clip; none is the video model's own",
@@ -85,6 +82,7 @@ def run(argv: Sequence[str]) -> int:
     given = VERB.read(argv)
     if given is None:
         return 0
+    check_negative(given)
     prompts = read_prompts(given)
     if given["seeds"] and given["seed"] != 0:
         raise UsageError("--seed and --seeds both say which pictures; give one of them")
@@ -115,7 +113,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.evaluation.generate import generate_batches
     from mmalign.files import write_file, written_aside
 
-    pipe = load_pipeline(given, lora=given["lora"])
+    pipe = load_pipeline(given, lora=given["lora"], negative=given["negative"])
     clips, speed = draws_clips(pipe), given["frames_per_second"]
     if speed is not None and (speed <= 0 or not clips):
         raise UsageError("--frames-per-second must be positive, and is for video models")

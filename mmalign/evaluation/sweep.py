@@ -13,7 +13,7 @@ from mmalign.evaluation.drawing import Side
 from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics
 from mmalign.evaluation.result import ScalePoint
-from mmalign.evaluation.scorers import Scorer
+from mmalign.rewards.scorer import Scorer
 
 
 def sweep_scales(
@@ -59,6 +59,8 @@ def at_lora_scale(pipe: Pipeline, scale: float) -> Generator[None]:
     """
     layers = _lora_layers(pipe)
     before = [(dict(layer.scaling), layer.disable_adapters) for layer in layers]
+    # Switching layers on and off trains or freezes their weights.
+    trained = {weight: weight.requires_grad for layer in layers for weight in layer.parameters()}
     try:
         for layer in layers:
             if layer.disable_adapters != (scale == 0):
@@ -70,6 +72,8 @@ def at_lora_scale(pipe: Pipeline, scale: float) -> Generator[None]:
             layer.scaling.update(scaling)
             if layer.disable_adapters != disabled:
                 layer.enable_adapters(not disabled)
+        for weight, wanted in trained.items():
+            weight.requires_grad_(wanted)
 
 
 def _lora_layers(pipe: Pipeline) -> list[Any]:
@@ -77,7 +81,9 @@ def _lora_layers(pipe: Pipeline) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    layers: list[Any] = [m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers: list[Any] = [
+        m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer) and m.active_adapters
+    ]
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
         found = "none" if not names else ", ".join(sorted(names))

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.files import write_file
-from mmalign.training.config import DenoiserConfig
 from mmalign.training.loading import EMBEDDED
+from mmalign.training.run_config import RunConfig
 
 _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
+    "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -31,17 +32,17 @@ def is_hub_id(name: str) -> bool:
 
 def write_card(
     folder: Path,
-    args: DenoiserConfig,
+    args: RunConfig,
     *,
     base_model: str,
     data: str,
     metrics: dict[str, Any],
-    beta: float,
+    settings: dict[str, Any],
     trained: tuple[str, str] | None,
     task: str,
 ) -> None:
-    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA. `beta`:
-    the one that training ended with.
+    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
+    `settings`: of the method.
 
     No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
     for what the model does.
@@ -62,20 +63,16 @@ def write_card(
     import yaml
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
-    options = args.loss_options()
-    if "beta" in options:
-        options["beta"] = beta
-    settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **options}
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {base} aligned by {name}
+# {f"A negative side of {base}" if args.trains_negative else f"{base} aligned"} by {name}
 
 Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
-{_usage(base, trained)}
+{_usage_negative(base) if args.trains_negative else _usage(base, trained)}
 ```
 
 ## Training
@@ -112,6 +109,14 @@ from {package} import {loader}
 
 {name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
 pipe = {loader}.from_pretrained({base!r}, {name}={name})"""
+
+
+def _usage_negative(base: str) -> str:
+    """The same for a negative side, which guidance leads away from."""
+    return f"""from mmalign import SelfNPOPipeline
+
+pipe = SelfNPOPipeline.from_pretrained({base!r})
+pipe.load_negative(FOLDER)  # runs in the negative branch alone; it draws worse than the base by itself"""
 
 
 def _json(values: dict[str, Any]) -> str:
