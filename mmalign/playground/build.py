@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPImageProcessorPil
 
 from mmalign.files import write_json
-from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward, scene_base
+from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward, scene_base, scene_text
 from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION
 from mmalign.training.loading import load_base, scene_vae
 
@@ -87,7 +87,7 @@ def build_pairs(work_dir: Path) -> None:
 
 def build_scene_base(work_dir: Path) -> None:
     """Trains the scene world's Stable Diffusion, all but its autoencoder, which is the first world's and not stored again."""
-    text_encoder, text_curve = scene_base.train_text_encoder(work_dir / "scene-text.pt")
+    text_encoder, text_curve = scene_text.train(work_dir / "scene-text.pt")
     unet = UNet2DConditionModel.from_pretrained(STABLE_DIFFUSION / "unet", torch_dtype=torch.float32)
     unet.register_to_config(_name_or_path="")
     pipe, curve = scene_base.train(scene_vae(torch.float32), unet, text_encoder, work_dir)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mmalign.playground import pairs, scene_base, scenes, world
+from mmalign.playground import pairs, scene_text, scenes, world
 from mmalign.playground.photographs import GARMENTS, Split
 
 NUM_TRAIN = 2_000
@@ -29,7 +29,7 @@ def prompts() -> pairs.Prompts:
 def short_prompts(split: Split, number: int, sentences: int) -> list[str]:
     """`number` captions of one or two sentences, as the base was trained on, of what `split` asks for."""
     drawn = (_draw(split, row, _SHORT_STREAM[split]) for row in range(number))
-    return [scenes.short_caption(cells, 0, sentences, rng, scene_base.fits) for cells, rng in drawn]
+    return [scenes.short_caption(cells, 0, sentences, rng, scene_text.fits) for cells, rng in drawn]
 
 
 def names_beyond(text: str, sentence: int) -> bool:
@@ -37,7 +37,7 @@ def names_beyond(text: str, sentence: int) -> bool:
     parts = text.split(".")
     garment = next(word for word in parts[sentence].replace(",", " ").split() if word in GARMENTS)
     before = ".".join(parts[:sentence]) + "." + parts[sentence].split(garment)[0]
-    return len(scene_base.build_tokenizer()(before, verbose=False).input_ids) - 1 >= scene_base.MAX_LENGTH
+    return len(scene_text.build_tokenizer()(before, verbose=False).input_ids) - 1 >= scene_text.MAX_LENGTH
 
 
 def _long_captions(split: Split, number: int) -> list[str]:

@@ -8,10 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmalign.playground import photographs, scene_base, scene_judges, scene_prompts, scenes, world
+from mmalign.playground import (
+    photographs,
+    scene_base,
+    scene_gaze,
+    scene_judges,
+    scene_prompts,
+    scene_text,
+    scenes,
+    world,
+)
 
 TEST = photographs.load("test")
 MODELS = {"vae", "unet", "text_encoder", "tokenizer"}
+PROMPTS = scene_prompts.prompts()
 NUM_WORDINGS = len(scenes._WORDINGS)
 
 
@@ -107,34 +117,32 @@ def test_properties_are_true_of_the_pixels() -> None:
 
 
 def test_long_captions_name_two_garments_beyond_77_tokens() -> None:
-    prompts = scene_prompts.prompts()
-    assert (len(prompts.train), len(prompts.test)) == (scene_prompts.NUM_TRAIN, scene_prompts.NUM_TEST)
-    assert len(set(prompts.train) | set(prompts.test)) == scene_prompts.NUM_TRAIN + scene_prompts.NUM_TEST
-    tokenizer = scene_base.build_tokenizer()
-    lengths = [len(tokenizer(text, verbose=False).input_ids) for text in prompts.test]
+    assert (len(PROMPTS.train), len(PROMPTS.test)) == (scene_prompts.NUM_TRAIN, scene_prompts.NUM_TEST)
+    assert len(set(PROMPTS.train) | set(PROMPTS.test)) == scene_prompts.NUM_TRAIN + scene_prompts.NUM_TEST
+    tokenizer = scene_text.build_tokenizer()
+    lengths = [len(tokenizer(text, verbose=False).input_ids) for text in PROMPTS.test]
     assert min(lengths) > 110 and max(lengths) < 180
-    for text in prompts.test:
+    for text in PROMPTS.test:
         assert sorted(one.place for one in scenes.read_caption(text)) == [0, 1, 2, 3]
         seen = tokenizer.decode(tokenizer(text, truncation=True).input_ids, skip_special_tokens=True)
         assert sum(garment in seen for garment in photographs.GARMENTS) <= 2, seen
 
 
 def test_no_text_asks_a_cell_the_same_in_training_and_test() -> None:
-    prompts = scene_prompts.prompts()
     asked = [
         {(one.garment, one.colour, one.background) for text in part for one in scenes.read_caption(text)}
-        for part in (prompts.train, prompts.test)
+        for part in (PROMPTS.train, PROMPTS.test)
     ]
     assert asked[0] and asked[1] and not asked[0] & asked[1]
 
 
 def test_what_the_base_was_trained_on_fits_into_77_tokens() -> None:
     rows = torch.arange(300)
-    captions = scene_base.draw_captions(scenes.draw_scenes(TEST.labels, rows, seed=3), rows, seed=3)
+    captions = scene_text.draw_captions(scenes.draw_scenes(TEST.labels, rows, seed=3), rows, seed=3)
     number = [len(scenes.read_caption(text)) for text in captions]
     assert set(number) == {1, 2} and 0.65 < np.mean(np.array(number) == 2) < 0.85
-    assert max(len(scene_base.build_tokenizer()(text).input_ids) for text in captions) <= 77
-    again = scene_base.draw_captions(scenes.draw_scenes(TEST.labels, rows[7:8], seed=3), rows[7:8], seed=3)
+    assert max(len(scene_text.build_tokenizer()(text).input_ids) for text in captions) <= 77
+    again = scene_text.draw_captions(scenes.draw_scenes(TEST.labels, rows[7:8], seed=3), rows[7:8], seed=3)
     assert again == captions[7:8]
     cells = scenes.draw_scenes(TEST.labels, rows[:1], seed=3)
     with pytest.raises(ValueError, match="not even the shortest wording fits"):
@@ -173,7 +181,7 @@ def test_shares_are_means_over_pictures_and_over_sentences() -> None:
 
 def test_what_is_told_of_a_place_is_what_its_latents_show() -> None:
     _, cells = drawn(torch.arange(2))
-    told = scene_base.told_map([scenes.sentence(cells, 2, 1), ""], 16)
+    told = scene_gaze.told_map([scenes.sentence(cells, 2, 1), ""], 16)
     assert told.shape == (2, 3, 16, 16) and (told[1] == -1).all()
     inside = torch.zeros(16, 16, dtype=torch.bool)
     inside[8:, :8] = True
@@ -183,8 +191,8 @@ def test_what_is_told_of_a_place_is_what_its_latents_show() -> None:
 
 def test_a_place_looks_away_by_what_it_does_not_pay_its_own_sentence() -> None:
     captions = ["Top right: a red bag on a blue background. Bottom left: a pink boot on a green background.", ""]
-    tokens = scene_base.tokens_of(captions)
-    number = scene_base.sentence_numbers(tokens)
+    tokens = scene_text.tokens_of(captions)
+    number = scene_text.sentence_numbers(tokens)
     assert set(number[0].tolist()) == {-1, 0, 1} and (number[1] == -1).all() and number[0, 0] == -1
     paid = torch.tensor([0.7, 0.2])
     gaze = torch.zeros(2, 16, 77)
@@ -193,10 +201,10 @@ def test_a_place_looks_away_by_what_it_does_not_pay_its_own_sentence() -> None:
         gaze[0] += paid[sentence] * own / own.sum()
     # Of 4×4 positions, the four of the upper right cell are told of in sentence 0, the four of the lower left in sentence 1.
     expected = -paid.log().mean()
-    torch.testing.assert_close(scene_base.looking_away([gaze, gaze], captions, tokens), expected)
-    assert scene_base.where(16).view(4, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
-    gaze[0, scene_base.where(16) == 1] = (number[0] == 0).float() / (number[0] == 0).sum()
-    torch.testing.assert_close(scene_base.looking_away([gaze], captions, tokens), -paid[1].log() / 2)
+    torch.testing.assert_close(scene_gaze.looking_away([gaze, gaze], captions, tokens), expected)
+    assert scene_gaze.where(16).view(4, 4).tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    gaze[0, scene_gaze.where(16) == 1] = (number[0] == 0).float() / (number[0] == 0).sum()
+    torch.testing.assert_close(scene_gaze.looking_away([gaze], captions, tokens), -paid[1].log() / 2)
 
 
 def test_what_is_watched_is_what_the_unet_computes() -> None:
@@ -215,7 +223,7 @@ def test_what_is_watched_is_what_the_unet_computes() -> None:
         looking.to_out[0].bias.zero_()
     outputs: list[torch.Tensor] = []
     looking.register_forward_hook(lambda module, args, output: outputs.append(output))
-    with torch.no_grad(), scene_base.watched(unet) as (features, askers, gazes):
+    with torch.no_grad(), scene_gaze.watched(unet) as (features, askers, gazes):
         unet(latents, 3, text)
     shapes = [tuple(part[0].shape) for part in (features, askers, gazes)]
     assert shapes == [(2, 128, 16, 16), (2, 64, 128), (2, 64, 77)]
@@ -235,7 +243,7 @@ def test_all_stages_train_and_what_watches_stays_out_of_the_pipeline(monkeypatch
     stages = tuple(replace(stage, steps=1, batch_size=4, curve_every=1) for stage in scene_base.STAGES)
     monkeypatch.setattr(scene_base, "STAGES", stages)
     unet = UNet2DConditionModel.from_pretrained(STABLE_DIFFUSION / "unet", torch_dtype=torch.float32)
-    pipe, curve = scene_base.train(scene_vae(torch.float32), unet, scene_base.build_text_encoder())
+    pipe, curve = scene_base.train(scene_vae(torch.float32), unet, scene_text.build_text_encoder())
     assert [(entry["stage"], entry["step"]) for entry in curve] == [(1, 1), (2, 1), (3, 1)]
     assert pipe.unet.config.sample_size == 16 and pipe.tokenizer.model_max_length == 77
     assert set(pipe.components) == {*MODELS, "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
