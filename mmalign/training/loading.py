@@ -44,6 +44,8 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
         raise ValueError(f"{where} could not be loaded: {' '.join(str(error).split())}") from error
     if embedded:
         pipe.register_to_config(_name_or_path=name)
+    elif local and "vae" not in options and _of_scenes(folder):
+        _see_cells_alone(pipe.vae)
     return pipe
 
 
@@ -52,9 +54,21 @@ def scene_vae(dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(playground_folder() / "vae", torch_dtype=dtype)
+    _see_cells_alone(vae)
+    return vae
+
+
+def _see_cells_alone(vae: Any) -> None:
     vae.enable_tiling()
     vae.tile_overlap_factor = 0
-    return vae
+    # diffusers stores no tiling, but this: by it a saved copy is known again.
+    vae.register_to_config(_name_or_path=SCENES)
+
+
+def _of_scenes(folder: Path) -> bool:
+    """Whether a saved pipeline's autoencoder is `scene_vae`'s."""
+    config = folder / "vae" / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") == SCENES
 
 
 def single_file(link_or_path: str, base: str, **options: Any) -> Any:
