@@ -141,6 +141,6 @@ def _loss(
     extra = extra + scene_gaze.looking_away(gazes, captions, tokens)
     if "finders" in parts:
         places = scene_gaze.where(askers[0].shape[1]).expand(len(captions), -1)
-        found = [finder(asker).mT for finder, asker in zip(parts["finders"], askers, strict=True)]
+        found = [finder(asker).mT for finder, asker in zip(parts["finders"].children(), askers, strict=True)]
         extra = extra + torch.stack([F.cross_entropy(guess, places) for guess in found]).mean()
     return (noise_level / signal * error).mean() + EXTRA_WEIGHT * extra
