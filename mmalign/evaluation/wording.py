@@ -86,7 +86,7 @@ def headline(result: EvaluationResult) -> str:
         verdict = f"{capital(aligned)} beats {base}: it wins {told}"
     else:
         verdict = f"{capital(aligned)} loses to {base}: it wins {told}"
-    return f"{verdict}, {_told_by(judge)}."
+    return f"{verdict}, {_told_by(result)}."
 
 
 def notes(result: EvaluationResult) -> list[str]:
@@ -143,10 +143,13 @@ def history_keys(history: Sequence[dict[str, object]]) -> list[str]:
     return sorted(keys, key=lambda key: first.index(key) if key in first else len(first))
 
 
-def _told_by(judge: ScorerResult) -> str:
+def _told_by(result: EvaluationResult) -> str:
+    judge = result.judge
     if judge.seen_in_training:
         return f"as told by {judge.name}, which was seen in training, so this is no evidence of better pictures"
-    return f"as told by {judge.name}, which was not named as used in training"
+    if result.settings.get("trained_on"):
+        return f"as told by {judge.name}, a scorer that was not used in training"
+    return f"as told by {judge.name}; what training used was not said"
 
 
 def _interval_note(rate: WinRate) -> str:
