@@ -248,15 +248,15 @@ def load_pipeline(
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
 
 
+def _is_file(name: str | None) -> bool:
+    return str(name).endswith((".safetensors", ".ckpt", ".pt"))
+
+
 def check_negative(given: Given) -> None:
     """UsageError for weights of a negative side that is not there."""
     for name in ("negative_alpha", "negative_beta"):
         if given["negative"] is None and given[name] != 1:
             raise UsageError(f"{flag(name)} acts on --negative, and there is none")
-
-
-def _is_file(name: str | None) -> bool:
-    return str(name).endswith((".safetensors", ".ckpt", ".pt"))
 
 
 def best_device(asked: str | None) -> str:

@@ -12,8 +12,8 @@ from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
-    """SHA-256 over a pipeline's class and settings, every weight and config, its tokenizers, which adapters act at which scale, and
-    how a negative side is mixed.
+    """SHA-256 over a pipeline's class and settings, every weight and config, its tokenizers, which adapters act at which scale, and how
+    a negative side is mixed.
 
     The scheduler is left out: it belongs to the sampler settings. Reads all weights once (about a second a gigabyte).
     """

@@ -68,8 +68,8 @@ def test_headline_of_a_win_comes_from_the_first_held_out_scorer(make_result):
         "Aligned beats base: it wins 100.0% of 30 comparisons on 30 prompts (95% interval 87.8% to 100.0%), "
         "as told by red, a scorer that was not used in training."
     )
-    unsaid = make_result(WINS, trained_on=())
-    assert headline(unsaid).endswith("as told by red; what training used was not said.")
+    unsaid = headline(make_result(WINS, trained_on=()))
+    assert unsaid.endswith("as told by green; what training used was not said.")
 
 
 def test_headline_of_a_loss_and_of_no_difference(make_result):
