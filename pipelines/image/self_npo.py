@@ -104,7 +104,6 @@ class SelfNPOConfig(RunConfig):
             "gradient_checkpointing": True,
         },
         "paper": {"source": "noise", "target_guidance_scale": 1.0, "target_model": "frozen", "norm": "l2"},
-        # Of three settings tried on training prompts the one that judge A liked, drawn with β 0.3 (docs/self-npo.md).
         "playground": {
             "learning_rate": 3e-4, "max_steps": 60, "warmup_steps": 20, "per_device_train_batch_size": 16, "prompt_dropout": 0.1,
             "target_guidance_scale": -4.0,
