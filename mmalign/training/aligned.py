@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmalign.rewards.checkpoints import read_checkpoint
+from mmalign.training.lora_list import add_listed, read_lora_list
 from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
 
 _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -34,10 +35,14 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, and a LoRA of diffusers, peft or kohya; all in safetensors. With `allow_pickle` also
-    state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight that does not fit, before anything is changed.
+    state dicts in .bin, .pth and .pt, and LoRAs that are lists without names (`training.lora_list`), as tensors only. ValueError names
+    the first weight that does not fit, before anything is changed.
     """
     component, network = aligned_network(pipe)
     files = _files(str(path), component, allow_pickle)
+    if (listed := read_lora_list(files[0])) is not None:
+        add_listed(network, listed, adapter_name)
+        return adapter_name
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_checkpoint(file)
