@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.files import write_file
-from mmalign.training.config import DenoiserConfig
+from mmalign.training.run_config import RunConfig
 
 _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
@@ -30,17 +30,17 @@ def is_hub_id(name: str) -> bool:
 
 def write_card(
     folder: Path,
-    args: DenoiserConfig,
+    args: RunConfig,
     *,
     base_model: str,
     data: str,
     metrics: dict[str, Any],
-    beta: float,
+    settings: dict[str, Any],
     trained: tuple[str, str] | None,
     task: str,
 ) -> None:
-    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA. `beta`:
-    the one that training ended with.
+    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
+    `settings`: of the method.
 
     No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
     for what the model does.
@@ -61,10 +61,6 @@ def write_card(
     import yaml
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
-    options = args.loss_options()
-    if "beta" in options:
-        options["beta"] = beta
-    settings = {"latents": args.latents, "comparison": args.comparison, "loss": args.objective(), **options}
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---

@@ -1,4 +1,4 @@
-"""The options of a denoiser's preference training: `transformers.TrainingArguments` plus the three axes of every method.
+"""The options of a denoiser's preference training: those of every run, plus the three axes of every method.
 
 latents     how the log-ratio is measured: forward noise, DDIM inversion, ReNoise inversion
 comparison  what a pair is worth: human label, relabelled by a reward, smoothed weight, Bradley–Terry weight
@@ -7,17 +7,14 @@ loss_type   the link, any pair loss of `mmalign.losses`
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
-
-from transformers import TrainingArguments
+from typing import Any, ClassVar, Literal
 
 from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.auto_beta import check_auto_beta
-from mmalign.training.config_checks import READ_BY, check_axes, check_choices, check_losses
-from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
-from mmalign.training.optimizers import check_optimizer
+from mmalign.training.config_checks import READ_BY, check_axes, check_losses
+from mmalign.training.run_config import RunConfig
 
 # What the methods' presets for the playground share. Learning rate, beta and number of inversion steps were chosen on training
 # prompts by judge A (benchmarks/playground_settings.py), before judge B had told anything.
@@ -32,8 +29,10 @@ PLAYGROUND: dict[str, Any] = {
 
 
 @dataclass
-class DenoiserConfig(TrainingArguments):
-    """Options shared by SmPO, InPO, Diffusion-DPO and SFT; each method's own class sets their defaults.
+class DenoiserConfig(RunConfig):
+    """Options shared by SmPO, InPO, Diffusion-DPO and SFT, beside those of `RunConfig`; each method's own class sets their defaults.
+
+    A prompt is dropped for both sides of a pair at once.
 
     beta               scale of the log-ratio −½ · (mean squared error of policy − that of reference); the code convention of
                        Diffusion-DPO, in which 2000–5000 is usual for Stable Diffusion. "auto" starts at the method's default and is
@@ -54,22 +53,14 @@ class DenoiserConfig(TrainingArguments):
     smoothing_gamma    SmPO's γ: a pair counts γ · (2p − 1)
     strength_sampling  share of the pairs that an epoch draws, in proportion to their |strength|; losses are divided by how likely
                        they were to be drawn: the same expectation, and pairs of little weight seldom cost anything
-    prompt_dropout     share of pairs whose prompt becomes empty, for both sides at once
     share_noise        forward latents: both sides of a pair get the same noise (the published code) or each its own (the paper)
     sdpo_mu            with loss_type "sdpo": how much of the winner's progress is protected
-    train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
-    num_frames         frames of a clip, sampled evenly from it; None is the model's own; for video models only
-    resolution         pixels of the short side and of the centre crop; None is the model's own
-    ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
-                       products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
     aspect_buckets     each pair in a shape near its own, of about resolution² pixels, instead of one square (`mmalign.data.buckets`); a
                        batch holds one shape, and pairs that fill no batch of theirs wait for another epoch
-    validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
     """
 
-    method: ClassVar[str] = "denoiser"
+    unit: ClassVar[str] = "pairs"
     needs_pairs: ClassVar[bool] = True
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     beta: float | Literal["auto"] = 2000.0
     beta_saturation: float = 0.2
@@ -107,48 +98,17 @@ class DenoiserConfig(TrainingArguments):
     min_abs_strength: float = 0.0
     strength_sampling: float | None = None
 
-    prompt_dropout: float = 0.2
     loss_space: Literal["epsilon", "velocity"] | None = None
     reference: Literal["auto", "adapter", "copy"] = "auto"
     reference_cache: bool = False
-    ema_decay: float | None = None
-    train_split: str | None = None
-    eval_split: str | None = None
-    num_frames: int | None = None
-    resolution: int | None = None
     aspect_buckets: bool = False
-    cache_dir: str | None = None
-
-    validation_prompts: list[str] = field(default_factory=list)
-    validation_steps: int = 0
-    validation_seed: int = 0
-    validation_inference_steps: int = 20
-    validation_guidance_scale: float | None = None
-
-    learning_rate: float = 1e-5
-    lr_scheduler_type: str = "constant_with_warmup"
-    per_device_train_batch_size: int = 4
-    weight_decay: float = 1e-2
-    logging_steps: float = 10
-    save_steps: float = 100
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool | None = False
-    logging_nan_inf_filter: bool = False
-    optim: str = "adamw_torch"
-    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
         if self.comparison == "human" and self.scorer == self.default("scorer"):
             self.scorer = None
-        if self.gradient_checkpointing is not None and self.activation_checkpointing is None:  # type: ignore[has-type]
-            # transformers' new name for it; with it, its warning about the old one stays away.
-            self.activation_checkpointing = self.gradient_checkpointing
-        refuse_unsupported(self)
         super().__post_init__()
-        check_choices(self)
-        check_optimizer(self)
         check_axes(self)
         self._check_losses()
         check_auto_beta(self)
@@ -156,20 +116,6 @@ class DenoiserConfig(TrainingArguments):
 
     def _check_losses(self) -> None:
         check_losses(self)
-
-    @property
-    def place_model_on_device(self) -> bool:
-        """False: the trainer moves the network itself, and back when training is over."""
-        return False
-
-    @property
-    def pairs_per_step(self) -> int:
-        """Pairs of one optimiser step, over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def default(self, name: str) -> Any:
-        """The default of a field of ours in this method's config."""
-        return type(self).__dataclass_fields__[name].default
 
     @property
     def starting_beta(self) -> float:
@@ -228,29 +174,13 @@ class DenoiserConfig(TrainingArguments):
         )
 
     @classmethod
-    def preset(cls, name: str, **options: Any) -> Self:
-        """The settings `name`, published ("sd15", "sdxl") or chosen for the "playground", with `options` on top."""
-        return cls(**cls.preset_options(name, options), **options)
-
-    @classmethod
     def preset_options(cls, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """What the preset adds to `given`: options that are not set there and that have an effect beside what is."""
-        if name not in cls.presets:
-            raise ValueError(f"{cls.__name__} has no preset {name!r}; it has {', '.join(sorted(cls.presets))}")
-        chosen = {**cls.presets[name], **given}
+        added = super().preset_options(name, given)
+        chosen = {**added, **given}
         axes = {chosen.get(axis, cls.__dataclass_fields__[axis].default) for axis in ("latents", "comparison")}
         readers = {**READ_BY, "scorer": ("relabel", "smoothed", "bradley_terry")}
-        return {
-            option: value
-            for option, value in cls.presets[name].items()
-            if option not in given and axes & set(readers.get(option, axes))
-        }
-
-    def identity(self) -> dict[str, Any]:
-        """Every option that a checkpoint's run and one that continues it must share, as JSON values."""
-        own = [name for name in type(self).__dataclass_fields__ if name not in TrainingArguments.__dataclass_fields__]
-        names = [name for name in own if name not in _NOT_THE_RUN] + list(RUN_OPTIONS)
-        return {name: _plain(getattr(self, name)) for name in names}
+        return {option: value for option, value in added.items() if axes & set(readers.get(option, axes))}
 
     def objective(self) -> str:
         """What is minimised, in one word or a sum of them."""
@@ -259,18 +189,16 @@ class DenoiserConfig(TrainingArguments):
             key if weight == 1 else f"{weight:g}·{key}" for key, weight in zip(self.loss_type, weights, strict=True)
         )
 
-    def describe(self, num_processes: int = 1, *, elements: int | None = None) -> str:
-        """The axes, the effective batch and learning rate, and the scale of β in the conventions that are around.
+    def about(self) -> str:
+        """The three axes."""
+        return f"latents={self.latents}, comparison={self.comparison}, loss={self.objective()}"
+
+    def details(self, elements: int | None) -> list[str]:
+        """The scale of β in the conventions that are around, and how points and strengths are made.
 
         `elements`: of one latent, to tell the β of papers that sum squared errors where this code takes their mean.
         """
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
-        lines = [
-            f"{self.method}: latents={self.latents}, comparison={self.comparison}, loss={self.objective()}",
-            f"batch {batch} pairs a step = {self.per_device_train_batch_size} × {self.gradient_accumulation_steps} accumulated × "
-            f"{num_processes} process(es); effective learning rate {self.learning_rate:g} (the batch does not scale it), "
-            f"{self._schedule()}",
-        ]
+        lines = []
         if self.needs_pairs and any("beta" in losses.get(key).hyper for key in self.loss_type):
             lines.append(f"beta {self.starting_beta:g} {self._convention(elements)}")
             if self.beta == "auto":
@@ -287,16 +215,7 @@ class DenoiserConfig(TrainingArguments):
             )
         elif self.comparison != "human":
             lines.append(f"pairs compared by {self.scorer}")
-        if self.ema_decay is not None:
-            lines.append(
-                f"evaluated, drawn and saved: the moving average of the trained weights, decay {self.ema_decay:g} (ema_decay), not "
-                "those of the last step"
-            )
-        return "\n".join(lines)
-
-    def _schedule(self) -> str:
-        warmup = f"{self.warmup_steps:g}" + (" of the steps" if 0 < self.warmup_steps < 1 else " steps")
-        return f"{_plain(self.lr_scheduler_type)}, warm-up {warmup}"
+        return lines
 
     def _convention(self, elements: int | None) -> str:
         if self.is_reference_free:
@@ -310,18 +229,3 @@ class DenoiserConfig(TrainingArguments):
             else f"; for errors summed over {elements:,} elements it is {self.starting_beta / (2 * elements):.3g}"
         )
         return text + summed
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: enums by their value."""
-    return getattr(value, "value", value)
-
-
-# Options of ours that change neither losses nor weights, or are told by the fingerprint of the data, so that they need not be compared
-# between a checkpoint and the run that continues it.
-_NOT_THE_RUN = frozenset(
-    """
-    train_split eval_split aspect_buckets cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
-    validation_inference_steps validation_guidance_scale
-    """.split()
-)

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from mmalign import losses
 
 _INVERTED = ("ddim", "renoise")
-# Option → the latents or comparisons that read it; none: sample pictures do.
+# Option → the latents or comparisons that read it.
 READ_BY: dict[str, tuple[str, ...]] = {
     "inversion_steps": _INVERTED,
     "inversion_renoise_steps": ("renoise",),
@@ -25,10 +25,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "inversion_refresh": _INVERTED,
     "smoothing_gamma": ("smoothed",),
     "smoothing_normalizer": ("smoothed",),
-    "validation_seed": (),
-    "validation_inference_steps": (),
-    "validation_guidance_scale": (),
 }
+# Options that sample pictures alone read.
+OF_SAMPLES = ("validation_seed", "validation_inference_steps", "validation_guidance_scale")
 
 
 def check_choices(args: Any) -> None:
@@ -38,23 +37,38 @@ def check_choices(args: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(args, name)!r}")
 
 
+def check_run(args: Any) -> None:
+    """Options of any run that are out of range, or would have no effect."""
+    _refuse(
+        {
+            "fp16 has no effect on a CPU: use bf16=True there, or fp16=False": args.fp16 and args.device.type == "cpu",
+            "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
+            "ema_decay must be 0 or more and below 1": args.ema_decay is not None and not 0 <= args.ema_decay < 1,
+            "num_frames must be positive": args.num_frames is not None and args.num_frames < 1,
+            "resolution must be positive": args.resolution is not None and args.resolution < 1,
+            "validation_steps must be 0 or more": args.validation_steps < 0,
+            "validation_inference_steps must be at least 1": args.validation_inference_steps < 1,
+            "validation_steps needs validation_prompts": args.validation_steps > 0 and not args.validation_prompts,
+            "validation_prompts have no effect without validation_steps": args.validation_steps == 0
+            and bool(args.validation_prompts),
+        }
+    )
+    if not args.validation_steps:
+        for name in OF_SAMPLES:
+            if getattr(args, name) != args.default(name):
+                raise ValueError(f"{name} has no effect with validation_steps=0")
+
+
 def check_axes(args: Any) -> None:
-    """Options that contradict each other, or would have no effect beside the others."""
+    """Options of the pair methods that contradict each other, or would have no effect beside the others."""
     graded = args.comparison in ("smoothed", "bradley_terry")
     checks = {
-        "fp16 has no effect on a CPU: use bf16=True there, or fp16=False": args.fp16 and args.device.type == "cpu",
         "beta must be positive": not args.starting_beta > 0,
-        "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
         "min_abs_strength must be 0 or more": not args.min_abs_strength >= 0,
         "smoothing_gamma must be positive": not args.smoothing_gamma > 0,
-        "ema_decay must be 0 or more and below 1": args.ema_decay is not None and not 0 <= args.ema_decay < 1,
-        "num_frames must be positive": args.num_frames is not None and args.num_frames < 1,
-        "resolution must be positive": args.resolution is not None and args.resolution < 1,
         "aspect_buckets needs dataloader_drop_last=True: a short batch would stand in the middle of an epoch": (
             args.aspect_buckets and not args.dataloader_drop_last
         ),
-        "validation_steps must be 0 or more": args.validation_steps < 0,
-        "validation_inference_steps must be at least 1": args.validation_inference_steps < 1,
         "share_noise=False belongs to latents='forward'": not args.share_noise and args.latents != "forward",
         "inversion_model='reference' needs latents 'ddim' or 'renoise'": args.inversion_model == "reference"
         and args.latents == "forward",
@@ -91,18 +105,18 @@ def check_axes(args: Any) -> None:
         "f_alpha_divergence_coef belongs to f_divergence_type='alpha_divergence'": args.f_alpha_divergence_coef
         is not None
         and args.f_divergence_type != "alpha_divergence",
-        "validation_steps needs validation_prompts": args.validation_steps > 0 and not args.validation_prompts,
-        "validation_prompts have no effect without validation_steps": args.validation_steps == 0
-        and bool(args.validation_prompts),
     }
+    _refuse(checks)
+    for name, readers in READ_BY.items():
+        read = args.latents in readers or args.comparison in readers
+        if not read and getattr(args, name) != args.default(name):
+            raise ValueError(f"{name} has no effect with latents={args.latents!r} and comparison={args.comparison!r}")
+
+
+def _refuse(checks: dict[str, Any]) -> None:
     for message, violated in checks.items():
         if violated:
             raise ValueError(message)
-    for name, readers in READ_BY.items():
-        read = args.latents in readers or args.comparison in readers or (args.validation_steps and not readers)
-        if not read and getattr(args, name) != args.default(name):
-            where = f"latents={args.latents!r} and comparison={args.comparison!r}" if readers else "validation_steps=0"
-            raise ValueError(f"{name} has no effect with {where}")
 
 
 def _saves_where_paths_are_renewed(args: Any) -> bool:

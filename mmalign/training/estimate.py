@@ -15,7 +15,6 @@ from mmalign.denoisers.parts import stored
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.grids import make_grid
 from mmalign.training.optimizers import state_bytes
-from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
 
@@ -124,16 +123,7 @@ def estimate(trainer: Any, steps: int) -> str:
     args, frozen = trainer.args, trainer.reference
     copied = frozen.module if frozen.kind == "copy" else None
     memory = memory_of(trainer.network, copied, args.optim.value, averages=args.ema_decay is not None)
-    visits = (args.inversion_refresh or steps) * args.pairs_per_step / trainer.num_pairs
-    forwards = forward_equivalents(
-        trainer.denoiser.schedule,
-        args.inversion(),
-        has_reference=frozen.kind != "none",
-        adapted=has_adapter(trainer.network),
-        recomputes=bool(args.gradient_checkpointing),
-        every_landing=args.inversion_landings == "all",
-        visits=visits if args.inversion_landings == "in_turn" else None,
-    )
+    forwards = trainer.forward_passes(steps)
     seconds = timed(trainer.one_forward(), args.device) * forwards * args.gradient_accumulation_steps
     room = ""
     if args.device.type == "cuda":

@@ -114,7 +114,7 @@ def probe(
         "probing %d learning rates with %d steps of %d pairs each, %d pairs held out",
         len(rates),
         steps,
-        args.pairs_per_step,
+        args.rows_per_step,
         len(held.dataset),
     )
     lora = default_lora() if peft_config == "default" else peft_config

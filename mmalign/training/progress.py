@@ -19,6 +19,7 @@ _SHOWN = {
     "grad_norm": ("gradient", ".2g"),
     "learning_rate": ("lr", ".2g"),
     "pairs_per_second": ("pairs/s", ".3g"),
+    "prompts_per_second": ("prompts/s", ".3g"),
 }
 
 

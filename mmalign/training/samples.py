@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from mmalign.data.clips import glance
 from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
 from mmalign.files import staged
-from mmalign.training.config import DenoiserConfig
 from mmalign.training.devices import on_device
+from mmalign.training.run_config import RunConfig
 
 logger = logging.getLogger("mmalign")
 _MARGIN, _LINE = 8, 16
@@ -42,7 +42,7 @@ class SamplePictures(TrainerCallback):
         if state.is_world_process_zero and state.global_step % args.validation_steps == 0:
             self._save(args, state.global_step)
 
-    def _save(self, args: DenoiserConfig, step: int) -> None:
+    def _save(self, args: RunConfig, step: int) -> None:
         with self._weights():
             images = draw(self.pipe, args)
         self._first = self._first or (step, images)
@@ -55,7 +55,7 @@ class SamplePictures(TrainerCallback):
         logger.info("sample pictures: %s", folder / f"step-{step:06d}.png")
 
 
-def draw(pipe: Any, args: DenoiserConfig) -> list[Image.Image]:
+def draw(pipe: Any, args: RunConfig) -> list[Image.Image]:
     """One picture a prompt, prompt i from seed `validation_seed` + i, at the pipeline's own guidance unless one is set.
 
     Of a clip the first, the middle and the last frame, side by side.

@@ -7,7 +7,7 @@ import shutil
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from torch import nn
 from transformers import Trainer
@@ -19,13 +19,28 @@ from mmalign.likelihood.reference import Reference
 from mmalign.training.average import AVERAGE_FOLDER, MovingAverage
 from mmalign.training.card import write_card
 from mmalign.training.checkpoints import STAGING, check_facts, read_manifest, write_manifest
-from mmalign.training.config import DenoiserConfig
-from mmalign.training.prepare import Prepared
+from mmalign.training.run_config import RunConfig
 from mmalign.training.weights import adapter_config, component_name, has_adapter, load_trained, save_trained
 
 logger = logging.getLogger("mmalign")
 # Facts about the library that made an adapter, not about the run.
 _VOLATILE = ("peft_version", "base_model_name_or_path", "revision", "inference_mode")
+
+
+class RunData(Protocol):
+    """Rows to train on: what they are called, a hash of all that they are, and a data set with "row" in every item.
+
+    The data set's `buckets` are the shape of each row, or None where all have one.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def dataset(self) -> Any: ...
 
 
 class SavingTrainer(Trainer):
@@ -34,9 +49,8 @@ class SavingTrainer(Trainer):
     pipe: Any
     denoiser: Denoiser
     reference: Reference
-    args: DenoiserConfig
-    beta: float
-    _train: Prepared
+    args: RunConfig
+    _train: RunData
     _run_dir: str | None = None
     _average: MovingAverage | None = None
 
@@ -56,7 +70,7 @@ class SavingTrainer(Trainer):
             "method": self.args.method,
             "reference model": base.fingerprint(),
             "data": self._train.fingerprint,
-            "batch": self.args.pairs_per_step,
+            "batch": self.args.rows_per_step,
             "peft_config": adapter,
             **self.args.identity(),
         }
@@ -89,8 +103,6 @@ class SavingTrainer(Trainer):
 
     def _write(self, folder: Path) -> None:
         save_trained(self.pipe, self.network, folder)
-        if self._train.normalizer is not None:
-            self._train.normalizer.save(folder / "smoothing.json")
 
     def _write_card(self, folder: Path) -> None:
         whole = (component_name(self.pipe, self.network), type(self.network).__name__)
@@ -100,10 +112,14 @@ class SavingTrainer(Trainer):
             base_model=str(self.pipe.config.get("_name_or_path") or "unknown"),
             data=self._train.name,
             metrics=self.last_metrics(),
-            beta=self.beta,
+            settings=self.card_settings(),
             trained=None if has_adapter(self.network) else whole,
             task="text-to-image" if self.denoiser.native_frames is None else "text-to-video",
         )
+
+    def card_settings(self) -> dict[str, Any]:
+        """What of the method's settings the card tells."""
+        return {}
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is left to do: `README.md` is written together with the weights."""

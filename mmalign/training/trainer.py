@@ -1,69 +1,37 @@
-"""The trainer of every denoiser method: `transformers.Trainer` around one measurement and one loss of `mmalign.losses`."""
+"""The trainer of every method that learns from pairs: one measurement and one loss of `mmalign.losses`."""
 
 import logging
-import math
-import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign import losses
-from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers import adapter_for
 from mmalign.denoisers.base import module_dtype
-from mmalign.denoisers.parts import evaluating, is_quantized, networks
-from mmalign.likelihood.draws import row_generators
+from mmalign.denoisers.parts import evaluating, is_quantized
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.auto_beta import AutoBeta
-from mmalign.training.average import MovingAverage
-from mmalign.training.bucketing import InBuckets, bucket_batches, told_buckets
+from mmalign.training.bucketing import InBuckets, told_buckets
 from mmalign.training.config import DenoiserConfig
-from mmalign.training.devices import on_device, refuse_offloading, storable
-from mmalign.training.estimate import Announcement
-from mmalign.training.loading import load_base
+from mmalign.training.estimate import forward_equivalents
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
-from mmalign.training.metrics import MetricSums
 from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
-from mmalign.training.progress import Bar, LastStep, Lines
 from mmalign.training.reuse import Reuse
-from mmalign.training.samples import SamplePictures
+from mmalign.training.run_trainer import EVAL_EPOCH, Losses, RunTrainer
 from mmalign.training.sampling import Shuffled, ShuffledByProbability, inclusion_probabilities
-from mmalign.training.saving import SavingTrainer
-from mmalign.training.weights import made_trainable
+from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
-_EVAL_EPOCH = -1
 
 
-class PolicyModule(nn.Module):
-    """The network that is aligned, behind the forward that several processes wrap; maps transformers' checkpointing verb."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.network = denoiser.module
-        self._predict = denoiser.predict
-
-    def forward(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
-        """The raw output of the network, as `Denoiser.predict`."""
-        return self._predict(self.network, x_t, t, conditioning)
-
-    def activation_checkpointing_enable(self, **options: Any) -> None:
-        """diffusers' own verb; it takes no options, and `inherited.py` refuses any."""
-        cast(Any, self.network).enable_gradient_checkpointing()
-
-
-class DenoiserTrainer(SavingTrainer):
+class DenoiserTrainer(RunTrainer):
     """Aligns a diffusers pipeline on pairs. SmPO, InPO, Diffusion-DPO and SFT differ only in the defaults of their configs.
 
     Args:
@@ -79,50 +47,66 @@ class DenoiserTrainer(SavingTrainer):
     """
 
     config_class: type[DenoiserConfig] = DenoiserConfig
+    args: DenoiserConfig
+    beta: float
+    _train: Prepared
+    _eval: Prepared | None
 
-    def __init__(
-        self,
-        model: Any,
-        args: DenoiserConfig,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        peft_config: Any = None,
-        ref_model: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-    ) -> None:
-        if isinstance(model, (str, os.PathLike)):
-            model = load_base(model)
-        self.pipe, self.denoiser = model, adapter_for(model)
-        self._check_arguments(args, train_dataset, eval_dataset, peft_config)
-        with on_device(list(networks(model).values()), args.device):
-            self._train = prepare(train_dataset, self.denoiser, args)
-            self._eval = None if eval_dataset is None else prepare(eval_dataset, self.denoiser, args, like=self._train)
+    def check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
+        """ValueError for what cannot work, before anything is read or moved."""
+        super().check_arguments(args, train_dataset, eval_dataset, peft_config)
+        if self.denoiser.schedule.is_flow and args.latents != "forward" and args.inversion_eta > 0:
+            raise ValueError("inversion_eta is noise of variance-preserving models; a flow model needs inversion_eta=0")
+        if args.reference == "adapter" and peft_config is None:
+            raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
+        if args.inversion_refresh is not None and args.world_size > 1:
+            raise ValueError(
+                "inversion_refresh keeps paths in the memory of one process: leave it out, or start one process"
+            )
+
+    def prepare_data(self, data: Any, args: DenoiserConfig, *, like: Prepared | None = None) -> Prepared:
+        """Encoded and compared pairs, from whatever `load_pairs` reads."""
+        return prepare(data, self.denoiser, args, like=like)
+
+    @staticmethod
+    def collate(items: list[Any]) -> dict[str, Any]:
+        """Pairs as a batch."""
+        return batch_of(items)
+
+    def check_data(self, args: DenoiserConfig, alike: str = "") -> None:
+        """ValueError where the pairs fill no batch, or come too seldom for what is kept of them."""
         if self._eval is not None:
             check_held_out(self._train, self._eval)
-        self._check_batches(args)
-        # One process drives one device; more of them are started by `accelerate launch`. Without one there is nothing to pin for.
-        args._n_gpu = min(1, args.n_gpu)
-        args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
-        # Every trained weight of a denoiser gets a gradient in every step.
-        args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
-        with made_trainable(self.network, peft_config, args.seed):
-            super().__init__(
-                model=PolicyModule(self.denoiser),
-                args=args,
-                data_collator=batch_of,
-                train_dataset=self._train.dataset,
-                eval_dataset=None if self._eval is None else self._eval.dataset,
-                callbacks=callbacks,
+        data = self._train.dataset
+        if data.buckets is not None:
+            told = told_buckets(self._train.encoded.shapes, data.buckets, args.per_device_train_batch_size)
+            logger.info("%s: %s", self._train.name, told)
+            alike = f" of one shape ({told})"
+        elif args.strength_sampling is not None:
+            alike = f" with strength_sampling={args.strength_sampling:g}"
+        super().check_data(args, alike)
+        steps_an_epoch = len(self.sampler(args)) / args.rows_per_step
+        if args.inversion_refresh is not None and args.inversion_refresh <= steps_an_epoch:
+            raise ValueError(
+                f"inversion_refresh={args.inversion_refresh}: no pair comes twice in so few steps, since an epoch has "
+                f"{steps_an_epoch:.0f}; raise it, or take inversion_landings='all'"
             )
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ValueError(
-                    "the launcher asked for DeepSpeed or FSDP, which are not supported yet: launch plain data parallelism"
-                )
-            self.reference = self._make_reference(ref_model)
-        self.args: DenoiserConfig = args
-        # Grids are made on the CPU, losses on the device: each has the tables where it works.
-        self.denoiser.schedule = storable(self.denoiser.schedule, args.device)
-        self._schedule = self.denoiser.schedule.to(args.device)
+
+    def make_reference(self, ref_model: Any) -> Reference:
+        """The policy with its adapter off, a frozen copy, or none where no loss needs one."""
+        args = self.args
+        needed = args.needs_pairs and (not args.is_reference_free or args.inversion_model == "reference")
+        if ref_model is not None and not isinstance(ref_model, nn.Module):
+            ref_model = adapter_for(ref_model).module
+        if ref_model is not None and _precision(ref_model) != _precision(self.network):
+            raise ValueError(
+                "ref_model has another dtype or quantisation than the policy, and rounding would look like preference: load both alike"
+            )
+        return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
+
+    def set_up(self) -> None:
+        """How points are measured, what of them is kept, and β."""
+        args = self.args
         self._method = Method(
             inversion=args.inversion(),
             inversion_by_reference=args.inversion_model == "reference",
@@ -138,78 +122,24 @@ class DenoiserTrainer(SavingTrainer):
             schedule=self._schedule,
             autocast=self.accelerator.autocast,
         )
-        self._sums = {mode: MetricSums(args.world_size) for mode in ("train", "eval")}
-        self._warned: set[str] = set()
-        self._pairs_in_step = 0
-        self._logged_at: tuple[int, float] | None = None
         self.beta = args.starting_beta
         self._auto_beta = AutoBeta(self) if args.beta == "auto" else None
-        self._add_our_callbacks()
 
-    def _check_arguments(self, args: DenoiserConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
-        refuse_offloading(self.pipe)
-        if peft_config is None and is_quantized(self.network):
-            raise ValueError(
-                "quantised weights cannot be trained: pass a peft_config, or load the pipeline unquantised"
-            )
-        if train_dataset is None:
-            raise ValueError("train_dataset is missing: a hub id, a folder, a parquet file, rows, or 'playground'")
-        if eval_dataset is None and args.eval_split is not None:
-            raise ValueError("eval_split has no effect without an eval_dataset")
-        if self.denoiser.schedule.is_flow and args.latents != "forward" and args.inversion_eta > 0:
-            raise ValueError("inversion_eta is noise of variance-preserving models; a flow model needs inversion_eta=0")
-        if args.reference == "adapter" and peft_config is None:
-            raise ValueError("reference='adapter' needs a LoRA to switch off: pass a peft_config, or reference='copy'")
-        if args.inversion_refresh is not None and args.world_size > 1:
-            raise ValueError(
-                "inversion_refresh keeps paths in the memory of one process: leave it out, or start one process"
-            )
+    def card_settings(self) -> dict[str, Any]:
+        """The three axes and the loss's options, β as training ended with it."""
+        options = self.args.loss_options()
+        if "beta" in options:
+            options["beta"] = self.beta
+        axes = {"latents": self.args.latents, "comparison": self.args.comparison, "loss": self.args.objective()}
+        return {**axes, **options}
 
-    def _check_batches(self, args: DenoiserConfig) -> None:
-        data, size, alike = self._train.dataset, args.per_device_train_batch_size, ""
-        usable = len(self._sampler(args))
-        if data.buckets is not None:
-            told = told_buckets(self._train.encoded.shapes, data.buckets, size)
-            logger.info("%s: %s", self._train.name, told)
-            alike = f" of one shape ({told})"
-        elif args.strength_sampling is not None:
-            alike = f" with strength_sampling={args.strength_sampling:g}"
-        if usable < size * args.world_size and args.dataloader_drop_last:
-            raise ValueError(
-                f"{len(data)} usable pairs do not fill one batch of {size}{alike} in each of {args.world_size} process(es): "
-                "lower per_device_train_batch_size"
-            )
-        steps_an_epoch = usable / args.pairs_per_step
-        if args.inversion_refresh is not None and args.inversion_refresh <= steps_an_epoch:
-            raise ValueError(
-                f"inversion_refresh={args.inversion_refresh}: no pair comes twice in so few steps, since an epoch has "
-                f"{steps_an_epoch:.0f}; raise it, or take inversion_landings='all'"
-            )
+    def own_callbacks(self) -> list[TrainerCallback]:
+        """What moves β, where it is found in training."""
+        return [self._auto_beta] if self._auto_beta else []
 
-    def _make_reference(self, ref_model: Any) -> Reference:
-        args = self.args
-        needed = args.needs_pairs and (not args.is_reference_free or args.inversion_model == "reference")
-        if ref_model is not None and not isinstance(ref_model, nn.Module):
-            ref_model = adapter_for(ref_model).module
-        if ref_model is not None and _precision(ref_model) != _precision(self.network):
-            raise ValueError(
-                "ref_model has another dtype or quantisation than the policy, and rounding would look like preference: load both alike"
-            )
-        return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
-
-    def _add_our_callbacks(self) -> None:
-        for kind in (ProgressCallback, PrinterCallback):
-            self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if type(c) is not kind]
-        self.add_callback(Announcement(self))
-        self.add_callback(Lines() if self.args.disable_tqdm else Bar())
-        self.add_callback(LastStep())
-        if self.args.ema_decay is not None:
-            self._average = MovingAverage(self.network, self.args.ema_decay)
-            self.add_callback(self._average)
-        if self._auto_beta:
-            self.add_callback(self._auto_beta)
-        if self.args.validation_steps:
-            self.add_callback(SamplePictures(self.pipe, self.averaged))
+    def own_metrics(self) -> dict[str, float]:
+        """β, where it moves."""
+        return {"beta": self.beta} if self._auto_beta else {}
 
     @property
     def elements(self) -> int:
@@ -221,49 +151,33 @@ class DenoiserTrainer(SavingTrainer):
         """Pairs that are trained on."""
         return len(self._train.dataset)
 
-    # A run.
+    def forward_passes(self, steps: int) -> float:
+        """Of the policy with its backward, the reference and the inversion."""
+        args = self.args
+        visits = (args.inversion_refresh or steps) * args.rows_per_step / self.num_pairs
+        return forward_equivalents(
+            self.denoiser.schedule,
+            args.inversion(),
+            has_reference=self.reference.kind != "none",
+            adapted=has_adapter(self.network),
+            recomputes=bool(args.gradient_checkpointing),
+            every_landing=args.inversion_landings == "all",
+            visits=visits if args.inversion_landings == "in_turn" else None,
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As in transformers; True or "latest" resumes from the newest checkpoint in `output_dir`, if there is one.
+        """As `RunTrainer.train`; what was kept of the pairs is written when it is over."""
+        result = super().train(resume_from_checkpoint, **options)
+        self._reuse.write()
+        return result
 
-        `args.resume_from_checkpoint` acts where nothing is passed. Afterwards the network is where it was, in eval mode,
-        and with `ema_decay` holds the averaged weights.
-        """
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if resume is True or str(resume).lower() in ("latest", "true"):
-            resume = get_last_checkpoint(self.args.output_dir) if Path(str(self.args.output_dir)).is_dir() else None
-            if resume is None:
-                logger.info("no checkpoint in %s yet: starting at step 0", self.args.output_dir)
-        try:
-            with self._at_work():
-                if self._average is not None:
-                    self._average.start()
-                result = super().train(resume_from_checkpoint=resume or None, **options)
-            self._reuse.write()
-            return result
-        finally:
-            if self._average is not None:
-                self._average.finish()
-            self.network.eval()
-            if self.args.gradient_checkpointing:
-                cast(Any, self.network).disable_gradient_checkpointing()
-
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        frozen = [self.reference.module] if self.reference.kind == "copy" and self.reference.module is not None else []
-        # Text encoders and VAE have done their part; those that bitsandbytes holds cannot all be moved.
-        idle = [part for part in networks(self.pipe).values() if part is not self.network and not is_quantized(part)]
-        with on_device(idle, torch.device("cpu")), on_device([self.network, *frozen], self.args.device):
-            yield
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return self._sampler(self.args)
-
-    def _sampler(self, args: DenoiserConfig) -> Shuffled | InBuckets:
-        seed = args.seed if args.data_seed is None else args.data_seed
+    def sampler(self, args: DenoiserConfig) -> Shuffled | InBuckets:
+        """All pairs shuffled, a share of them drawn by strength, or in batches of one shape."""
         if args.strength_sampling is not None:
-            return ShuffledByProbability(self._probabilities(args.strength_sampling), seed, lambda: self._epoch)
-        rows, buckets = Shuffled(len(self._train.dataset), seed, lambda: self._epoch), self._train.dataset.buckets
+            return ShuffledByProbability(
+                self._probabilities(args.strength_sampling), args.order_seed, lambda: self._epoch
+            )
+        rows, buckets = super().sampler(args), self._train.dataset.buckets
         return rows if buckets is None else InBuckets(rows, buckets, args.per_device_train_batch_size)
 
     def _probabilities(self, share: float) -> Tensor:
@@ -278,33 +192,18 @@ class DenoiserTrainer(SavingTrainer):
         weights = probabilities.sum() / (len(probabilities) * probabilities)
         return dict(zip(encoded.rows[compared.kept].tolist(), weights.tolist(), strict=True))
 
-    @property
-    def _epoch(self) -> int:
-        # transformers counts k + (batches done)/(batches in all), which at the end of an epoch is a whole number.
-        return math.floor(self.state.epoch or 0)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of one optimiser step, counted, so that a short one does not weigh more than its pairs."""
-        samples, number = super().get_batch_samples(*args, **kwargs)
-        self._pairs_in_step = sum(len(batch["row"]) for batch in samples)
-        return samples, number
-
     # One batch.
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean of the per-pair losses of one micro-batch; raises FloatingPointError, naming rows, where one is not finite."""
-        loss, measured, pairs = self.pair_losses(model, inputs, epoch=self._epoch)
-        self._record("train", measured, pairs, loss.detach())
-        if self.args.strength_sampling is not None:
-            loss = loss * torch.tensor([self._sampling_weights[row] for row in pairs.rows]).to(loss)
-        if self._auto_beta and measured.logps is not None:
-            self._auto_beta.observe(pairs.strength * measured.logps.margin)
-        mean = loss.mean()
-        if self._pairs_in_step:
-            mean = mean * (len(inputs["row"]) * self.current_gradient_accumulation_steps / self._pairs_in_step)
-        return (mean, {"losses": loss.detach()}) if return_outputs else mean
+    def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Prepared) -> Losses:
+        """`pair_losses` with the health panel; in training divided by how likely a pair was to be drawn, where that differs."""
+        loss, measured, pairs = self.pair_losses(model, inputs, epoch=epoch, data=data)
+        panel = health.panel(measured, pairs, loss.detach(), beta=self.beta, schedule=self._schedule)
+        if epoch >= 0:
+            if self.args.strength_sampling is not None:
+                loss = loss * torch.tensor([self._sampling_weights[row] for row in pairs.rows]).to(loss)
+            if self._auto_beta and measured.logps is not None:
+                self._auto_beta.observe(pairs.strength * measured.logps.margin)
+        return Losses(loss, pairs.rows, panel)
 
     def pair_losses(
         self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Prepared | None = None
@@ -354,6 +253,8 @@ class DenoiserTrainer(SavingTrainer):
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)
+        if self._train.normalizer is not None:
+            self._train.normalizer.save(folder / "smoothing.json")
         if self._auto_beta:
             self._auto_beta.save(folder)
 
@@ -365,21 +266,6 @@ class DenoiserTrainer(SavingTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self._reuse.write()
-
-    @contextmanager
-    def _dropout_keyed(self, rows: list[int], epoch: int) -> Iterator[None]:
-        """Dropout, which draws from the process's own random state, drawn like everything else: keyed by (seed, epoch, row)."""
-        if not self._has_dropout:
-            yield
-            return
-        device = self.args.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(row_generators(self.args.seed, epoch, rows[:1], "dropout")[0].initial_seed())
-            yield
-
-    @cached_property
-    def _has_dropout(self) -> bool:
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.network.modules())
 
     @cached_property
     def _is_batch_coupled(self) -> bool:
@@ -415,7 +301,7 @@ class DenoiserTrainer(SavingTrainer):
     def one_forward(self) -> Callable[[], Tensor]:
         """A call that runs the network once on a training batch, to be timed."""
         size, buckets = self.args.per_device_train_batch_size, self._train.dataset.buckets
-        items = range(len(self._train.dataset)) if buckets is None else self._sampler(self.args)
+        items = range(len(self._train.dataset)) if buckets is None else self.sampler(self.args)
         chosen = list(islice(items, size))
         inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in chosen]))
         pairs = self._pairs(self._train, inputs, epoch=0)
@@ -427,73 +313,11 @@ class DenoiserTrainer(SavingTrainer):
 
         return forward
 
-    # Metrics.
-
-    def _record(self, mode: str, measured: Measurement, pairs: Pairs, loss: Tensor) -> None:
-        panel = health.panel(measured, pairs, loss, beta=self.beta, schedule=self._schedule)
-        if not math.isfinite(panel["loss"][0]):
-            rows = [row for row, value in zip(pairs.rows, loss.tolist(), strict=True) if not math.isfinite(value)]
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.state.global_step + 1} for rows {rows[:5]}: lower the learning rate or beta; "
-                "with float16, train in bf16 or float32"
-            )
-        self._sums[mode].add(panel)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the health panel to transformers' own numbers, and prints named warnings once each."""
-        if "loss" in logs:
-            logs.update({name: value for name, value in self._sums["train"].drain().items() if name != "loss"})
-            logs.update(self._speed(start_time))
-            if self._auto_beta:
-                logs["beta"] = self.beta
-        super().log(logs, start_time)
-        if "loss" in logs and self.is_world_process_zero():
-            for finding in health.findings(self.state.log_history):
-                if finding.name not in self._warned:
-                    self._warned.add(finding.name)
-                    logger.warning("step %d, %s: %s", self.state.global_step, finding.name, finding.message)
-
-    def _speed(self, start_time: float | None) -> dict[str, float]:
-        step, now = self.state.global_step, time.time()
-        before = self._logged_at or (self._initial_global_step, start_time)
-        self._logged_at = step, now
-        if before[1] is None or step <= before[0] or now <= before[1]:
-            return {}
-        return {"pairs_per_second": (step - before[0]) * self.args.pairs_per_step / (now - before[1])}
-
     @torch.no_grad()
     def held_out_losses(self, data: Prepared, draw: int = 0) -> Iterator[tuple[Tensor, Measurement, Pairs]]:
         """`pair_losses` of this process's batches of `data`, with every prompt kept, at (t, noise) fixed by pair and `draw`."""
-        mine = list(range(self.args.process_index, len(data.dataset), self.args.world_size))
-        size, buckets = self.args.per_device_eval_batch_size, data.dataset.buckets
-        alike = torch.zeros(len(data.dataset), dtype=torch.long) if buckets is None else buckets
-        batches = bucket_batches(alike, mine, size, drop_last=False)
-        loader = DataLoader(data.dataset, batch_sampler=batches, collate_fn=batch_of)
-        with self._at_work(), self.averaged(), evaluating([self.network]):
-            for inputs in loader:
-                yield self.pair_losses(self.model, self._prepare_inputs(inputs), epoch=_EVAL_EPOCH - draw, data=data)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Loss and health panel on every evaluation pair, at fixed (pair, t, noise), so that steps can be compared.
-
-        `eval_dataset`: other pairs than the trainer was made with, in any form that `load_pairs` reads.
-        """
-        if ignore_keys:
-            raise ValueError("ignore_keys has no effect: evaluation keeps metrics, not model outputs")
-        data = self._eval
-        if eval_dataset is not None and eval_dataset is not self.eval_dataset:
-            with on_device(list(networks(self.pipe).values()), self.args.device):
-                data = prepare(eval_dataset, self.denoiser, self.args, like=self._train)
-        if data is None:
-            raise ValueError("there is no eval_dataset to evaluate on")
-        for loss, measured, pairs in self.held_out_losses(data):
-            self._record("eval", measured, pairs, loss)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._sums["eval"].drain().items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        return metrics
+        for inputs in self.held_out_batches(data):
+            yield self.pair_losses(self.model, inputs, epoch=EVAL_EPOCH - draw, data=data)
 
 
 def _precision(network: nn.Module) -> tuple[torch.dtype, bool]:

@@ -17,7 +17,7 @@ from mmalign.denoisers.parts import evaluating, networks
 from mmalign.likelihood.config import InversionConfig
 from mmalign.likelihood.reference import make_reference
 from mmalign.training import health
-from mmalign.training import trainer as training
+from mmalign.training import run_trainer as training
 from mmalign.training.devices import on_device, storable
 from mmalign.training.measurement import Method, Pairs, draw, measure
 from mmalign.training.saving import SavingTrainer
