@@ -2,18 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mmalign.rewards.checkpoints import read_checkpoint
-from mmalign.training.lora_list import add_listed, read_lora_list
+from mmalign.training.lora_list import named_weights, read_lora_list
 from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
 
 _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _NETWORK_FILE = "diffusion_pytorch_model"
-_PICKLED = (".bin", ".pth", ".pt")
+_PICKLED = (".bin", ".ckpt", ".pth", ".pt")
 # A key that only such weights hold → what they are, the most telling first.
 _KINDS = (
     ("lora", "a LoRA"),
@@ -28,6 +29,19 @@ _KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Released:
+    """The weights of a LoRA or of a whole network, and the file they (or the first of them) stood in."""
+
+    file: Path
+    state: dict[str, Tensor]
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether they are a LoRA's."""
+        return any("lora" in key for key in self.state)
+
+
 def load_aligned(
     pipe: Any, path: str | os.PathLike[str], *, adapter_name: str = "aligned", allow_pickle: bool = False
 ) -> str | None:
@@ -35,22 +49,28 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, and a LoRA of diffusers, peft or kohya; all in safetensors. With `allow_pickle` also
-    state dicts in .bin, .pth and .pt, and LoRAs that are lists without names (`training.lora_list`), as tensors only. ValueError names
-    the first weight that does not fit, before anything is changed.
+    state dicts in .bin, .ckpt, .pth and .pt, and LoRAs that are lists without names (`training.lora_list`), as tensors only.
+    ValueError names the first weight that does not fit, before anything is changed.
     """
+    released = read_released(pipe, path, allow_pickle=allow_pickle)
+    if released.is_lora:
+        add_lora(pipe, released, adapter_name)
+        return adapter_name
+    replace_weights(aligned_network(pipe)[1], released)
+    return None
+
+
+def read_released(pipe: Any, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Released:
+    """What `load_aligned` would put onto `pipe`, as tensors."""
     component, network = aligned_network(pipe)
     files = _files(str(path), component, allow_pickle)
     if (listed := read_lora_list(files[0])) is not None:
-        add_listed(network, listed, adapter_name)
-        return adapter_name
+        weights, _ = named_weights(network, listed)
+        return Released(files[0], {f"{component}.{name}": value for name, value in weights.items()})
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_checkpoint(file)
-    if any("lora" in key for key in state):
-        _add_lora(pipe, files[0], state, adapter_name)
-        return adapter_name
-    _replace(network, state, files[0])
-    return None
+    return Released(files[0], state)
 
 
 # Finding the files.
@@ -115,8 +135,9 @@ def _variant(name: str) -> str:
 # A whole network.
 
 
-def _replace(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def replace_weights(network: nn.Module, released: Released) -> None:
     """Takes over every weight, in the network's own precision and place."""
+    file, state = released.file, released.state
     if has_adapter(network):
         raise ValueError(
             "the pipeline carries a LoRA: load the whole network before it, or unload it (unload_lora_weights)"
@@ -146,8 +167,9 @@ def _misfit(file: Path, network: nn.Module, problem: str, state: dict[str, Tenso
 # A LoRA.
 
 
-def _add_lora(pipe: Any, file: Path, state: dict[str, Tensor], adapter_name: str) -> None:
+def add_lora(pipe: Any, released: Released, adapter_name: str) -> None:
     """Adds it as an adapter, once every layer is known to have its place."""
+    file, state = released.file, released.state
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import LoraConfig
 

@@ -12,6 +12,7 @@ _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
+    "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,13 +65,13 @@ def write_card(
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {base} aligned by {name}
+# {f"A negative side of {base}" if args.trains_negative else f"{base} aligned"} by {name}
 
 Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
-{_usage(base, trained)}
+{_usage_negative(base) if args.trains_negative else _usage(base, trained)}
 ```
 
 ## Training
@@ -107,6 +108,14 @@ from {package} import {loader}
 
 {name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
 pipe = {loader}.from_pretrained({base!r}, {name}={name})"""
+
+
+def _usage_negative(base: str) -> str:
+    """The same for a negative side, which guidance leads away from."""
+    return f"""from mmalign import SelfNPOPipeline
+
+pipe = SelfNPOPipeline.from_pretrained({base!r})
+pipe.load_negative(FOLDER)  # runs in the negative branch alone; it draws worse than the base by itself"""
 
 
 def _json(values: dict[str, Any]) -> str:

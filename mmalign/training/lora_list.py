@@ -56,12 +56,6 @@ def listed_weights(network: nn.Module, weights: dict[str, Tensor]) -> list[Tenso
     return [weights[f"{name}.lora_{side}.weight"] for name, _ in _layers(network) for side in ("B", "A")]
 
 
-def add_listed(network: nn.Module, tensors: Sequence[Tensor], adapter_name: str) -> None:
-    """Puts the list onto the network as an adapter."""
-    weights, config = named_weights(network, tensors)
-    network.load_lora_adapter(weights, prefix=None, adapter_name=adapter_name, metadata=config)  # type: ignore[operator]
-
-
 def _layers(network: nn.Module) -> list[tuple[str, Any]]:
     if has_adapter(network):
         raise ValueError("the network carries an adapter already, which hides its layers: fuse or unload it first")

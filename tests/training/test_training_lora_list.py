@@ -116,9 +116,9 @@ def test_the_order_in_stable_diffusion_is_that_of_the_released_files() -> None:
     with init_empty_weights():
         unet = UNet2DConditionModel(cross_attention_dim=768)
     names = [name for name, _ in _layers(unet)]
-    assert names[:5] == [f"down_blocks.0.attentions.0.transformer_blocks.0.attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")] + [
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
-    ]  # fmt: skip
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert names[:4] == [f"{attention}.attn1.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")]
+    assert names[4] == f"{attention}.attn2.to_q"
     first = {
         block: next(place for place, name in enumerate(names) if name.startswith(block))
         for block in ("down", "up", "mid")
