@@ -124,6 +124,10 @@ class Denoiser(ABC):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C *F h w"]) -> Float[Tensor, "B 3 *F H W"]:
         """Scaled latents to float32 pixels in [−1, 1] (not clamped)."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Float[Tensor, "B C *F h w"]) -> Float[Tensor, "B 3 *F H W"]:
+        """The same with gradient to the latents."""
         vae = self.pipe.vae
         shift, scale = self._latent_affine(latents.float())
         unscaled = latents.float() / scale + shift

@@ -246,21 +246,21 @@ class LongPromptReader:
         return encoded
 
     def _encode(self, prompts: list[str], given: dict[str, Any]) -> Segmented:
-        embeds, pooled, mask = self.encoder(prompts)
+        read = self.encoder(prompts)
+        embeds, pooled = read.embeds, read.pooled
         if self.family == "flux":
             embeds = self._t5(prompts, given)
         elif self.family == "stable-diffusion-3":
             t5 = self._t5(prompts, given)
             embeds = torch.cat([functional.pad(embeds, (0, t5.shape[-1] - embeds.shape[-1])), t5], dim=1)
         elif self.tail is not None:
-            embeds = torch.cat([embeds, self.tail(prompts).to(embeds)], dim=1)
+            embeds = torch.cat([embeds, self.tail.to(embeds.device)(prompts).to(embeds)], dim=1)
         if self.family in _REPEATED_BY_US:
             # The others' own encode_prompt does it to what it is given.
-            embeds, pooled = (
-                None if part is None else part.repeat_interleave(given["num_images_per_prompt"], dim=0)
-                for part in (embeds, pooled)
-            )
-        return Segmented(embeds, pooled, mask)
+            number = given["num_images_per_prompt"]
+            embeds = embeds.repeat_interleave(number, dim=0)
+            pooled = None if pooled is None else pooled.repeat_interleave(number, dim=0)
+        return Segmented(embeds, pooled, read.mask)
 
     def _t5(self, prompts: list[str], given: dict[str, Any]) -> Tensor:
         return self._pipe._get_t5_prompt_embeds(prompts, max_sequence_length=given["max_sequence_length"])

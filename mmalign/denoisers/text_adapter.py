@@ -66,8 +66,6 @@ def save_adapter(adapter: TextAdapter, folder: Path) -> None:
 
 def load_adapter(folder: str | Path) -> TextAdapter:
     """The adapter in a folder as `save_adapter` writes it, in eval mode and float32; ValueError for another folder."""
-    from safetensors.torch import load_file
-
     folder = Path(folder).expanduser()
     lacking = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if lacking:
@@ -78,13 +76,18 @@ def load_adapter(folder: str | Path) -> TextAdapter:
     if not all(isinstance(config.get(name), int) for name in _SIZES):
         raise ValueError(f"{folder / CONFIG} states no {', '.join(_SIZES)}: it is no TextAdapter's")
     adapter = TextAdapter(*(config[name] for name in _SIZES))
+    load_adapter_weights(adapter, folder)
+    return adapter.eval().requires_grad_(False)
+
+
+def load_adapter_weights(adapter: TextAdapter, folder: Path) -> None:
+    """The weights in such a folder, into an adapter of their sizes; ValueError for other sizes."""
+    from safetensors.torch import load_file
+
     try:
         adapter.load_state_dict(load_file(folder / WEIGHTS))
     except RuntimeError as error:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not fit its config: {str(error).splitlines()[-1].strip()}"
-        ) from error
-    return adapter.float().eval()
+        raise ValueError(f"{folder / WEIGHTS} does not fit: {str(error).splitlines()[-1].strip()}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +113,7 @@ class T5Tail:
         return self.encoder(tokens.input_ids.to(self.encoder.device)).last_hidden_state
 
     def __call__(self, prompts: Sequence[str]) -> Float[Tensor, "B L E"]:
+        """With gradient to the adapter, if it is trained."""
         weight = self.adapter.norm1.weight
         return self.adapter(self.states(prompts).to(weight.device, weight.dtype))
 

@@ -133,26 +133,21 @@ class ReweightedScorer(NetworkScorer):
         return self.base.preprocess_pixels(pixels)
 
     def reward(self, inputs: Any, prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        asked, common = self._taken_apart(prompts)
-        towards = asked + self.omega * common[:, None] * self._vector()
-        return (self.base.picture_embeddings(inputs) * towards).sum(1)
+        relevant, style = self.parts(inputs, prompts)
+        return relevant + self.omega * style
+
+    def parts(self, inputs: Any, prompts: Sequence[str]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """(text-relevant C_X·C_P^⊥, text-irrelevant η·C_X·V) of preprocessed pictures, which add up to the plain score."""
+        seen, vector = self.base.picture_embeddings(inputs), self.direction.vector.to(self.device)
+        with torch.no_grad():
+            whole = self.base.prompt_embeddings(prompts)
+            common = whole @ vector
+        return (seen * (whole - common[:, None] * vector)).sum(1), common * (seen @ vector)
 
     @torch.no_grad()
-    def parts(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        """(text-relevant C_X·C_P^⊥, text-irrelevant η·C_X·V, η), (N,) each, of one batch; the first two add up to the plain score."""
-        seen = self.base.picture_embeddings(self.preprocess(images).to(self.device))
-        asked, common = self._taken_apart(prompts)
-        return (seen * asked).sum(1), common * (seen @ self._vector()), common
-
-    def _vector(self) -> Tensor:
-        return self.direction.vector.to(self.device)
-
-    @torch.no_grad()
-    def _taken_apart(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(C_P^⊥ (B, D), η (B,))."""
-        whole, vector = self.base.prompt_embeddings(prompts), self._vector()
-        common = whole @ vector
-        return whole - common[:, None] * vector, common
+    def commonness(self, prompts: Sequence[str]) -> Float[Tensor, " N"]:
+        """η, how much of each prompt's embedding lies along V."""
+        return self.base.prompt_embeddings(prompts) @ self.direction.vector.to(self.device)
 
 
 def embedding_of(scorer: Any) -> EmbeddingScorer:

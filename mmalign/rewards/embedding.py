@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -29,6 +29,12 @@ class EmbeddingScorer(NetworkScorer):
             raise ValueError("compat_segments has no effect without segmented=True; leave it out")
         super().__init__(model, name=name, batch_size=batch_size)
         self.segmented, self.compat_segments = segmented, compat_segments
+
+    def in_segments(self) -> Self:
+        """From now on prompts are read in segments."""
+        self.segmented = True
+        vars(self).pop("fingerprint", None)
+        return self
 
     @property
     @abstractmethod

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -102,6 +102,17 @@ class AlignPipeline:
                 save_trained(self, network, part)
             self._save_more(part)
             merged(self).save_pretrained(str(part), **options)
+
+    def read_long_prompts(self, layout: Literal["segments", "concatenate"] | None = "segments", **options: Any) -> None:
+        """From now on prompts beyond CLIP's 77 positions are read in segments (None: cut), in drawing and in training.
+
+        options: fields of `mmalign.denoisers.long_prompts.LongPrompts`. A folder that is saved does not tell it: call it again.
+        """
+        from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
+
+        before = long_prompts_of(self)
+        config = None if layout is None else LongPrompts(layout=layout, **options)
+        read_long_prompts(self, config, None if before is None else before.tail)
 
     def _save_more(self, folder: Path) -> None:
         """Writes what a method has besides a plain pipeline."""

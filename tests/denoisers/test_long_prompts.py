@@ -208,7 +208,7 @@ def test_the_adapter_has_the_released_size_layout_and_arithmetic(tmp_path: Any) 
 
     torch.testing.assert_close(adapter(x), layer(layer(x, "ff1", "norm1", 6), "ff2", "norm2", 5), rtol=0, atol=1e-5)
     (tmp_path / "config.json").write_text('{"in_dim": 7, "int_dim": 5, "out_dim": 4}')
-    with pytest.raises(ValueError, match="does not fit its config"):
+    with pytest.raises(ValueError, match="does not fit: size mismatch"):
         load_adapter(tmp_path)
     with pytest.raises(ValueError, match="holds no config.json"):
         load_adapter(tmp_path / "elsewhere")
