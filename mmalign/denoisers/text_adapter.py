@@ -122,3 +122,23 @@ class T5Tail:
         for network in self.networks.values():
             network.to(device)
         return self
+
+
+def load_tail(adapter: Path | str, t5: Path | str, tokenizer: Path | str, max_tokens: int) -> T5Tail:
+    """From the adapter's folder, and folders or Hub ids of T5 (safetensors weights, read in float32) and its tokenizer."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    loaded = load_adapter(adapter)
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer)
+        encoder: Any = T5EncoderModel.from_pretrained(t5, use_safetensors=True, dtype=torch.float32)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{reason}: download {t5} from the Hub, weights as safetensors, and pass its folder as t5"
+        ) from error
+    if encoder.config.d_model != loaded.sizes[0]:
+        raise ValueError(
+            f"{t5} is {encoder.config.d_model} wide and the adapter reads {loaded.sizes[0]}: pass the T5 it was trained on"
+        )
+    return T5Tail(words, encoder.eval().requires_grad_(False), loaded, max_tokens)

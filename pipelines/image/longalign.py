@@ -3,7 +3,7 @@
     supervised:   L = ‖ε − ε_θ(x_t, t, [CLIP by segments; T5])‖²
     reward:       L = ½ (1 − R_ω(x̂_0, prompt)),   R_ω = C_X·C_P^⊥ + ω·η·C_X·V
 
-The second stage draws whole pictures and trains on a few of their steps, with one network call in memory (`mmalign.likelihood.rollout`).
+The second stage draws whole pictures and trains on a few of their steps, one network call in memory (`mmalign.likelihood.rollout`).
 """
 
 import json
@@ -23,15 +23,14 @@ from mmalign.data.texts import EncodedPrompts, encode_prompts, load_prompts
 from mmalign.denoisers import Conditioning
 from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
-from mmalign.denoisers.parts import evaluating
-from mmalign.denoisers.text_adapter import T5Tail, load_adapter, load_adapter_weights, save_adapter
+from mmalign.denoisers.parts import evaluating, frozen
+from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
 from mmalign.likelihood import draws
 from mmalign.likelihood.denoising import forward_points, prediction_error
 from mmalign.likelihood.grids import draw_timesteps
 from mmalign.likelihood.rollout import RolloutConfig, draw_start, exact_losses, graph_losses
 from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer, scorer
-from mmalign.rewards.checkpoints import absence_explained
 from mmalign.rewards.decomposed import FEWEST_CAPTIONS, embedding_of
 from mmalign.training import health
 from mmalign.training.aligned import load_aligned
@@ -219,7 +218,7 @@ class LongAlignTrainer(RunTrainer):
         prompts = self._train.prompts
         if len(prompts) < FEWEST_CAPTIONS:
             raise ValueError(
-                f"{len(prompts)} prompts are too few to estimate the common direction of ({FEWEST_CAPTIONS} at least): pass direction=, "
+                f"{len(prompts)} prompts are too few for a common direction ({FEWEST_CAPTIONS} at least): pass direction=, "
                 "a file that CommonDirection.estimate(…).save(…) wrote, or omega=1"
             )
         return CommonDirection.estimate(reward, prompts)
@@ -239,7 +238,7 @@ class LongAlignTrainer(RunTrainer):
         """Beside the network what the reward needs is on the device, frozen: VAE and scorer; or T5 and its adapter."""
         with super()._at_work():
             if self._reward is not None:
-                with on_device([self.pipe.vae, self._reward.model], self.args.device), _frozen(self.pipe.vae):
+                with on_device([self.pipe.vae, self._reward.model], self.args.device), frozen(self.pipe.vae):
                     yield
                 return
             tail = [] if self._trained_tail is None else list(self._trained_tail.networks.values())
@@ -420,7 +419,8 @@ class LongAlignPipeline(AlignPipeline):
         folder = Path(pretrained_model_name_or_path).expanduser()
         if (folder / SETTINGS).is_file():
             config = LongPrompts(**json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-            read_long_prompts(pipe, config, _saved_tail(folder, config))
+            saved = (folder / ADAPTER, folder / T5_ENCODER, folder / T5_TOKENIZER)
+            read_long_prompts(pipe, config, load_tail(*saved, config.max_tokens) if saved[0].is_dir() else None)
         else:
             pipe.read_long_prompts()
         return pipe
@@ -435,7 +435,7 @@ class LongAlignPipeline(AlignPipeline):
         """Puts T5 behind CLIP, through the adapter in a folder: a run's, or a released one. `t5`: a folder or Hub id."""
         reader = long_prompts_of(self)
         config = LongPrompts(max_tokens=max_tokens) if reader is None else reader.config
-        read_long_prompts(self, config, _tail(adapter, t5, t5, max_tokens))
+        read_long_prompts(self, config, load_tail(adapter, t5, t5, max_tokens))
 
     def load_released(
         self,
@@ -468,38 +468,3 @@ class LongAlignPipeline(AlignPipeline):
             save_adapter(reader.tail.adapter, folder / ADAPTER)
             reader.tail.encoder.save_pretrained(folder / T5_ENCODER)
             reader.tail.tokenizer.save_pretrained(folder / T5_TOKENIZER)
-
-
-def _saved_tail(folder: Path, config: LongPrompts) -> T5Tail | None:
-    if not (folder / ADAPTER).is_dir():
-        return None
-    return _tail(folder / ADAPTER, folder / T5_ENCODER, folder / T5_TOKENIZER, config.max_tokens)
-
-
-def _tail(
-    adapter: str | os.PathLike[str], t5: str | os.PathLike[str], tokenizer: str | os.PathLike[str], max_tokens: int
-) -> T5Tail:
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    loaded = load_adapter(Path(adapter))
-    with absence_explained(f"download {t5} from the Hub, weights as safetensors, and pass t5=<folder>"):
-        words = AutoTokenizer.from_pretrained(tokenizer)
-        encoder: Any = T5EncoderModel.from_pretrained(t5, use_safetensors=True, dtype=torch.float32)
-    if encoder.config.d_model != loaded.sizes[0]:
-        raise ValueError(
-            f"{t5} is {encoder.config.d_model} wide and the adapter reads {loaded.sizes[0]}: pass the T5 it was trained on"
-        )
-    return T5Tail(words, encoder.eval().requires_grad_(False), loaded, max_tokens)
-
-
-@contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
-    """No gradients for its weights; afterwards as before."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

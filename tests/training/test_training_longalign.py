@@ -96,10 +96,14 @@ def test_the_loss_is_half_of_what_the_reward_lacks_of_one(tmp_path: Path, clip_f
     from mmalign.likelihood.draws import randn, row_generators
 
     prompts = [trainer._train.prompts[row] for row in rows]
-    sampler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False)
-    noise = randn(row_generators(0, 0, rows, "rollout"), (4, 8, 8))
+    sampler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
+    )
+    noise = randn(row_generators(42, 0, rows, "rollout"), (4, 8, 8))
     pipe.scheduler, before = sampler, pipe.scheduler
-    images = pipe(prompts, latents=noise, num_inference_steps=4, guidance_scale=2.0, height=16, width=16, output_type="np").images
+    images = pipe(
+        prompts, latents=noise, num_inference_steps=4, guidance_scale=2.0, height=16, width=16, output_type="np"
+    ).images
     pipe.scheduler = before
     clip = ClipScorer.from_pretrained(clip_folder).in_segments()
     direction = CommonDirection.estimate(clip, trainer._train.prompts).vector
@@ -112,7 +116,14 @@ def test_the_loss_is_half_of_what_the_reward_lacks_of_one(tmp_path: Path, clip_f
 
 
 def test_training_raises_the_reward_and_keeps_what_it_was_made_of(tmp_path: Path) -> None:
-    trainer = run(tmp_path, max_steps=12, per_device_train_batch_size=4, learning_rate=3e-2, data=PROMPTS, rollout_guidance_scale=1.0)
+    trainer = run(
+        tmp_path,
+        max_steps=12,
+        per_device_train_batch_size=4,
+        learning_rate=3e-2,
+        data=PROMPTS,
+        rollout_guidance_scale=1.0,
+    )
     rows = list(range(8))
     with torch.no_grad():
         before = losses_of(trainer, rows, epoch=-1).mean()
@@ -163,8 +174,8 @@ def test_the_supervised_loss_is_the_denoising_error_under_clip_and_t5(tmp_path: 
         trainer.__dict__["_has_dropout"] = False
         found = trainer.row_losses(trainer.model, inputs, epoch=0, data=trainer._train)
     rows = inputs["row"]
-    noise = randn(row_generators(0, 0, rows, "noise"), (4, 8, 8))
-    t = randint(row_generators(0, 0, rows, "timestep"), 0, 1000)
+    noise = randn(row_generators(42, 0, rows, "noise"), (4, 8, 8))
+    t = randint(row_generators(42, 0, rows, "timestep"), 0, 1000)
     alpha_bar = torch.cumprod(1 - pipe.scheduler.betas, 0)[t].view(-1, 1, 1, 1)
     x_t = alpha_bar.sqrt() * inputs["chosen"] + (1 - alpha_bar).sqrt() * noise
     prompts = [trainer._train.encoded.prompts[place] for place in inputs["prompt_index"]]
@@ -212,8 +223,9 @@ def save(folder: Path) -> Path:
 
 
 def test_the_released_parts_are_loaded_one_on_the_other(tmp_path: Path) -> None:
-    from mmalign.denoisers.text_adapter import save_adapter
     from training.test_training_lora_list import merged_by_hand, released
+
+    from mmalign.denoisers.text_adapter import save_adapter
 
     tail, unet = tiny_tail(), tiny_pipeline("sd").unet
     save_adapter(tail.adapter, tmp_path / "s28750_adapter")
