@@ -9,9 +9,12 @@ from typing import Any
 
 from mmalign.cli.models import (
     ALIGNED,
+    check_negative,
     device_option,
     load_pipeline,
+    long_prompt_option,
     model_options,
+    negative_options,
     prompt_options,
     read_prompts,
     sampling_of,
@@ -39,6 +42,8 @@ VERB = Command(
     example='mmalign generate --model playground --prompt "a red bag on a blue background" --seeds 0 1 2 3',
     options=[
         *model_options(group=_MODEL, lora=True),
+        *negative_options(group=_MODEL),
+        long_prompt_option(group=_MODEL),
         device_option(_MODEL),
         *prompt_options(_WHAT),
         Option(
@@ -85,6 +90,7 @@ def run(argv: Sequence[str]) -> int:
     given = VERB.read(argv)
     if given is None:
         return 0
+    check_negative(given)
     prompts = read_prompts(given)
     if given["seeds"] and given["seed"] != 0:
         raise UsageError("--seed and --seeds both say which pictures; give one of them")
@@ -115,7 +121,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.evaluation.generate import generate_batches
     from mmalign.files import write_file, written_aside
 
-    pipe = load_pipeline(given, lora=given["lora"])
+    pipe = load_pipeline(given, lora=given["lora"], negative=given["negative"])
     clips, speed = draws_clips(pipe), given["frames_per_second"]
     if speed is not None and (speed <= 0 or not clips):
         raise UsageError("--frames-per-second must be positive, and is for video models")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.options import Alias, Given, Option, UsageError, number, one_of, switch, whole
+from mmalign.cli.options import Alias, Given, Option, UsageError, flag, number, one_of, switch, whole
 
 BASE_CLASS = "StableDiffusionPipeline"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,6 +74,34 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
             group=group,
         ),
     ]
+
+
+def negative_options(*, group: str) -> list[Option]:
+    """--negative and how strongly it acts, for generate and evaluate."""
+    weight: dict[str, Any] = {"convert": number, "metavar": "X", "default": 1.0, "group": group}
+    return [
+        Option(
+            name="negative",
+            help="what runs in the negative branch, from self-npo or from DPO on swapped pairs; forms as of --lora",
+            metavar="DIR",
+            group=group,
+            nullable=True,
+        ),
+        Option(name="negative_alpha", help="how much of --lora the negative branch keeps", **weight),
+        Option(name="negative_beta", help="how strongly --negative acts; 0 is plain guidance", **weight),
+    ]
+
+
+def long_prompt_option(*, group: str) -> Option:
+    """--long-prompts, for generate and evaluate."""
+    return Option(
+        name="long_prompts",
+        help="read prompts beyond CLIP's 77 tokens sentence by sentence, or naively one after the other; none cuts them",
+        convert=one_of("segments", "concatenate"),
+        metavar="segments|concatenate",
+        group=group,
+        nullable=True,
+    )
 
 
 def device_option(group: str) -> Option:
@@ -158,15 +186,18 @@ def load_pipeline(
     *,
     model: str | None = None,
     lora: str | None = None,
+    negative: str | None = None,
     device: Any = None,
     quantization: str | None = None,
 ) -> Any:
     """The pipeline that was asked for, on its device. pipeline_class: one of ours; plain diffusers without it.
 
+    lora, negative: what is put onto it, and what its negative branch gets.
     quantization: "nf4" or "int8" puts the network on the GPU in that form, and leaves the other parts on the CPU.
     """
     import torch
 
+    from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
     from mmalign.training.aligned import load_aligned
     from mmalign.training.loading import load_base, single_file
     from mmalign.training.loading import quantization as quantized
@@ -194,16 +225,38 @@ def load_pipeline(
         raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
+    if pipeline_class is None and load is load_base and (Path(str(name)).expanduser() / SETTINGS).is_file():
+        # It was saved with how it reads prompts, and maybe with T5 behind CLIP.
+        from mmalign import LongAlignPipeline
+
+        load = LongAlignPipeline.from_pretrained
     pipe = load(name, **options)
+    if negative is not None:
+        from mmalign import SelfNPOPipeline
+
+        pipe = SelfNPOPipeline.from_pipe(pipe)
     if lora is not None:
         adapter = load_aligned(pipe, lora, allow_pickle=given["allow_pickle"])
         if adapter is None and given["lora_scale"] != 1:
             raise UsageError(f"--lora-scale acts on a LoRA, and {lora} is a whole network")
         if adapter is not None and given["lora_scale"] != 1:
             pipe.set_adapters([adapter], [given["lora_scale"]])
+    if negative is not None:
+        weights = {"alpha": given["negative_alpha"], "beta": given["negative_beta"]}
+        pipe.load_negative(negative, **weights, allow_pickle=given["allow_pickle"])
+    if pipeline_class is None and given.values.get("long_prompts") is not None:
+        tail = None if (reader := long_prompts_of(pipe)) is None else reader.tail
+        read_long_prompts(pipe, LongPrompts(layout=given["long_prompts"]), tail)
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
+
+
+def check_negative(given: Given) -> None:
+    """UsageError for weights of a negative side that is not there."""
+    for name in ("negative_alpha", "negative_beta"):
+        if given["negative"] is None and given[name] != 1:
+            raise UsageError(f"{flag(name)} acts on --negative, and there is none")
 
 
 def best_device(asked: str | None) -> str:

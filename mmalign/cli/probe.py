@@ -13,7 +13,7 @@ from mmalign.cli.models import load_pipeline
 from mmalign.cli.options import Alias, Command, Given, Option, UsageError, config_path, number, read_yaml, switch, whole
 from mmalign.cli.terminal import command, without_options
 
-METHODS = [name for name in train.METHODS if name != "sft"]
+METHODS = [name for name in train.ALIGNING if name != "sft"]
 _GRID = "the probe"
 _OWN = [
     Option(

@@ -21,8 +21,8 @@ VERB = Command(
         Option(
             name="method",
             help="which method",
-            convert=one_of(*train.METHODS),
-            metavar="|".join(train.METHODS),
+            convert=one_of(*train.ALIGNING),
+            metavar="|".join(train.ALIGNING),
             default="smpo",
             group=_WHAT,
         ),

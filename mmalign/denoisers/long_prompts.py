@@ -19,6 +19,8 @@ from torch.nn import functional
 from mmalign.denoisers.segments import SEGMENT_TOKENS, segments
 from mmalign.denoisers.text_adapter import T5Tail
 
+# In the folder of a saved pipeline: how it reads prompts.
+SETTINGS = "long_prompts.json"
 # Of the empty text's positions, the last ones: their mean is pad*.
 _PAD_POSITIONS = 60
 # Changes whenever the segments or embeddings of a prompt do.

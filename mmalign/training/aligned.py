@@ -137,12 +137,17 @@ def _variant(name: str) -> str:
 
 def replace_weights(network: nn.Module, released: Released) -> None:
     """Takes over every weight, in the network's own precision and place."""
-    file, state = released.file, released.state
     if has_adapter(network):
         raise ValueError(
             "the pipeline carries a LoRA: load the whole network before it, or unload it (unload_lora_weights)"
         )
-    expected = network.state_dict()
+    check_fits(network, released)
+    network.load_state_dict(released.state)
+
+
+def check_fits(network: nn.Module, released: Released) -> None:
+    """ValueError for the first weight of a whole network that is not the other's, or is lacking."""
+    file, state, expected = released.file, released.state, network.state_dict()
     problems = [f"{key} is not in it" for key in state if key not in expected]
     problems += [f"{key} is missing" for key in expected if key not in state]
     problems += [
@@ -152,7 +157,6 @@ def replace_weights(network: nn.Module, released: Released) -> None:
     ]
     if problems:
         raise ValueError(_misfit(file, network, problems[0], state))
-    network.load_state_dict(state)
 
 
 def _sizes(key: str, there: Tensor, here: Tensor) -> str:

@@ -165,6 +165,11 @@ class RunConfig(TrainingArguments):
         return f"{plain(self.lr_scheduler_type)}, warm-up {warmup}"
 
     @property
+    def trained_on(self) -> str | None:
+        """The scorer that a run learns from, which then cannot be its judge; None where there is none that scores other pictures."""
+        return None
+
+    @property
     def trains_negative(self) -> bool:
         """Whether what is trained is a negative side, to be guided away from, and no aligned model."""
         return False

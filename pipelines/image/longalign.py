@@ -22,7 +22,7 @@ from mmalign.data import ComparisonConfig
 from mmalign.data.texts import EncodedPrompts, encode_prompts, load_prompts
 from mmalign.denoisers import Conditioning
 from mmalign.denoisers.base import module_dtype
-from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
+from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, frozen
 from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
@@ -41,7 +41,7 @@ from mmalign.training.run_config import RunConfig
 from mmalign.training.run_trainer import Losses, RunTrainer
 from mmalign.training.weights import has_adapter
 
-DIRECTION, ADAPTER, SETTINGS = "common_direction.safetensors", "text_adapter", "long_prompts.json"
+DIRECTION, ADAPTER = "common_direction.safetensors", "text_adapter"
 T5_ENCODER, T5_TOKENIZER = "t5_encoder", "t5_tokenizer"
 # What the authors released, in the order in which it acts.
 _RELEASED_ADAPTER, _RELEASED_LORAS = "s28750_adapter", ("s28750_lora_vis.pt", "sd15-reward-3750.pt")
@@ -140,6 +140,11 @@ class LongAlignConfig(RunConfig):
             solver=self.rollout_solver,
             weights=self.step_weights,
         )
+
+    @property
+    def trained_on(self) -> str | None:
+        """The reward, in the stage that has one."""
+        return self.scorer if self.stage == "reward" else None
 
     def comparison_config(self) -> ComparisonConfig:
         """The preferred side is the one that people preferred."""

@@ -62,8 +62,8 @@ class SelfNPOConfig(RunConfig):
     target_guidance_scale  guidance of the targets, as `guidance_scale` means it: 1 is the prompt's prediction (the paper), 0 the empty
                            prompt's (the released SD 1.5 run, w = −1), −4 away from the prompt (SDXL, w = −5): w is this less 1
     norm                   "huber" (the released code, c = 1e-3) or "l2" (the paper), of the difference between estimates of the data
-    reference              whose predictions are targets: "frozen", the base's, or "ema", those of a copy that follows what is trained
-    reference_decay        with reference "ema": how slowly it follows
+    target_model           whose predictions are targets: "frozen", the base's, or "ema", those of a copy that follows what is trained
+    target_decay           with target_model "ema": how slowly it follows
     prompt_dropout         share of rows for which the student is given no prompt; the target keeps its own
     """
 
@@ -74,15 +74,15 @@ class SelfNPOConfig(RunConfig):
     aspect_buckets: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {
-            "source": "images", "target_guidance_scale": 0.0, "reference": "ema", "learning_rate": 1e-6, "weight_decay": 1e-3,
+            "source": "images", "target_guidance_scale": 0.0, "target_model": "ema", "learning_rate": 1e-6, "weight_decay": 1e-3,
             "max_steps": 1000, "lr_scheduler_type": "constant", "per_device_train_batch_size": 20, "fp16": True,
         },
         "sdxl": {
-            "source": "images", "target_guidance_scale": -4.0, "reference": "ema", "learning_rate": 1e-7, "weight_decay": 0.0,
+            "source": "images", "target_guidance_scale": -4.0, "target_model": "ema", "learning_rate": 1e-7, "weight_decay": 0.0,
             "max_steps": 1000, "lr_scheduler_type": "constant", "per_device_train_batch_size": 10, "fp16": True,
             "gradient_checkpointing": True,
         },
-        "paper": {"source": "noise", "target_guidance_scale": 1.0, "reference": "frozen", "norm": "l2"},
+        "paper": {"source": "noise", "target_guidance_scale": 1.0, "target_model": "frozen", "norm": "l2"},
         "playground": {
             "learning_rate": 3e-4, "max_steps": 100, "warmup_steps": 20, "per_device_train_batch_size": 16, "prompt_dropout": 0.1,
             "target_guidance_scale": 0.0,
@@ -94,17 +94,17 @@ class SelfNPOConfig(RunConfig):
     grid_points: int = 25
     target_guidance_scale: float = 1.0
     norm: Literal["huber", "l2"] = "huber"
-    reference: Literal["frozen", "ema"] = "frozen"
-    reference_decay: float = 0.999
+    target_model: Literal["frozen", "ema"] = "frozen"
+    target_decay: float = 0.999
     prompt_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.truncated()
-        if self.reference == "frozen" and self.reference_decay != self.default("reference_decay"):
-            raise ValueError("reference_decay has no effect with reference='frozen'")
-        if not 0 <= self.reference_decay < 1:
-            raise ValueError(f"reference_decay must be 0 or more and below 1, got {self.reference_decay:g}")
+        if self.target_model == "frozen" and self.target_decay != self.default("target_decay"):
+            raise ValueError("target_decay has no effect with target_model='frozen'")
+        if not 0 <= self.target_decay < 1:
+            raise ValueError(f"target_decay must be 0 or more and below 1, got {self.target_decay:g}")
 
     @property
     def trains_negative(self) -> bool:
@@ -127,7 +127,7 @@ class SelfNPOConfig(RunConfig):
     def about(self) -> str:
         """Where paths start, and what is compared."""
         return (
-            f"truncated fine-tuning from {self.source}, {self.solver_steps} solver steps by the {self.reference} reference at guidance "
+            f"truncated fine-tuning from {self.source}, {self.solver_steps} solver steps by the {self.target_model} model at guidance "
             f"{self.target_guidance_scale:g}, {self.norm} in data space"
         )
 
@@ -161,12 +161,12 @@ class SelfNPOTrainer(RunTrainer):
         """The network with its adapter off or a frozen copy; none where a copy of the trained weights follows."""
         if ref_model is not None:
             raise ValueError("Self-NPO learns from its own base: leave ref_model out")
-        return make_reference(self.network, None, kind="auto" if self.args.reference == "frozen" else "none")
+        return make_reference(self.network, None, kind="auto" if self.args.target_model == "frozen" else "none")
 
     def set_up(self) -> None:
         """The reference that follows, where there is one."""
-        if self.args.reference == "ema":
-            self._following = FollowingReference(self.network, self.args.reference_decay)
+        if self.args.target_model == "ema":
+            self._following = FollowingReference(self.network, self.args.target_decay)
 
     def own_callbacks(self) -> list[TrainerCallback]:
         """What moves the reference."""
@@ -174,7 +174,7 @@ class SelfNPOTrainer(RunTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """How targets were made."""
-        names = ("source", "solver_steps", "grid_points", "target_guidance_scale", "norm", "reference")
+        names = ("source", "solver_steps", "grid_points", "target_guidance_scale", "norm", "target_model")
         return {name: getattr(self.args, name) for name in names}
 
     def forward_passes(self, steps: int) -> float:

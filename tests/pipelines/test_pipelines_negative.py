@@ -108,7 +108,7 @@ def test_each_branch_runs_with_its_own_network_and_prompt(
     assert all(torch.equal(row, negative) for row in other.chunk(len(other) // 2))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "sd3", "flux"])
 def test_two_loras_on_one_network_draw_as_two_merged_networks_do(kind: str, released: Path, tmp_path: Path) -> None:
     """θ + αη + βδ, worked out by hand, as a second network."""
     positive, negative = (offsets(released / kind / side) for side in LORAS)
@@ -274,9 +274,7 @@ def test_released_state_dicts_are_read_where_they_are_asked_for(ending: str, rel
 # Saving.
 
 
-@pytest.mark.parametrize(
-    ("kind", "side"), [("sd", "negative"), ("sd3", "negative"), ("sd", "network"), ("wan", "network")]
-)
+@pytest.mark.parametrize(("kind", "side"), [("sd3", "negative"), ("sd", "network")])
 def test_plain_diffusers_draws_the_aligned_picture_and_ours_the_guided_one(
     kind: str, side: str, released: Path, tmp_path: Path
 ) -> None:
