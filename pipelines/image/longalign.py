@@ -167,6 +167,8 @@ class LongAlignTrainer(RunTrainer):
 
     config_class = LongAlignConfig
     args: LongAlignConfig
+    # Encoded prompts or, in stage "supervised", encoded pairs.
+    _train: Any
     _reward: NetworkScorer | None = None
 
     def check_arguments(self, args: LongAlignConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
@@ -217,7 +219,8 @@ class LongAlignTrainer(RunTrainer):
             self._reward = reward
         elif self._trained_tail is not None:
             # The optimiser sees what the trained module holds.
-            self.model.adapter = self._trained_tail.adapter.requires_grad_(True).to(args.device)
+            self._trained_tail.adapter.requires_grad_(True).to(args.device)
+            self.model.adapter = self._trained_tail.adapter
 
     def _direction(self, reward: NetworkScorer) -> CommonDirection:
         prompts = self._train.prompts
@@ -440,7 +443,7 @@ class LongAlignPipeline(AlignPipeline):
         """Puts T5 behind CLIP, through the adapter in a folder: a run's, or a released one. `t5`: a folder or Hub id."""
         reader = long_prompts_of(self)
         config = LongPrompts(max_tokens=max_tokens) if reader is None else reader.config
-        read_long_prompts(self, config, load_tail(adapter, t5, t5, max_tokens))
+        read_long_prompts(self, config, load_tail(Path(adapter), str(t5), str(t5), max_tokens))
 
     def load_released(
         self,

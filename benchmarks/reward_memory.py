@@ -1,0 +1,146 @@
+"""What reward fine-tuning holds in memory for its backward pass: step by step, and through the graph of the sampler.
+
+    python benchmarks/reward_memory.py [--batch 2] [--grad-steps 5 10 25 50]
+
+Pictures of the playground's Stable Diffusion, 50 DDIM steps under guidance, a LoRA on the attention, the playground's reward behind the
+VAE, float32. Counted are the bytes of tensors that autograd keeps at one moment, weights left out, each storage once, at their highest:
+
+exact        one trained step and one branch of guidance at a time (`mmalign.likelihood.rollout.exact_losses`)
+checkpoints  the whole sampler, each trained step checkpointed, as LongAlign's released code has it
+graph        the whole sampler
+
+Prints MiB, and each form's ratio to `exact`. The gradients are compared too.
+"""
+
+import argparse
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign import LongAlignPipeline
+from mmalign.denoisers import adapter_for
+from mmalign.files import write_json
+from mmalign.likelihood.rollout import RolloutConfig, draw_start, exact_losses, graph_losses
+from mmalign.playground.pairs import prompts as split_prompts
+from mmalign.rewards import scorer
+from mmalign.training.pipeline import default_lora
+from mmalign.training.weights import add_adapter
+
+FORMS = ("exact", "checkpoints", "graph")
+
+
+class _Saved:
+    """One tensor kept for backward."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Kept:
+    """Bytes of the distinct storages that autograd keeps now, and the most it kept."""
+
+    def __init__(self, weights: set[int]) -> None:
+        self._weights, self._users, self.now, self.most = weights, Counter[int](), 0, 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        saved = _Saved(tensor)
+        if place in self._weights:
+            return saved
+        if not self._users[place]:
+            self.now += size
+            self.most = max(self.most, self.now)
+        self._users[place] += 1
+        weakref.finalize(saved, self._release, place, size)
+        return saved
+
+    def _release(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            self.now -= size
+
+    @staticmethod
+    def unpack(saved: _Saved) -> Tensor:
+        return saved.tensor
+
+
+def measured(losses: Callable[[], Tensor], parameters: list[Tensor], weights: set[int]) -> tuple[int, list[Tensor]]:
+    """Most bytes kept in forward and backward, and the gradients."""
+    for parameter in parameters:
+        parameter.grad = None
+    kept = Kept(weights)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        losses().mean().backward()
+    return kept.most, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--grad-steps", type=int, nargs="+", default=[5, 10, 25, 50])
+    parser.add_argument("--forms", nargs="+", default=FORMS)
+    args = parser.parse_args()
+    pipe = LongAlignPipeline.from_pretrained("playground")
+    denoiser, reward = adapter_for(pipe), scorer("playground")
+    pipe.unet.requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+    add_adapter(pipe.unet, default_lora())
+    # Away from its start, where half of a LoRA gets no gradient.
+    parameters = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    torch.manual_seed(0)
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.02)
+    texts = split_prompts().train[: args.batch]
+    text, empty = denoiser.encode_prompt(texts), denoiser.encode_prompt([""] * args.batch)
+    weights = {
+        parameter.untyped_storage().data_ptr()
+        for part in (pipe.unet, pipe.vae, reward.model)
+        for parameter in part.parameters()
+    }
+
+    def predict(x: Tensor, t: Tensor, row: Tensor, conditioned: bool) -> Tensor:
+        return denoiser.predict(pipe.unet, x, t, (text if conditioned else empty)[row])
+
+    def score(x0: Tensor) -> Tensor:
+        pixels = (denoiser.decode_with_gradient(x0) / 2 + 0.5).clamp(0, 1)
+        return (1 - reward.score_pixels(pixels, texts)) / 2
+
+    rows: list[dict[str, float]] = []
+    for steps in args.grad_steps:
+        config = RolloutConfig(num_steps=50, grad_steps=steps)
+        start = draw_start(0, 0, range(args.batch), denoiser.latent_shape(*denoiser.native_size), config)
+        common: tuple[Any, ...] = (predict, denoiser.schedule, start, config, score)
+        calls: dict[str, Callable[[], Tensor]] = {
+            "exact": lambda common=common: exact_losses(*common, parameters),
+            "checkpoints": lambda common=common: graph_losses(*common),
+            "graph": lambda common=common: graph_losses(*common, checkpointed=False),
+        }
+        found = {form: measured(calls[form], parameters, weights) for form in args.forms}
+        exact = found["exact"]
+        row: dict[str, float] = {"grad_steps": steps}
+        for form, (most, gradients) in found.items():
+            scale = max(float(gradient.abs().max()) for gradient in exact[1])
+            off = max(float((a - b).abs().max()) for a, b in zip(gradients, exact[1], strict=True)) / scale
+            row |= {
+                f"{form}_mib": round(most / 2**20, 2),
+                f"{form}_ratio": round(most / exact[0], 2),
+                f"{form}_off": off,
+            }
+            print(
+                f"{steps:3d} trained steps  {form:<12} {most / 2**20:8.1f} MiB  ×{most / exact[0]:6.2f}  gradient off by {off:.1e}",
+                flush=True,
+            )
+        rows.append(row)
+    results = Path(__file__).with_name("results") / "reward_memory.json"
+    write_json(results, {"torch": torch.__version__, "batch": args.batch, "num_steps": 50, "rows": rows})
+    print(results)
+
+
+if __name__ == "__main__":
+    main()
