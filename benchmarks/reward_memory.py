@@ -2,8 +2,8 @@
 
     python benchmarks/reward_memory.py [--batch 2] [--grad-steps 5 10 25 50]
 
-Pictures of the playground's Stable Diffusion, 50 DDIM steps under guidance, a LoRA on the attention, the playground's reward behind the
-VAE, float32. Counted are the bytes of tensors that autograd keeps at one moment, weights left out, each storage once, at their highest:
+Pictures of the playground's Stable Diffusion, drawn in as many DDIM steps as are trained, under guidance; a LoRA on the attention, the
+playground's reward behind the VAE, float32. Counted are the bytes of tensors that autograd keeps at one moment, weights left out, each storage once, at their highest:
 
 exact        one trained step and one branch of guidance at a time (`mmalign.likelihood.rollout.exact_losses`)
 checkpoints  the whole sampler, each trained step checkpointed, as LongAlign's released code has it
@@ -113,7 +113,7 @@ def main() -> None:
 
     rows: list[dict[str, float]] = []
     for steps in args.grad_steps:
-        config = RolloutConfig(num_steps=50, grad_steps=steps)
+        config = RolloutConfig(num_steps=steps, grad_steps=steps)
         start = draw_start(0, 0, range(args.batch), denoiser.latent_shape(*denoiser.native_size), config)
         common: tuple[Any, ...] = (predict, denoiser.schedule, start, config, score)
         calls: dict[str, Callable[[], Tensor]] = {
@@ -138,7 +138,7 @@ def main() -> None:
             )
         rows.append(row)
     results = Path(__file__).with_name("results") / "reward_memory.json"
-    write_json(results, {"torch": torch.__version__, "batch": args.batch, "num_steps": 50, "rows": rows})
+    write_json(results, {"torch": torch.__version__, "batch": args.batch, "rows": rows})
     print(results)
 
 

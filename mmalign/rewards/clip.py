@@ -15,7 +15,7 @@ from torch import Tensor
 from mmalign.rewards.checkpoints import absence_explained
 from mmalign.rewards.embedding import EmbeddingScorer
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
-from mmalign.rewards.pixels import crop_pixels, normalise
+from mmalign.rewards.pixels import crop_pixels, normalise, resize_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -107,17 +107,21 @@ class ClipScorer(EmbeddingScorer):
         from PIL import Image
 
         given = self.image_processor
-        short, crop = dict(given.size).get("shortest_edge"), dict(given.crop_size)
-        steps = (given.do_resize, given.do_center_crop, given.do_rescale, given.do_normalize)
-        square = short is not None and crop["height"] == crop["width"] <= short
-        if not all(steps) or not square or given.resample != Image.Resampling.BICUBIC:
+        size, crop = dict(given.size), dict(given.crop_size)
+        short, fixed = size.get("shortest_edge"), {"height", "width"} <= size.keys()
+        bicubic = given.do_resize and given.resample == Image.Resampling.BICUBIC
+        square = short is not None and given.do_center_crop and crop["height"] == crop["width"] <= short
+        whole = fixed and not given.do_center_crop
+        if not (bicubic and given.do_rescale and given.do_normalize and (square or whole)):
             raise ValueError(
                 f"{self.name}: gradients pass only through CLIP's own preprocessing (bicubic to the shorter side, then a "
-                "square crop); use score(…) instead"
+                "square crop; or bicubic to one size); use score(…) instead"
             )
-        return normalise(
-            crop_pixels(pixels, crop["height"], short=short, rounding=math.floor), given.image_mean, given.image_std
-        )
+        if whole:
+            read = resize_pixels(pixels, size["height"], size["width"])
+        else:
+            read = crop_pixels(pixels, crop["height"], short=short, rounding=math.floor)
+        return normalise(read, given.image_mean, given.image_std)
 
     def picture_features(self, inputs: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
         return self.model.get_image_features(pixel_values=inputs.to(self.model.dtype)).pooler_output.float()

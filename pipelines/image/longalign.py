@@ -251,8 +251,8 @@ class LongAlignTrainer(RunTrainer):
                 return
             tail = [] if self._trained_tail is None else list(self._trained_tail.networks.values())
             with on_device(tail, self.args.device):
-                for part in [] if self._trained_tail is None else [self._trained_tail.adapter]:
-                    part.train()
+                if self._trained_tail is not None:
+                    self._trained_tail.adapter.train()
                 try:
                     yield
                 finally:
