@@ -19,7 +19,7 @@ def digest(value: Any) -> str:
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
-    """SHA-256 over every weight of a pipeline, its vocabulary, and which adapters are active at which scale.
+    """SHA-256 over every weight of a pipeline, its vocabulary, which adapters act at which scale, and how a negative side is mixed.
 
     The scheduler is left out: it belongs to the sampler settings. Reads all weights once (about a second a gigabyte).
     """
@@ -30,6 +30,8 @@ def model_fingerprint(pipe: Pipeline) -> str:
             _add_adapters(sha, component)
         elif callable(getattr(component, "get_vocab", None)):
             sha.update(digest([name, component.get_vocab()]).encode())
+    if (negative := getattr(pipe, "negative", None)) is not None:
+        sha.update(repr(negative).encode())
     return sha.hexdigest()
 
 

@@ -25,10 +25,12 @@ from mmalign.data.texts import EncodedPrompts, encode_prompts, load_prompts
 from mmalign.denoisers import Conditioning
 from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.parts import evaluating
+from mmalign.files import write_file
 from mmalign.likelihood import draws
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.truncated import TruncatedConfig, TruncatedPoint, data_error, draw_stops, truncated_point
 from mmalign.training import health
+from mmalign.training.card import is_hub_id
 from mmalign.training.following import REFERENCE_FOLDER, FollowingReference
 from mmalign.training.loading import plain_class
 from mmalign.training.negative import (
@@ -47,6 +49,25 @@ from mmalign.training.prepare import Prepared, batch_of, prepare
 from mmalign.training.run_config import RunConfig
 from mmalign.training.run_trainer import Losses, RunTrainer
 from mmalign.training.weights import aligned_network, has_adapter, load_trained, save_trained
+
+# Beside a saved pipeline.
+_CARD = """---
+library_name: diffusers
+tags:
+- mmalign
+- self-npo
+---
+# A pipeline with a negative side
+
+Plain diffusers loads this folder, and draws with plain guidance. What runs in the negative branch lies in `negative/`, as it acts
+beside the merged weights, and mmalign draws with both:
+
+```python
+from mmalign import SelfNPOPipeline
+
+pipe = SelfNPOPipeline.from_pretrained(FOLDER)
+```
+"""
 
 
 @dataclass
@@ -319,11 +340,16 @@ class SelfNPOPipeline(AlignPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """As `AlignPipeline.from_pretrained`; the negative side that `save_pretrained` left in the folder is loaded too."""
+        """As `AlignPipeline.from_pretrained`; the negative side that `save_pretrained` left there is loaded too."""
         pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
-        folder = Path(pretrained_model_name_or_path).expanduser() / NEGATIVE
-        if folder.is_dir():
-            pipe.load_negative(folder)
+        folder = Path(pretrained_model_name_or_path).expanduser()
+        if is_hub_id(str(pretrained_model_name_or_path)):
+            from huggingface_hub import snapshot_download
+
+            wanted = [f"{NEGATIVE}/*", f"{NEGATIVE}/*/*"]
+            folder = Path(snapshot_download(str(folder), revision=options.get("revision"), allow_patterns=wanted))
+        if (folder / NEGATIVE).is_dir():
+            pipe.load_negative(folder / NEGATIVE)
         return pipe
 
     def align(
@@ -391,6 +417,7 @@ class SelfNPOPipeline(AlignPipeline):
     def _save_more(self, folder: Path) -> None:
         if has_negative(self):
             save_negative(self, self.negative, folder / NEGATIVE)
+            write_file(folder / "README.md", _CARD)
 
     @classmethod
     def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:

@@ -291,6 +291,48 @@ def test_plain_diffusers_draws_the_aligned_picture_and_ours_the_guided_one(
     assert apart(draw(again), guided) < 1e-5 and apart(guided, picture) > 1e-3
 
 
+def test_a_negative_side_comes_from_the_hub_with_its_pipeline(
+    released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    from mmalign.training import pipeline
+
+    pipe = aligned("sd", released)
+    pipe.load_negative(released / "sd" / "negative")
+    pipe.save_pretrained(tmp_path)
+    assert "lies in `negative/`" in (tmp_path / "README.md").read_text()
+    asked: list[Any] = []
+    load = pipeline.load_base
+    monkeypatch.setattr(pipeline, "load_base", lambda name, **options: load(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path)
+    )
+    again = SelfNPOPipeline.from_pretrained("somebody/guided", revision="v1")
+    assert apart(draw(again), draw(pipe)) < 1e-5
+    assert asked == [("somebody/guided", {"revision": "v1", "allow_patterns": ["negative/*", "negative/*/*"]})]
+
+
+def test_pictures_are_told_apart_by_their_mixture(released: Path) -> None:
+    """Reports draw again what was drawn with other weights, and scales of the positive LoRA leave the negative one alone."""
+    from mmalign.evaluation.fingerprint import model_fingerprint
+    from mmalign.evaluation.sweep import at_lora_scale
+
+    pipe = aligned("sd", released)
+    pipe.load_negative(released / "sd" / "negative")
+    names = {model_fingerprint(pipe)}
+    for weights in ({"beta": 0.5}, {"alpha": 0.5}):
+        pipe.set_negative(**weights)
+        names.add(model_fingerprint(pipe))
+    assert len(names) == 3
+    pipe.set_negative(beta=0)
+    with at_lora_scale(pipe, 0.5):
+        half = draw(pipe)
+    other = aligned("sd", released)
+    other.set_adapters("aligned", 0.5)
+    assert apart(half, draw(other)) < 1e-5
+
+
 # What is refused.
 
 
