@@ -3,7 +3,8 @@
     python benchmarks/reward_memory.py [--batch 2] [--grad-steps 5 10 25 50]
 
 Pictures of the playground's Stable Diffusion, drawn in as many DDIM steps as are trained, under guidance; a LoRA on the attention, the
-playground's reward behind the VAE, float32. Counted are the bytes of tensors that autograd keeps at one moment, weights left out, each storage once, at their highest:
+playground's reward behind the VAE, float32.
+Counted are the bytes that autograd keeps for backward at one moment, weights left out, each storage once, at their highest:
 
 exact        one trained step and one branch of guidance at a time (`mmalign.likelihood.rollout.exact_losses`)
 checkpoints  the whole sampler, each trained step checkpointed, as LongAlign's released code has it

@@ -4,6 +4,7 @@ The order is that of the linear and convolution layers inside the modules of thr
 been the same since diffusers 0.28. Every shape is checked. α is the rank.
 """
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ def read_lora_list(path: Path) -> list[Tensor] | None:
     """The tensors of a pickled list, read without running what is in it; None where the file holds something else."""
     if path.suffix == ".safetensors":
         return None
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # Whoever reads it as a state dict says what is wrong with it.
+        return None
     if not isinstance(content, list) or not all(isinstance(part, Tensor) for part in content):
         return None
     return content
