@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
+from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
 from mmalign.training.aligned import load_aligned
 from mmalign.training.export import ExportFormat, export
 from mmalign.training.loading import load_base, plain_class, single_file
@@ -45,7 +46,10 @@ class AlignPipeline:
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
         """This pipeline around the components of another one. They are shared, as in diffusers: aligning one aligns both."""
         base = plain_class(type(pipeline))
-        return cls._adopt(base(**plain_components(pipeline) | options, **flags(pipeline, options)))
+        made = cls._adopt(base(**plain_components(pipeline) | options, **flags(pipeline, options)))
+        if (reader := long_prompts_of(pipeline)) is not None:
+            read_long_prompts(made, reader.config, reader.tail)
+        return made
 
     @classmethod
     def _adopt(cls, pipe: Any) -> Self:
@@ -108,8 +112,6 @@ class AlignPipeline:
 
         options: fields of `mmalign.denoisers.long_prompts.LongPrompts`. A folder that is saved does not tell it: call it again.
         """
-        from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
-
         before = long_prompts_of(self)
         config = None if layout is None else LongPrompts(layout=layout, **options)
         read_long_prompts(self, config, None if before is None else before.tail)

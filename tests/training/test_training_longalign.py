@@ -207,6 +207,8 @@ def test_a_saved_pipeline_draws_the_same_here_and_its_base_in_plain_diffusers(tm
     plain = DiffusionPipeline.from_pretrained(tmp_path)
     plain.set_progress_bar_config(disable=True)
     torch.testing.assert_close(drawn(plain, "a bag"), drawn(tiny_pipeline("sd"), "a bag"), rtol=0, atol=1e-5)
+    around = LongAlignPipeline.from_pipe(pipe)
+    torch.testing.assert_close(drawn(around, LONG), drawn(pipe, LONG), rtol=0, atol=1e-5)
     fresh = LongAlignPipeline.from_pretrained(save(tmp_path / "base"))
     assert long_prompts_of(fresh).tail is None and long_prompts_of(fresh).config.layout == "segments"
 
