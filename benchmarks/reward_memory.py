@@ -1,10 +1,10 @@
-"""What reward fine-tuning holds in memory for its backward pass: step by step, and through the graph of the sampler.
+"""What reward fine-tuning holds in memory: step by step, and through the graph of the sampler.
 
-    python benchmarks/reward_memory.py [--batch 2] [--grad-steps 5 10 25 50]
+    python benchmarks/reward_memory.py [--batch 1] [--grad-steps 5 10 25 50]
 
 Pictures of the playground's Stable Diffusion, drawn in as many DDIM steps as are trained, under guidance; a LoRA on the attention, the
-playground's reward behind the VAE, float32.
-Counted are the bytes that autograd keeps for backward at one moment, weights left out, each storage once, at their highest:
+playground's reward behind the VAE, float32. Counted are the bytes of all tensors made in forward and backward that live at one moment,
+each storage once, at their highest; weights are there before and do not count.
 
 exact        one trained step and one branch of guidance at a time (`mmalign.likelihood.rollout.exact_losses`)
 checkpoints  the whole sampler, each trained step checkpointed, as LongAlign's released code has it
@@ -14,14 +14,16 @@ Prints MiB, and each form's ratio to `exact`. The gradients are compared too.
 """
 
 import argparse
+import gc
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmalign import LongAlignPipeline
 from mmalign.denoisers import adapter_for
@@ -32,58 +34,54 @@ from mmalign.rewards import scorer
 from mmalign.training.pipeline import default_lora
 from mmalign.training.weights import add_adapter
 
+RESULTS = Path(__file__).with_name("results") / "reward_memory.json"
 FORMS = ("exact", "checkpoints", "graph")
 
 
-class _Saved:
-    """One tensor kept for backward."""
+class Live(TorchDispatchMode):
+    """Bytes of the distinct storages that were made since it began and still live, and the most there were."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self._known = 0, 0, set[int]()
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage(), given)
+        return made
 
-class Kept:
-    """Bytes of the distinct storages that autograd keeps now, and the most it kept."""
-
-    def __init__(self, weights: set[int]) -> None:
-        self._weights, self._users, self.now, self.most = weights, Counter[int](), 0, 0
-
-    def pack(self, tensor: Tensor) -> Any:
-        storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        saved = _Saved(tensor)
-        if place in self._weights:
-            return saved
-        if not self._users[place]:
-            self.now += size
-            self.most = max(self.most, self.now)
-        self._users[place] += 1
-        weakref.finalize(saved, self._release, place, size)
-        return saved
+    def _count(self, storage: Any, given: set[int]) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._known or place in given:
+            return
+        self._known.add(place)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._release, place, size)
 
     def _release(self, place: int, size: int) -> None:
-        self._users[place] -= 1
-        if not self._users[place]:
-            self.now -= size
-
-    @staticmethod
-    def unpack(saved: _Saved) -> Tensor:
-        return saved.tensor
+        self._known.discard(place)
+        self.now -= size
 
 
-def measured(losses: Callable[[], Tensor], parameters: list[Tensor], weights: set[int]) -> tuple[int, list[Tensor]]:
-    """Most bytes kept in forward and backward, and the gradients."""
+def measured(losses: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[int, list[Tensor]]:
+    """Most bytes alive in forward and backward, and the gradients."""
     for parameter in parameters:
         parameter.grad = None
-    kept = Kept(weights)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+    gc.collect()
+    with Live() as live:
         losses().mean().backward()
-    return kept.most, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    return live.most, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--grad-steps", type=int, nargs="+", default=[5, 10, 25, 50])
     parser.add_argument("--forms", nargs="+", default=FORMS)
     args = parser.parse_args()
@@ -99,11 +97,6 @@ def main() -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     texts = split_prompts().train[: args.batch]
     text, empty = denoiser.encode_prompt(texts), denoiser.encode_prompt([""] * args.batch)
-    weights = {
-        parameter.untyped_storage().data_ptr()
-        for part in (pipe.unet, pipe.vae, reward.model)
-        for parameter in part.parameters()
-    }
 
     def predict(x: Tensor, t: Tensor, row: Tensor, conditioned: bool) -> Tensor:
         return denoiser.predict(pipe.unet, x, t, (text if conditioned else empty)[row])
@@ -122,7 +115,7 @@ def main() -> None:
             "checkpoints": lambda common=common: graph_losses(*common),
             "graph": lambda common=common: graph_losses(*common, checkpointed=False),
         }
-        found = {form: measured(calls[form], parameters, weights) for form in args.forms}
+        found = {form: measured(calls[form], parameters) for form in args.forms}
         exact = found["exact"]
         row: dict[str, float] = {"grad_steps": steps}
         for form, (most, gradients) in found.items():
@@ -138,9 +131,8 @@ def main() -> None:
                 flush=True,
             )
         rows.append(row)
-    results = Path(__file__).with_name("results") / "reward_memory.json"
-    write_json(results, {"torch": torch.__version__, "batch": args.batch, "rows": rows})
-    print(results)
+        write_json(RESULTS, {"torch": torch.__version__, "batch": args.batch, "rows": rows})
+    print(RESULTS)
 
 
 if __name__ == "__main__":
