@@ -12,6 +12,7 @@ _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
+    "longalign": ("LongAlign", "2410.11817"),
     "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
