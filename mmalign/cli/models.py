@@ -49,7 +49,7 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
     return [
         Option(
             name="model",
-            help='a Hub id, a diffusers folder, one .safetensors file, or "playground"',
+            help='a Hub id, a diffusers folder, one .safetensors file, "playground" or "playground-scenes"',
             required=True,
             group=group,
         ),
@@ -123,7 +123,7 @@ def sampling_options(*, seed: str = _SEED) -> list[Option]:
         Option(name="num_inference_steps", help="sampling steps", convert=whole, metavar="N", default=25, **common),
         Option(
             name="guidance_scale",
-            help="classifier-free guidance; none is 7.5, or the playground's own with --model playground",
+            help="classifier-free guidance; none is 7.5, or its own with --model playground or playground-scenes",
             convert=number,
             metavar="X",
             nullable=True,
@@ -175,7 +175,7 @@ def prompt_options(group: str, *, default: str | None = None) -> list[Option]:
         Option(
             name="prompts",
             help="prompts from a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption; each "
-            'once), a folder of such, or "playground": its held-out ones',
+            'once), a folder of such, "playground" or "playground-scenes": their held-out ones',
             metavar="FILE",
             default=default,
             group=group,
@@ -294,10 +294,10 @@ def guidance_of(given: Given) -> float:
     """The guidance scale: as given, the one the playground's base was measured at, or diffusers' usual 7.5."""
     if given["guidance_scale"] is not None:
         return float(given["guidance_scale"])
-    if given["model"] == "playground":
+    if given["model"] in ("playground", "playground-scenes"):
         from mmalign.playground.paths import CURVES
 
-        measured = CURVES / "base-measured.json"
+        measured = CURVES / ("base-measured.json" if given["model"] == "playground" else "scene-base-measured.json")
         if measured.is_file():
             return float(json.loads(measured.read_text())["guidance_scale"])
     return 7.5
@@ -325,12 +325,12 @@ def read_prompts(given: Given) -> list[str]:
 
 def prompts_of(name: str, split: str | None = None) -> list[str]:
     """The prompts of a file or folder, or the playground's held-out ones."""
-    if name != "playground":
+    if name not in ("playground", "playground-scenes"):
         from mmalign.data.prompts import read_prompts as read_file
 
         return read_file(Path(name).expanduser(), split=split)
     if split is not None:
         raise UsageError("--prompts-split belongs to a folder of prompt files, not to the playground")
-    from mmalign.playground.pairs import prompts
+    from mmalign.playground import pairs, scene_prompts
 
-    return prompts().test
+    return (pairs if name == "playground" else scene_prompts).prompts().test

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.files import write_file
+from mmalign.training.loading import EMBEDDED
 from mmalign.training.run_config import RunConfig
 
 _PAPERS = {
@@ -96,8 +97,8 @@ These numbers come from the training pairs (`eval_*`: from held-out pairs). {jud
 
 def _usage(base: str, trained: tuple[str, str] | None) -> str:
     """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
-    # Plain diffusers does not know the embedded model by name.
-    package, loader = ("mmalign", "SmPOPipeline") if base == "playground" else ("diffusers", "DiffusionPipeline")
+    # Plain diffusers does not know the embedded models by name.
+    package, loader = ("mmalign", "SmPOPipeline") if base in EMBEDDED else ("diffusers", "DiffusionPipeline")
     if trained is None:
         return f"""from {package} import {loader}
 

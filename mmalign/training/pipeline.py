@@ -34,7 +34,10 @@ class AlignPipeline:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """Loads any supported text-to-image or text-to-video pipeline (hub id, folder, or "playground"), with diffusers' keywords."""
+        """Loads any supported text-to-image or text-to-video pipeline, with diffusers' keywords.
+
+        The name is a hub id, a folder, "playground" or "playground-scenes".
+        """
         return cls._adopt(load_base(pretrained_model_name_or_path, **options))
 
     @classmethod
