@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmalign.playground import scene_text, scenes
 
@@ -19,7 +19,7 @@ def watched(unet: UNet2DConditionModel) -> Iterator[tuple[list[Tensor], list[Ten
     askers: list[Tensor] = []
     gazes: list[Tensor] = []
 
-    def record(attention: nn.Module, args: tuple[Tensor], options: dict[str, Any], output: Tensor) -> None:
+    def record(attention: Any, args: tuple[Tensor], options: dict[str, Any], output: Tensor) -> None:
         hidden, text = args[0] if args else options["hidden_states"], options["encoder_hidden_states"]
         query = attention.to_q(hidden).unflatten(2, (attention.heads, -1)).transpose(1, 2)
         key = attention.to_k(text).unflatten(2, (attention.heads, -1)).transpose(1, 2)

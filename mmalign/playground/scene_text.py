@@ -105,7 +105,7 @@ def train(checkpoint: Path | None = None, *, stop_after: int = STEPS) -> tuple[C
         inside = number >= 0
         target = said.gather(1, number.clamp(min=0)[..., None].expand(-1, -1, len(ATTRIBUTES)))[inside]
         guesses = heads(encoder(tokens).last_hidden_state[inside]).split(ATTRIBUTES, 1)
-        return sum(F.cross_entropy(guess, target[:, i]) for i, guess in enumerate(guesses))
+        return torch.stack([F.cross_entropy(guess, target[:, i]) for i, guess in enumerate(guesses)]).sum()
 
     curve = fit(parts, loss_of, FIT, checkpoint=checkpoint, stop_after=stop_after, name="scene text")
     return encoder, curve

@@ -49,7 +49,7 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
     return pipe
 
 
-def scene_vae(dtype: torch.dtype) -> Any:
+def scene_vae(dtype: torch.dtype | None) -> Any:
     """The playground's autoencoder, which sees each cell of a scene alone, as it was trained: side by side its norms would mix them."""
     from diffusers import AutoencoderKL
 
