@@ -38,6 +38,11 @@ METHODS = {
     ),
     "inpo": ("mmalign.pipelines.image.inpo", "InPO", "preferences on DDIM-inverted latents (arXiv:2503.18454)"),
     "dpo": ("mmalign.pipelines.image.dpo", "DiffusionDPO", "preferences on forward-noised latents (arXiv:2311.12908)"),
+    "ppd": (
+        "mmalign.pipelines.image.ppd",
+        "PPD",
+        "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
+    ),
     "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
 }
 _DATA = "model and data"
@@ -297,12 +302,19 @@ def _resume_from(given: Given) -> str | None:
     raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
 
 
-def lora_of(given: Given) -> Any:
-    """The LoRA that is trained; None with --full."""
+def lora_of(given: Given, config_class: Any) -> Any:
+    """The LoRA that is trained; None with --full, and for a method that trains none."""
+    # A printed configuration states the defaults too.
+    stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
+    touched = [name for name, default in stated.items() if given[name] != default]
+    if not config_class.takes_lora:
+        touched += ["full"] if given["full"] else []
+        if touched:
+            raise UsageError(
+                f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
+            )
+        return None
     if given["full"]:
-        # A printed configuration states the defaults too.
-        stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
-        touched = [name for name, default in stated.items() if given[name] != default]
         if touched:
             raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
@@ -354,7 +366,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     from mmalign.denoisers.parts import draws_clips
 
     config_class = pipeline_class.config_class
-    lora, quantization = lora_of(given), _base_quantization(given)
+    lora, quantization = lora_of(given, config_class), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():
@@ -392,6 +404,7 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
+        "user_attention": f'what was learned of users; PPDPipeline takes it: pipe.load_aligned("{folder}")',
         "pipeline": f'the whole pipeline: DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
         "smoothing.json": "the normaliser of the scorer's values",
         "history.json": "everything that was logged",

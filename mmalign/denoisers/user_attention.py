@@ -228,7 +228,7 @@ def save_user_attention(branch: UserAttention, folder: Path) -> None:
 
 
 def load_user_attention(network: nn.Module, folder: Path) -> UserAttention:
-    """Reads what `save_user_attention` wrote onto the network, adding the attention where it has none; ValueError where it does not fit."""
+    """Reads what `save_user_attention` wrote onto the network, adding it where there is none; ValueError where it does not fit."""
     from safetensors.torch import load_file
 
     place = folder / FOLDER

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmalign.denoisers.user_attention import FOLDER, load_user_attention
 from mmalign.rewards.checkpoints import read_checkpoint
 from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
 
@@ -33,10 +34,14 @@ def load_aligned(
     """Puts aligned weights onto `pipe`, the base they were trained from, and returns the adapter's name, None for a whole network.
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
-    other parts stay), a network's own folder, and a LoRA of diffusers, peft or kohya; all in safetensors. With `allow_pickle` also
-    state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight that does not fit, before anything is changed.
+    other parts stay), a network's own folder, a folder here with a user attention, and a LoRA of diffusers, peft or kohya; all in
+    safetensors. With `allow_pickle` also state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight that does
+    not fit, before anything is changed.
     """
     component, network = aligned_network(pipe)
+    if (Path(path).expanduser() / FOLDER).is_dir():
+        load_user_attention(network, Path(path).expanduser()).to(next(network.parameters()).dtype)
+        return None
     files = _files(str(path), component, allow_pickle)
     state: dict[str, Tensor] = {}
     for file in files:

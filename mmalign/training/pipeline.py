@@ -80,7 +80,7 @@ class AlignPipeline:
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            peft_config=default_lora() if peft_config == "default" else peft_config,
+            peft_config=_default_lora(self.config_class) if peft_config == "default" else peft_config,
             ref_model=ref_model,
         )
         trained = trainer.train()
@@ -100,7 +100,11 @@ class AlignPipeline:
         with staged(folder) as part:
             if has_adapter(network) and ADAPTER in network.peft_config:  # type: ignore[operator]
                 save_trained(self, network, part)
+            self._write_own(part)
             merged(self).save_pretrained(str(part), **options)
+
+    def _write_own(self, folder: Path) -> None:
+        """What of the method's own parts is saved beside the pipeline's, in folders that plain diffusers does not look into."""
 
     def load_aligned(
         self, path: str | os.PathLike[str], *, adapter_name: str = "aligned", allow_pickle: bool = False
@@ -161,6 +165,10 @@ class AlignPipeline:
 
         with evaluating([denoiser.module]):
             return round_trip(predict, schedule, latents, t, config, generator)
+
+
+def _default_lora(config_class: type[DenoiserConfig]) -> Any:
+    return default_lora() if config_class.takes_lora else None
 
 
 def default_lora() -> Any:
