@@ -13,8 +13,8 @@ _DATA, _HOW = "whose pairs", "how they are read"
 _MODEL = "llava-onevision"
 VERB = Command(
     prog="mmalign embed-users",
-    description="Reads a few pairs of every user at a time and writes what they say of the user: a file for `mmalign train ppd --users` "
-    "and `mmalign generate --users`. Without a vision language model, a CLIP-like scorer tells how chosen pictures differ from the others.",
+    description="Reads a few pairs of every user at a time and writes what they say of the user: a file for `mmalign train ppd` and "
+    "`mmalign generate`. Without a vision language model, a CLIP-like scorer tells how chosen pictures differ from the others.",
     example="mmalign embed-users --data playground --encoder playground --output users.safetensors",
     options=[
         Option(

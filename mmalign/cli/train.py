@@ -302,19 +302,28 @@ def _resume_from(given: Given) -> str | None:
     raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
 
 
-def lora_of(given: Given, config_class: Any) -> Any:
-    """The LoRA that is trained; None with --full, and for a method that trains none."""
+def adapter_of(given: Given, config_class: Any) -> Any:
+    """`lora_of`, or None for a method that trains a part of its own."""
+    if config_class.takes_lora:
+        return lora_of(given)
+    touched = [*(["full"] if given["full"] else []), *_touched_lora(given)]
+    if touched:
+        raise UsageError(
+            f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
+        )
+    return None
+
+
+def _touched_lora(given: Given) -> list[str]:
     # A printed configuration states the defaults too.
     stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
-    touched = [name for name, default in stated.items() if given[name] != default]
-    if not config_class.takes_lora:
-        touched += ["full"] if given["full"] else []
-        if touched:
-            raise UsageError(
-                f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
-            )
-        return None
+    return [name for name, default in stated.items() if given[name] != default]
+
+
+def lora_of(given: Given) -> Any:
+    """The LoRA that is trained; None with --full."""
     if given["full"]:
+        touched = _touched_lora(given)
         if touched:
             raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
@@ -366,7 +375,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     from mmalign.denoisers.parts import draws_clips
 
     config_class = pipeline_class.config_class
-    lora, quantization = lora_of(given, config_class), _base_quantization(given)
+    lora, quantization = adapter_of(given, config_class), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():

@@ -1,7 +1,7 @@
 """Would this user prefer it? A judge who has seen a few of a user's pairs predicts the choice, asked in both orders (PPD's protocol).
 
-The judge is any callable: a language model behind an API, a local one, a person. One that answers by place and not by picture contradicts
-itself when the order is swapped; such answers are counted by themselves and never as half a win.
+The judge is any callable: a language model behind an API, a local one, a person. One that answers by place and not by picture
+contradicts itself when the order is swapped; such answers are counted by themselves and never as half a win.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class UserVerdicts:
                 f"target preferred in {found.rate:.1%} [{found.low:.1%}, {found.high:.1%}] of {found.num_comparisons} "
                 f"that were answered alike in both orders"
             )
-        return f"{told}; {self.inconsistent:.1%} of {len(self.verdicts)} changed with the order, {self.unreadable:.1%} could not be read"
+        changed = f"{self.inconsistent:.1%} of {len(self.verdicts)} changed with the order"
+        return f"{told}; {changed}, {self.unreadable:.1%} could not be read"
 
 
 def judge_for_users(

@@ -61,8 +61,8 @@ def probe_users(
 ) -> ProbeResult:
     """Trains the classifier on nine tenths of the groups and reads it, without dropout, on the others; users are in both by design.
 
-    token: which row of the tokens it reads (the last layer, as published), None for their mean, where rows have no order. Only users with
-    `min_groups` groups count. The best learning rate is chosen on the held-out groups, as published, which flatters a little.
+    token: which row of the tokens it reads (the last layer, as published), None for their mean, where rows have no order. Only users
+    with `min_groups` groups count. The best learning rate is chosen on the held-out groups, as published, which flatters a little.
     """
     known = sorted(user for user, groups in users.of_user.items() if len(groups) >= min_groups)
     if len(known) < 2:

@@ -35,8 +35,8 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, a folder here with a user attention, and a LoRA of diffusers, peft or kohya; all in
-    safetensors. With `allow_pickle` also state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight that does
-    not fit, before anything is changed.
+    safetensors. With `allow_pickle` also state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight
+    that does not fit, before anything is changed.
     """
     component, network = aligned_network(pipe)
     if (Path(path).expanduser() / FOLDER).is_dir():
