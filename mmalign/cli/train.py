@@ -38,12 +38,12 @@ METHODS = {
     ),
     "inpo": ("mmalign.pipelines.image.inpo", "InPO", "preferences on DDIM-inverted latents (arXiv:2503.18454)"),
     "dpo": ("mmalign.pipelines.image.dpo", "DiffusionDPO", "preferences on forward-noised latents (arXiv:2311.12908)"),
+    "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
     "ppd": (
         "mmalign.pipelines.image.ppd",
         "PPD",
         "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
     ),
-    "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
 }
 _DATA = "model and data"
 _SCALE_LR = Option(

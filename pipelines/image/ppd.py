@@ -80,7 +80,7 @@ class PPDConfig(DenoiserConfig):
     }  # fmt: skip
 
     beta: float | Literal["auto"] = 5000.0
-    users: str | None = None
+    users: str | None = "pickscore"
     user_scorers: list[str] = field(default_factory=list)
     user_shots: int = 4
     user_groups: int = 20
@@ -92,6 +92,8 @@ class PPDConfig(DenoiserConfig):
     validation_user: str | None = None
 
     def __post_init__(self) -> None:
+        if self.user_scorers and self.users == self.default("users"):
+            self.users = None
         super().__post_init__()
         counted = self.users is not None and not self.users.endswith(".safetensors")
         for message, violated in {
