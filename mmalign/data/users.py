@@ -97,8 +97,9 @@ class UserEmbeddings:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over tokens, groups and what made them."""
-        told = json.dumps([self.made_by, [asdict(group) for group in self.groups]], sort_keys=True)
+        """sha256 over tokens, groups and what made them; the data's name, which moves with its file, is no part of it."""
+        made_by = {name: value for name, value in self.made_by.items() if name != "data"}
+        told = json.dumps([made_by, [asdict(group) for group in self.groups]], sort_keys=True)
         return hashlib.sha256(told.encode() + self.tokens.contiguous().numpy().tobytes()).hexdigest()
 
     def user(self, name: str, group: int = 0) -> Float[Tensor, "L D"]:

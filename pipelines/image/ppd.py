@@ -116,6 +116,12 @@ class PPDConfig(DenoiserConfig):
             if violated:
                 raise ValueError(message)
 
+    @classmethod
+    def preset_options(cls, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What the preset adds to `given`; no users of its own beside scorers."""
+        added = super().preset_options(name, given)
+        return {option: value for option, value in added.items() if option != "users" or not given.get("user_scorers")}
+
     def attention(self, width: int) -> UserAttentionConfig:
         """What is put on the network for tokens of this width."""
         return UserAttentionConfig(

@@ -15,7 +15,13 @@ from mmalign.pipelines.image.sft import DiffusionSFTConfig
 from mmalign.pipelines.image.smpo import SmPOConfig
 from mmalign.training.inherited import REFUSED
 
-CONFIGS = {"smpo": SmPOConfig, "inpo": InPOConfig, "dpo": DiffusionDPOConfig, "sft": DiffusionSFTConfig, "ppd": PPDConfig}
+CONFIGS = {
+    "smpo": SmPOConfig,
+    "inpo": InPOConfig,
+    "dpo": DiffusionDPOConfig,
+    "sft": DiffusionSFTConfig,
+    "ppd": PPDConfig,
+}
 MODEL = ["--model", "m", "--data", "d"]
 
 
