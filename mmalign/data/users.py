@@ -219,7 +219,8 @@ def judged_by_scorers(source: PairSource, scores: Mapping[str, Float[Tensor, "R 
     for name, values in scores.items():
         if values.shape != (len(source), 2):
             raise ValueError(f"scores of {name} must be ({len(source)}, 2), got {tuple(values.shape)}")
-    rows, opinions = [], []
+    rows: list[int] = []
+    opinions: list[tuple[str, float]] = []
     for name, values in scores.items():
         preferred = ((values[:, 0] - values[:, 1]).nan_to_num(0.0).sign() + 1) / 2
         rows += range(len(source))

@@ -109,7 +109,7 @@ class VlmUserEncoder:
     def _chosen(self, states: torch.Tensor) -> torch.Tensor:
         if self.layers == "all":
             return states
-        numbers = [-1] if self.layers == "last" else cast(list[int], self.layers)
+        numbers = [-1] if self.layers == "last" else self.layers
         if any(not -len(states) <= number < len(states) for number in numbers):
             raise ValueError(f"layers={numbers} of a model with {len(states)} (the embedding is 0)")
         return states[numbers]

@@ -53,7 +53,7 @@ class Conditioning:
         return Conditioning(
             self.prompt_embeds.to(device=device, dtype=dtype),
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
-            *(None if value is None else value.to(device=device) for value in self._values()[2:]),  # type: ignore[arg-type]
+            *(None if value is None else value.to(device=device) for value in self._values()[2:]),
         )
 
     def where(self, mask: Bool[Tensor, " B"], other: "Conditioning") -> "Conditioning":

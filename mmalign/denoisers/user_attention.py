@@ -93,8 +93,7 @@ class _Layer(nn.Module):
     def __init__(self, width: int, size: int, rank: int | None) -> None:
         super().__init__()
         self.key, self.value = _linear(width, size, rank), _linear(width, size, rank)
-        last = self.value if isinstance(self.value, nn.Linear) else self.value[-1]
-        nn.init.zeros_(last.weight)
+        nn.init.zeros_(list(self.value.parameters())[-1])
 
 
 def _linear(width: int, size: int, rank: int | None) -> nn.Linear | nn.Sequential:

@@ -58,7 +58,7 @@ def reading(network: nn.Module, mix: UserMix) -> Iterator[None]:
             moved = moved + weight * (_prediction(with_user(tokens, 1.0, args, options)) - base)
         return (moved,)
 
-    network.forward = forward  # type: ignore[method-assign]
+    network.forward = forward
     try:
         yield
     finally:

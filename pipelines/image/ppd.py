@@ -264,7 +264,7 @@ class PPDPipeline(AlignPipeline):
     def __init_subclass__(cls, **options: Any) -> None:
         # A class is made for every base family; its call takes what the family's takes, and the user.
         super().__init_subclass__(**options)
-        cls.__call__ = _call_for(super().__call__)  # type: ignore[operator, method-assign, misc]
+        cls.__call__ = _call_for(super().__call__)  # type: ignore[method-assign, misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
@@ -309,7 +309,7 @@ class PPDPipeline(AlignPipeline):
 
     def user_mix(self, user: User | Sequence[User], scale: float, mix: str, prompts: int, images: int) -> UserMix:
         """What the network reads for `prompts` prompts with `images` pictures each."""
-        given = list(user) if isinstance(user, list | tuple) else [user] * prompts
+        given: list[Any] = list(user) if isinstance(user, list | tuple) else [user] * prompts
         if len(given) != prompts:
             raise ValueError(f"{prompts} prompts need one user or {prompts}, got {len(given)}")
         if mix == "tokens":
@@ -345,8 +345,8 @@ def _call_for(base: Any) -> Any:
             raise ValueError(
                 "true_cfg_scale runs a second network call that cannot be told from the first: leave user or it out"
             )
-        prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
-        prompts = 1 if isinstance(prompt, str) else len(prompt if prompt is not None else embeds)
+        prompt: Any = given.get("prompt")
+        prompts = 1 if isinstance(prompt, str) else len(given["prompt_embeds"] if prompt is None else prompt)
         images = given.get("num_images_per_prompt") or 1
         mix = self.user_mix(user, user_scale, user_mix, prompts, images)
         with reading(aligned_network(self)[1], mix):
