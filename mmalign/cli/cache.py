@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,12 @@ VERB = Command(
     options=[
         Option(name="cache_dir", help="the folder that a run was given as --cache-dir", metavar="DIR", nullable=True),
         Option(name="clear", help="delete our entries there, and nothing else", convert=switch, default=False),
+        Option(
+            name="verify",
+            help="read every encoded data set there and compare it with the hashes taken when it was written",
+            convert=switch,
+            default=False,
+        ),
         Option(name="json", help="print JSON", convert=switch, default=False),
     ],
 )
@@ -34,13 +41,15 @@ class Place:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Shows the places, or clears ours."""
+    """Shows the places, or clears or verifies ours."""
     given = VERB.read(argv)
     if given is None:
         return 0
     from mmalign.data import clear_cache, default_cache_dir
 
     folder = Path(given["cache_dir"]).expanduser() if given["cache_dir"] else default_cache_dir()
+    if given["verify"]:
+        return verify(folder)
     freed = clear_cache(folder) if given["clear"] else None
     found = places(folder)
     if given["json"]:
@@ -51,6 +60,25 @@ def run(argv: Sequence[str]) -> int:
     for place in found:
         print(f"{size(place.bytes):>11}  {place.folder}\n{'':13}{place.holds}; clear with: {place.clear}")
     return 0
+
+
+def verify(ours: Path) -> int:
+    """Prints a line for every encoded data set; 1 if one of them is damaged."""
+    from mmalign.data import EncodedPairs
+
+    damaged = 0
+    for folder in sorted(ours.iterdir()) if ours.is_dir() else ():
+        if not folder.is_dir() or not re.fullmatch(r"[0-9a-f]{64}", folder.name):
+            continue
+        try:
+            encoded = EncodedPairs.open(folder)
+            encoded.verify()
+        except ValueError as error:
+            damaged += 1
+            print(error)
+        else:
+            print(f"{folder} is whole: {len(encoded)} pairs of {len(encoded.prompts)} prompts")
+    return 1 if damaged else 0
 
 
 def places(ours: Path) -> list[Place]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmalign.cli.models import (
-    ALIGNED,
+    ALIASES,
     best_device,
     device_option,
     load_pipeline,
@@ -19,7 +20,7 @@ from mmalign.cli.models import (
     sampling_of,
     sampling_options,
 )
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, number, whole
+from mmalign.cli.options import Command, Given, Option, UsageError, flag, number, whole
 from mmalign.scorer_names import SCORERS
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ VERB = Command(
         ),
         Option(
             name="tie_margin",
-            help="scores closer than this are a tie",
+            help="scores no further apart than this are a tie; one number for all scorers, whatever their units",
             convert=number,
             metavar="X",
             default=0.0,
@@ -87,7 +88,7 @@ VERB = Command(
         Option(name="confidence", help="of the intervals", convert=number, metavar="X", default=0.95, group=_JUDGED),
         Option(
             name="lora_scales",
-            help="also compare at these scales of the LoRA, 0 being the base: a plot of what each costs and buys",
+            help="also compare at these scales of the LoRA, 0 being the model without it: a plot of what each costs and buys",
             convert=number,
             metavar="X",
             many=True,
@@ -133,12 +134,7 @@ VERB = Command(
         ),
         *sampling_options(),
     ],
-    aliases=[
-        Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
-        Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
-        Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
-        ALIGNED,
-    ],
+    aliases=ALIASES,
 )
 
 
@@ -151,25 +147,27 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError("nothing to compare with: give --base, or --lora to compare the model with and without it")
     if given["lora_scales"] and given["lora"] is None:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
+    if given["num_samples"] < 0:
+        raise UsageError(f"--num-samples must be 0 or more, got {given['num_samples']}")
     prompts, plan = read_prompts(given), _retention(given)
     history = _history(given)
     names = given["scorers"] or (["judge-B", "playground"] if given["prompts"] == "playground" else ["pickscore"])
-    trained_on = set(given["trained_on"] or [])
-    # A scorer that was trained on stands in the report even if nobody listed it.
-    names += sorted(trained_on - set(names))
-    if plan is not None and plan.scorer is not None and plan.scorer not in names:
-        names.append(plan.scorer)
 
     from mmalign.evaluation import evaluate, result_lines, write_report
 
     device = best_device(given["device"])
+    # A scorer that was trained on, or tells retention, stands in the report even if nobody listed it.
+    also = [*(given["trained_on"] or []), *([plan.scorer] if plan and plan.scorer else [])]
+    judges = _judges(names, also, device)
+    if plan is not None and plan.scorer is not None:
+        plan = replace(plan, scorer=judges[plan.scorer].name)
     result = evaluate(
         load_pipeline(given, lora=given["lora"], device=device),
         load_pipeline(given, model=given["base"] or given["model"], device=device),
         prompts,
-        scorers=[scorer_named(name, device) for name in names],
+        scorers=list({id(judge): judge for judge in judges.values()}.values()),
         output_dir=given["output_dir"],
-        trained_on=trained_on,
+        trained_on={judges[name].name for name in given["trained_on"] or []},
         num_images_per_prompt=given["num_images_per_prompt"],
         seed=given["seed"],
         **sampling_of(given),
@@ -196,11 +194,23 @@ def _retention(given: Given) -> RetentionPlan | None:
         raise UsageError("--retention-prompts needs --retention-tolerance: how much of the mean score may be lost")
     from mmalign.evaluation import RetentionPlan
 
+    # A split is one of a folder's; the other prompts may be a file.
+    split = given["prompts_split"] if Path(given["retention_prompts"]).expanduser().is_dir() else None
     return RetentionPlan(
-        prompts=prompts_of(given["retention_prompts"]),
+        prompts=prompts_of(given["retention_prompts"], split),
         tolerance=given["retention_tolerance"],
         scorer=given["retention_scorer"],
     )
+
+
+def _judges(names: Sequence[str], also: Sequence[str], device: str) -> dict[str, Any]:
+    """The scorers by the names they were given; `also` may call a listed one as the reports do ("aesthetic" for "aesthetic:FILE")."""
+    found = {name: scorer_named(name, device) for name in names}
+    known = {scorer.name: scorer for scorer in found.values()}
+    for name in also:
+        if name not in found:
+            found[name] = known[name] if name in known else scorer_named(name, device)
+    return found
 
 
 def scorer_named(name: str, device: str) -> Any:
@@ -219,6 +229,6 @@ def _history(given: Given) -> list[dict[str, Any]]:
     if given["history"] is None and (given["lora"] is None or not path.is_file()):
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, list):
-        raise ValueError(f"{path} is no history: it holds no list")
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise ValueError(f"{path} is no history: it holds no list of mappings")
     return content

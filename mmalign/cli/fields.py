@@ -36,7 +36,7 @@ _EXPLAINED = {
     "simpo_gamma": "target margin of loss_type simpo",
     "cpo_alpha": "weight of the likelihood term of loss_type cpo",
     "latents": "how the log-ratio is measured: forward noise, DDIM inversion, ReNoise inversion",
-    "scorer": f"reward for comparisons other than human: {', '.join(SCORERS)}",
+    "scorer": f"reward for comparisons other than human: {', '.join(SCORERS)}; or the data's own, column:<name>",
     "comparison": "what a pair is worth: its human label, relabelled by the scorer, smoothed by it, Bradley–Terry weight",
     "smoothing_normalizer": "how the scorer's values are normalised before smoothing",
     "keep_human_ties": "let the scorer decide pairs that humans called a tie",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import (
-    ALIGNED,
+    ALIASES,
     device_option,
     load_pipeline,
     model_options,
@@ -16,21 +16,15 @@ from mmalign.cli.models import (
     read_prompts,
     sampling_of,
     sampling_options,
-    slug,
 )
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, number, one_of, switch, whole
+from mmalign.cli.options import Command, Given, Option, UsageError, number, one_of, switch, whole
+from mmalign.files import slug
 
 _MODEL, _WHAT = "the model", "what is drawn"
 _FOR = "for whom (models that PPD trained)"
 _SHEET_ROWS = 32
 # CogVideoX 1.0's own.
 _FRAMES_PER_SECOND = 8.0
-ALIASES = [
-    Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
-    Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
-    Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
-    ALIGNED,
-]
 VERB = Command(
     prog="mmalign generate",
     description=(
@@ -59,7 +53,7 @@ VERB = Command(
             default=True,
             group=_WHAT,
         ),
-        *sampling_options(),
+        *sampling_options(seed="of the first picture; the next ones count up"),
         Option(
             name="user",
             help="whom the pictures are for: a name in --users, or several as NAME=WEIGHT",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mmalign.cli.evaluate import scorer_named
 from mmalign.cli.models import (
+    ALIASES,
     best_device,
     device_option,
     load_pipeline,
@@ -46,7 +47,7 @@ VERB = Command(
         ),
         Option(
             name="min_margin",
-            help="no pair where best and worst score lie closer together",
+            help="no pair where best and worst score lie no further apart, in the scorer's own unit",
             convert=number,
             metavar="X",
             default=0.0,
@@ -55,6 +56,7 @@ VERB = Command(
         Option(name="output_dir", help="where pairs and pictures go", metavar="DIR", default="my-pairs", group=_WHAT),
         *sampling_options(),
     ],
+    aliases=ALIASES,
 )
 
 
@@ -66,10 +68,12 @@ def run(argv: Sequence[str]) -> int:
     prompts = read_prompts(given)
     from mmalign.evaluation import make_pairs
 
+    # The scorer before the model, so that a misspelt name is told at once.
+    judge = scorer_named(given["scorer"], best_device(given["device"]))
     made = make_pairs(
         load_pipeline(given, lora=given["lora"]),
         prompts,
-        scorer_named(given["scorer"], best_device(given["device"])),
+        judge,
         output_dir=given["output_dir"],
         num_images_per_prompt=given["images_per_prompt"],
         min_margin=given["min_margin"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLING = "how pictures are drawn"
 # For verbs with `model_options(lora=True)`: not everything that was released is a LoRA.
 ALIGNED = Alias("aligned", "is lora", lambda value: {"lora": value})
+# And for those with `sampling_options()` too.
+ALIASES = [
+    Alias("steps", "is num_inference_steps", lambda value: {"num_inference_steps": value}),
+    Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),
+    Alias("torch_dtype", "is dtype", lambda value: {"dtype": value}),
+    ALIGNED,
+]
+_SEED = "with the prompt's text it decides each picture's own seed"
 
 
 def model_options(*, group: str, lora: bool = False) -> list[Option]:
@@ -81,8 +88,8 @@ def device_option(group: str) -> Option:
     return Option(name="device", help="cpu, cuda, cuda:1, mps; none is the best one here", group=group, nullable=True)
 
 
-def sampling_options() -> list[Option]:
-    """How pictures are drawn, for generate and evaluate."""
+def sampling_options(*, seed: str = _SEED) -> list[Option]:
+    """How pictures are drawn. seed: what --seed is."""
     common: dict[str, Any] = {"group": _SAMPLING}
     return [
         Option(name="num_inference_steps", help="sampling steps", convert=whole, metavar="N", default=25, **common),
@@ -96,7 +103,7 @@ def sampling_options() -> list[Option]:
         ),
         Option(
             name="seed",
-            help="of the first picture; the next ones count up",
+            help=seed,
             convert=whole,
             metavar="N",
             default=0,
@@ -114,6 +121,14 @@ def sampling_options() -> list[Option]:
             convert=whole,
             metavar="N",
             default=8,
+            **common,
+        ),
+        Option(
+            name="safety_checker",
+            help="let Stable Diffusion's checker, where the model has one, stop at a picture; --no-safety-checker draws it",
+            convert=switch,
+            default=True,
+            hidden=True,
             **common,
         ),
     ]
@@ -180,7 +195,7 @@ def load_pipeline(
             from diffusers import AutoencoderKL
 
             options["vae"] = AutoencoderKL.from_pretrained(given["vae"], dtype=dtype, use_safetensors=True)
-    is_file = str(name).endswith((".safetensors", ".ckpt", ".pt"))
+    is_file = _is_file(name)
     if quantization is not None:
         if is_file:
             raise UsageError("--base-quantization needs a diffusers folder or a Hub id, not a single file")
@@ -190,11 +205,13 @@ def load_pipeline(
             single_file if pipeline_class is None else pipeline_class.from_single_file,
             given["base_class"],
         )
-    elif given["base_class"] != BASE_CLASS:
+    elif given["base_class"] != BASE_CLASS and not any(map(_is_file, (given["model"], given.values.get("base")))):
         raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
     pipe = load(name, **options)
+    if given.values.get("safety_checker") is False and "safety_checker" in pipe.components:
+        pipe.register_modules(safety_checker=None)
     if lora is not None:
         adapter = load_aligned(pipe, lora, allow_pickle=given["allow_pickle"])
         if adapter is None and given["lora_scale"] != 1:
@@ -204,6 +221,10 @@ def load_pipeline(
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
+
+
+def _is_file(name: str | None) -> bool:
+    return str(name).endswith((".safetensors", ".ckpt", ".pt"))
 
 
 def best_device(asked: str | None) -> str:
@@ -237,6 +258,8 @@ def sampling_of(given: Given) -> dict[str, Any]:
 
 def read_prompts(given: Given) -> list[str]:
     """Every prompt that was asked for, in order."""
+    if given["num_prompts"] is not None and given["num_prompts"] < 1:
+        raise UsageError(f"--num-prompts must be at least 1, got {given['num_prompts']}")
     prompts = list(given["prompt"] or [])
     if given["prompts"] is not None:
         prompts += prompts_of(given["prompts"], given["prompts_split"])
@@ -258,8 +281,3 @@ def prompts_of(name: str, split: str | None = None) -> list[str]:
     from mmalign.playground.pairs import prompts
 
     return prompts().test
-
-
-def slug(prompt: str, length: int = 40) -> str:
-    """A prompt as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:length].rstrip("-") or "prompt"

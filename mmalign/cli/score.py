@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +16,13 @@ from mmalign.scorer_names import SCORERS
 _WHAT, _JUDGED = "the pictures", "who judges"
 _AT_ONCE = 256
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_SHEETS = ("grid.png", "side_by_side.png")  # of `mmalign generate` and `evaluate`: many pictures in one
+_SCORES = "scores.json"
+_SAME = ("file_name", "prompt", "picture")  # what a score is of
 VERB = Command(
     prog="mmalign score",
-    description="Scores the pictures of a folder, each with its prompt, and writes every score to scores.json there.",
+    description="Scores the pictures of a folder, each with its prompt, and writes every score to scores.json there, beside those "
+    "of earlier calls.",
     example="mmalign score --pictures pictures/ --scorers hpsv2.1 aesthetic",
     options=[
         Option(
@@ -27,7 +32,9 @@ VERB = Command(
             required=True,
             group=_WHAT,
         ),
-        Option(name="prompt", help="one prompt for all of them, instead of metadata.jsonl", group=_WHAT, nullable=True),
+        Option(
+            name="prompt", help="one prompt for all of them, whatever metadata.jsonl says", group=_WHAT, nullable=True
+        ),
         device_option(_WHAT),
         Option(
             name="scorers",
@@ -46,55 +53,60 @@ def run(argv: Sequence[str]) -> int:
     given = VERB.read(argv)
     if given is None:
         return 0
+    import numpy as np
+
+    from mmalign.evaluation.scorers import score_files
     from mmalign.files import write_json
 
     folder = Path(given["pictures"]).expanduser()
     rows = listed(folder, given["prompt"])
+    _keep(folder, rows)
+    files, prompts = [folder / row["file_name"] for row in rows], [row["prompt"] for row in rows]
     device = best_device(given["device"])
     for name in given["scorers"]:
-        scores = scored(folder, rows, name, scorer_named(name, device))
+        scorer = scorer_named(name, device)
+        found = score_files([scorer], files, prompts, batch_size=_AT_ONCE, description=f"Scoring by {name}")
+        scores = found[scorer.name]
         for row, value in zip(rows, scores.tolist(), strict=True):
-            row.setdefault("scores", {})[name] = value
-        spread = scores.std(correction=0).item()
+            row["scores"][name] = value
+            row["fingerprints"][name] = scorer.fingerprint
         print(
-            f"{name:<16} mean {scores.mean().item():.4f}   median {scores.median().item():.4f}   standard deviation {spread:.4f}"
+            f"{name:<16} mean {scores.mean():.4f}   median {np.median(scores):.4f}   standard deviation {scores.std():.4f}"
         )
-    path = write_json(folder / "scores.json", rows)
+    path = write_json(folder / _SCORES, rows)
     print(f"{len(rows)} pictures; every score: {path}")
     return 0
 
 
-def scored(folder: Path, rows: list[dict[str, Any]], name: str, scorer: Any) -> Any:
-    """The scores (N,) of all pictures, a few of them in memory at a time."""
-    import torch
-    from PIL import Image
-    from tqdm.auto import tqdm
-
-    parts = []
-    with tqdm(total=len(rows), desc=f"Scoring by {name}", unit="picture") as bar:
-        for start in range(0, len(rows), _AT_ONCE):
-            some = rows[start : start + _AT_ONCE]
-            images = [Image.open(folder / row["file_name"]).convert("RGB") for row in some]
-            parts.append(scorer.score(images, [row["prompt"] for row in some]))
-            bar.update(len(some))
-    return torch.cat(parts)
+def _keep(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Gives each row its picture's hash, and what an earlier call scored of the same picture and prompt."""
+    path = folder / _SCORES
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    if not isinstance(stored, list) or not all(isinstance(row, dict) for row in stored):
+        raise ValueError(f"{path} was not written by mmalign score: move it away")
+    earlier = {tuple(row.get(key) for key in _SAME): row for row in stored}
+    for row in rows:
+        row["picture"] = hashlib.sha256((folder / row["file_name"]).read_bytes()).hexdigest()
+        same = earlier.get(tuple(row[key] for key in _SAME), {})
+        row |= {key: dict(same.get(key, {})) for key in ("scores", "fingerprints")}
 
 
 def listed(folder: Path, prompt: str | None) -> list[dict[str, Any]]:
     """File name and prompt of every picture, in order; ValueError names the line or file that cannot be used."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if prompt is not None:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _ENDINGS)
-        rows: list[dict[str, Any]] = [{"file_name": name, "prompt": prompt} for name in names]
+    table = folder / "metadata.jsonl"
+    if table.is_file():
+        # Not splitlines: a prompt may hold line breaks of Unicode's, which JSON leaves as they are.
+        lines = table.read_text(encoding="utf-8").split("\n")
+        rows = [_row(line, f"{table}, line {number}", prompt) for number, line in enumerate(lines, 1) if line.strip()]
+    elif prompt is None:
+        raise UsageError(
+            f"{folder} has no metadata.jsonl that tells each picture's prompt: give --prompt for all of them"
+        )
     else:
-        table = folder / "metadata.jsonl"
-        if not table.is_file():
-            raise UsageError(
-                f"{folder} has no metadata.jsonl that tells each picture's prompt: give --prompt for all of them"
-            )
-        lines = table.read_text(encoding="utf-8").splitlines()
-        rows = [_row(line, f"{table}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+        files = (path for path in folder.iterdir() if path.suffix.lower() in _ENDINGS and path.is_file())
+        rows = [{"file_name": path.name, "prompt": prompt} for path in sorted(files) if path.name not in _SHEETS]
     if not rows:
         raise ValueError(f"{folder} holds no pictures ({', '.join(_ENDINGS)})")
     for row in rows:
@@ -103,11 +115,13 @@ def listed(folder: Path, prompt: str | None) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: str, where: str, prompt: str | None) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is no JSON: {error.msg}") from error
+    if prompt is not None and isinstance(row, dict):
+        row["prompt"] = prompt
     for key in ("file_name", "prompt"):
         if not isinstance(row, dict) or not isinstance(row.get(key), str):
             raise ValueError(f"{where} has no {key}")

@@ -410,6 +410,8 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
 
 def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     """Where everything was saved, and what to type next; `judged`: whether scorers read what the model draws."""
+    from mmalign.data.reward_columns import PREFIX
+
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
@@ -422,7 +424,9 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     }
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
-    held = ["--trained-on", config.scorer] if config.comparison != "human" else []
+    # A reward that the data carry judges no other picture.
+    judge = config.comparison != "human" and not config.scorer.startswith(PREFIX)
+    held = ["--trained-on", config.scorer] if judge else []
     model = (
         ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
     )

@@ -45,6 +45,12 @@ VERB = Command(
             name="resolution", help="side of the square that training crops to", convert=whole, metavar="N", default=512
         ),
         Option(
+            name="aspect_buckets",
+            help="each pair in the shape nearest to its own, as training with --aspect-buckets",
+            convert=switch,
+            default=False,
+        ),
+        Option(
             name="num_frames",
             help="read every side as a clip of N frames, as training a video model does",
             convert=whole,
@@ -79,11 +85,15 @@ def run(argv: Sequence[str]) -> int:
         streaming=given["streaming"],
         num_frames=given["num_frames"],
     )
-    report = validate_pairs(source, resolution=given["resolution"], workers=given["workers"])
+    options = {name: given[name] for name in ("resolution", "aspect_buckets", "workers")}
+    report = validate_pairs(source, **options)
     folder = Path(given["output_dir"]).expanduser()
     sheet = _contact_sheet(source, report)
     with staged(folder) as part:
-        lines = [{"row": bad.row, "field": bad.field, "reason": bad.reason} for bad in report.bad_rows]
+        lines = [
+            {"row": bad.row, "source_row": source.table_row(bad.row), "field": bad.field, "reason": bad.reason}
+            for bad in report.bad_rows
+        ]
         (part / _BAD_ROWS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         if sheet is not None:
             sheet.save(part / _SHEET)
@@ -96,14 +106,28 @@ def run(argv: Sequence[str]) -> int:
 
 
 def summary(source: PairSource, report: DataReport) -> str:
-    """What is printed: counts, then a line for each kind of problem with the first rows that have it."""
+    """What is printed: counts, then a line for each kind of problem with the first rows that have it.
+
+    told: the pairs whose text and labels can be read, also where their pictures cannot.
+    """
+    from mmalign.data.rankings import RANKED
+
     usable, ties = len(report.usable), report.num_ties
     users = f", {report.num_users} users" if report.num_users else ""
+    rows = f"{report.num_rows} rows"
+    if source.form in RANKED:
+        what = "pictures" if source.form == "imagereward" else "rankings"
+        rows = f"{source.num_table_rows} {what} → {report.num_rows} pairs"
     lines = [
-        f"{source.name}: {report.num_rows} rows, {source.form} columns",
+        f"{source.name}: {rows}, {source.form} columns",
         f"usable:   {usable} pairs of {report.num_prompts} prompts{users}; {ties} of them ties",
         f"left out: {len(report.bad_rows)} rows",
     ]
+    if report.told.pairs > usable:
+        told = report.told
+        lines.insert(1, f"told:     {told.pairs} pairs of {told.prompts} prompts; {told.ties} of them ties")
+    if not usable and all("no such file" in bad.reason for bad in report.bad_rows):
+        lines.append("no picture was found: name the folder that the paths in the data start from with --root")
     problems = report.problems
     for problem in problems[:_SHOWN_KINDS]:
         first = ", ".join(map(str, problem.rows[:5])) + (", …" if len(problem.rows) > 5 else "")

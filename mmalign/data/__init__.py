@@ -10,7 +10,7 @@ from mmalign.data.comparison import Compared, ComparisonConfig, compare
 from mmalign.data.dataset import PreferenceBatch, PreferenceDataset, PreferenceItem, collate
 from mmalign.data.encoded import EncodedPairs
 from mmalign.data.latents import encode_pairs
-from mmalign.data.pairs import PairSource, find_bad_rows, load_pairs
+from mmalign.data.pairs import PairSource, load_pairs
 from mmalign.data.records import BadRow, InvalidRow, PairRecord
 from mmalign.data.scoring import score_pairs
 from mmalign.data.smoothing import Normalizer
@@ -30,7 +30,6 @@ __all__ = [
     "default_cache_dir",
     "encode_pairs",
     "EncodedPairs",
-    "find_bad_rows",
     "InvalidRow",
     "load_pairs",
     "Normalizer",

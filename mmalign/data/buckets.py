@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from mmalign.data.clips import PictureOrClip, frames_of
 from mmalign.data.images import BadImage
+from mmalign.data.raw import bad
+from mmalign.data.records import PairRecord
 from mmalign.denoisers import Denoiser
 
 _STEP, _WIDEST = 64, 2.0
@@ -40,21 +42,35 @@ def one_shape(denoiser: Denoiser, height: int, width: int, frames: int | None = 
 
 
 def buckets_of(denoiser: Denoiser, height: int, width: int, frames: int | None = None) -> list[Bucket]:
-    """The shapes of about height × width pixels, that one among them, from the tallest to the widest."""
+    """The buckets of `sizes_of` for what the network reads."""
     multiple = denoiser.pixels_per_latent * denoiser.patch
+    return [one_shape(denoiser, *size, frames) for size in sizes_of(height, width, multiple)]
+
+
+def sizes_of(height: int, width: int, multiple: int) -> list[tuple[int, int]]:
+    """(height, width) of about height × width pixels, these among them, from the tallest to the widest."""
     step = max(multiple, min(_STEP, min(height, width) // 4) // multiple * multiple)
     area, shapes = height * width, {(height, width)}
     for side in range(step, math.isqrt(area) + 1, step):
         other = round(area / side / step) * step
         if other / side <= _WIDEST:
             shapes |= {(side, other), (other, side)}
-    ordered = sorted(shapes, key=lambda shape: shape[1] / shape[0])
-    return [one_shape(denoiser, *shape, frames) for shape in ordered]
+    return sorted(shapes, key=lambda shape: shape[1] / shape[0])
 
 
 def most_elements(buckets: Sequence[Bucket]) -> int:
     """Numbers in one channel of the largest latent."""
     return max(bucket.elements for bucket in buckets)
+
+
+def bucket_of(record: PairRecord, buckets: Sequence[Bucket]) -> Bucket:
+    """The pair's bucket, the only one or the nearest; InvalidRow where a picture of it would lose more than half."""
+    if len(buckets) == 1:
+        return buckets[0]
+    try:
+        return nearest(buckets, (record.image_0, record.image_1))
+    except BadImage as error:
+        raise bad(record.row, " and ".join(record.fields), str(error)) from error
 
 
 def nearest(buckets: Sequence[Bucket], sides: Sequence[PictureOrClip]) -> Bucket:

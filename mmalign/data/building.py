@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from mmalign.data.ahead import in_order
-from mmalign.data.buckets import Bucket, most_elements, nearest
+from mmalign.data.buckets import Bucket, bucket_of, most_elements
 from mmalign.data.clips import fitted
 from mmalign.data.encoded import EMPTY, INDEX, MANIFEST, Column, Manifest
 from mmalign.data.images import BadImage
@@ -107,13 +107,12 @@ def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
 
 
 def _latent_shards(job: Job) -> list[Path]:
-    total = len(job.source)
-    with tqdm(total=total, desc="Encoding pairs", unit="pair", disable=not job.progress) as bar:
+    with tqdm(total=len(job.source), desc="Encoding pairs", unit="pair", disable=not job.progress) as bar:
 
         def write(path: Path, start: int, stop: int) -> None:
             write_shard(path, *_encode_rows(job, start, stop, bar))
 
-        return _shards(job.folder, "latents", total, job.shard_rows, write, bar)
+        return _shards(job.folder, "latents", job.source, job.shard_rows, write, bar)
 
 
 def _prompt_shards(job: Job, distinct: list[str]) -> list[Path]:
@@ -131,22 +130,23 @@ def _prompt_shards(job: Job, distinct: list[str]) -> list[Path]:
             tensors = {name: torch.cat([part[name] for part in batches]) for name in empty}
             write_shard(path, tensors, {"start": start, "stop": stop})
 
-        return _shards(job.folder, "prompts", len(distinct), min(rows, job.shard_rows), write, bar)
+        return _shards(job.folder, "prompts", distinct, min(rows, job.shard_rows), write, bar)
 
 
 def _shards(
-    folder: Path, stem: str, total: int, rows: int, write: Callable[[Path, int, int], None], bar: tqdm
+    folder: Path, stem: str, items: Sized, rows: int, write: Callable[[Path, int, int], None], bar: tqdm
 ) -> list[Path]:
     """The files of one kind, in order; those that are there are kept, whatever size they were given."""
     paths: list[Path] = []
     start = 0
-    while start < total:
+    # Asked anew: a stream may turn out shorter.
+    while start < len(items):
         path = folder / f"{stem}-{len(paths):05d}.safetensors"
         if path.is_file():
             stop = read_notes(path)["stop"]
             bar.update(stop - start)
         else:
-            stop = min(total, start + rows)
+            stop = min(len(items), start + rows)
             write(path, start, stop)
         paths.append(path)
         start = stop
@@ -198,17 +198,11 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
 def _prepare(job: Job, row: int) -> _Prepared | BadRow:
     try:
         record = job.source[row]
+        shape = bucket_of(record, job.shapes)
     except InvalidRow as error:
         return error.bad_row
-    pictures = (record.image_0, record.image_1)
-    shape = job.shapes[0]
-    if len(job.shapes) > 1:
-        try:
-            shape = nearest(job.shapes, pictures)
-        except BadImage as error:
-            return BadRow(row, " and ".join(job.source.image_fields), str(error))
     pixels, sizes = [], []
-    for field, image in zip(job.source.image_fields, pictures, strict=True):
+    for field, image in zip(record.fields, (record.image_0, record.image_1), strict=True):
         try:
             cropped, size = fitted(image, shape.height, shape.width)
         except BadImage as error:

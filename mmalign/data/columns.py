@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mmalign.data.judgements import label_of_chosen, label_of_pickapic, label_of_votes
 from mmalign.data.messages import plain_prompt, plain_row
-from mmalign.data.raw import RawPair, bad, read_number, read_text, read_user, what
+from mmalign.data.raw import RawPair, bad, given, read_number, read_text, read_user, what
 from mmalign.data.records import InvalidRow
 
 Form = Literal["pickapic", "canonical", "hpdv2", "hpdv3", "hpdv2 rankings", "imagereward rankings", "imagereward"]
@@ -95,13 +95,12 @@ def read_prompt(form: Form, raw: Mapping[str, Any]) -> str | None:
 def read_scores(
     sides: tuple[Mapping[str, Any], Mapping[str, Any]], row: int, columns: Mapping[str, tuple[str, str]]
 ) -> dict[str, tuple[float, float]]:
-    """The scores of both sides; a column left empty on both is no score, on one an error."""
+    """The scores of both sides; a column left empty on either is no score of the pair."""
     found = {}
     for name, pair in columns.items():
         values = [side.get(column) for side, column in zip(sides, pair, strict=True)]
-        if values == [None, None]:
-            continue
-        found[name] = (read_number(values[0], pair[0], row), read_number(values[1], pair[1], row))
+        if all(map(given, values)):
+            found[name] = (read_number(values[0], pair[0], row), read_number(values[1], pair[1], row))
     return found
 
 

@@ -78,8 +78,8 @@ class EncodedPairs:
         self.shapes = [tuple(shape[:-2]) for shape in listed]
         # Where pairs differ in shape, the target height and width that SDXL is told say which it is.
         places = {tuple(shape[-2:]): place for place, shape in enumerate(listed)}
-        targets = self._sizes[:, 0, 4:].tolist() if listed else []
-        self.bucket = torch.tensor([places[tuple(target)] for target in targets]) if listed else None
+        targets = self._sizes[:, 0, 4:].tolist()
+        self.bucket = torch.tensor([places[tuple(target)] for target in targets]) if len(listed) > 1 else None
 
     @classmethod
     def open(cls, folder: str | Path, expected: Mapping[str, Any] | None = None) -> "EncodedPairs":

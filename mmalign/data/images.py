@@ -157,7 +157,7 @@ def loaded(image: Image.Image, max_pixels: int) -> Image.Image:
 
     width, height = image.size
     if width * height > max_pixels:
-        raise BadImage(f"{width}×{height} is more than {max_pixels} pixels: shrink it, or raise max_pixels")
+        raise BadImage(f"{width}×{height} is more than {max_pixels} pixels, the limit: shrink it")
     with damage_told():
         image.load()
         return _flatten(ImageOps.exif_transpose(image))

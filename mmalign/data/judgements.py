@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmalign.data.raw import bad, read_number, what
+from mmalign.data.raw import bad, given, read_number, what
 
 
 def label_of_pickapic(raw: Mapping[str, Any], row: int) -> float:
@@ -13,12 +13,12 @@ def label_of_pickapic(raw: Mapping[str, Any], row: int) -> float:
     denied = raw.get("has_label")
     if isinstance(denied, str):
         raise bad(row, "has_label", f"expected true or false, got {what(denied)}")
-    if denied is not None and not denied:
+    if given(denied) and not denied:
         raise bad(row, "has_label", "the row was never labelled")
     label = read_number(raw.get("label_0"), "label_0", row)
     if not 0 <= label <= 1:
         raise bad(row, "label_0", f"{label:g} lies outside [0, 1] (1 image 0 preferred, 0 image 1, 0.5 a tie)")
-    if "label_1" in raw:
+    if given(raw.get("label_1")):
         other = read_number(raw["label_1"], "label_1", row)
         if abs(label + other - 1) > 1e-6:
             raise bad(row, "label_1", f"label_0 + label_1 is {label:g} + {other:g}, expected 1")
@@ -31,12 +31,12 @@ def label_of_chosen(raw: Mapping[str, Any], row: int) -> float:
     A half is a tie. Less than a half would say that the other picture was chosen, and is an error.
     """
     confidence = raw.get("confidence")
-    votes = [name for name in ("chosen_votes", "rejected_votes") if raw.get(name) is not None]
-    if votes and confidence is not None:
+    votes = [name for name in ("chosen_votes", "rejected_votes") if given(raw.get(name))]
+    if votes and given(confidence):
         raise bad(row, "confidence", "the row has votes as well: keep one of the two")
     if votes:
         return _preferred(_share(raw, row), "rejected_votes", row)
-    if confidence is None:
+    if not given(confidence):
         return 1.0
     return _preferred(read_number(confidence, "confidence", row), "confidence", row)
 

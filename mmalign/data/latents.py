@@ -127,7 +127,7 @@ def _key_parts(
         "resize": RESIZE_FILTER,
         "dtype": str(dtype).removeprefix("torch."),
         "latent_mode": mode,
-        "tiled": bool(getattr(denoiser.pipe.vae, "use_tiling", False)),
+        "tiled": _tiles(denoiser.pipe.vae),
         "seed": seed,
     }
     if source.num_frames is not None:
@@ -142,3 +142,10 @@ def _key_parts(
         else:
             parts[name] = text_hash(component)
     return parts
+
+
+def _tiles(vae: nn.Module) -> Any:
+    """How a VAE cuts what it encodes, which the seams follow; False where it does not."""
+    if not getattr(vae, "use_tiling", False):
+        return False
+    return {name: value for name, value in sorted(vars(vae).items()) if name.startswith("tile_")}

@@ -12,17 +12,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
-from mmalign.data.ahead import in_order
 from mmalign.data.clips import PictureOrClip, frames_of, read_clip
 from mmalign.data.columns import REQUIRED, Form, read_pair, read_prompt, recognise, score_columns, used_columns
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.named import holds_pairs, named_pairs
 from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
-from mmalign.data.records import BadRow, InvalidRow, PairRecord
+from mmalign.data.records import EndOfSource, InvalidRow, PairRecord
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
+from mmalign.data.splits import choose_split, files_of_split
 from mmalign.data.streams import StreamRows, known_length
 from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
 
@@ -32,25 +30,22 @@ _FORMS = (
     "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
     "WebDataset shards (a .tar, a folder of them, or x-{000..011}.tar), a datasets.Dataset, or a list of dicts"
 )
-_FIELDS: dict[Form, tuple[str, str]] = {
-    "pickapic": ("jpg_0", "jpg_1"),
-    "canonical": ("chosen", "rejected"),
-    "hpdv2": ("file_path[0]", "file_path[1]"),
-    "hpdv3": ("path1", "path2"),
-}
 
 
 class _PairRows:
     """A table whose rows are pairs already, as Rankings makes pairs of one whose rows are not."""
 
     def __init__(self, rows: Rows, form: Form, scores: Mapping[str, tuple[str, str]]) -> None:
-        self._rows, self._form, self._scores, self.fields = rows, form, scores, _FIELDS[form]
+        self._rows, self._form, self._scores = rows, form, scores
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> RawPair:
         return read_pair(self._form, self._rows[row], row, self._scores)
+
+    def row_of(self, row: int) -> int:
+        return row
 
     def prompts(self) -> list[str | None]:
         return [read_prompt(self._form, raw) for raw in self._rows.light(REQUIRED[self._form][:1])]
@@ -68,6 +63,9 @@ class _Opined:
     def __getitem__(self, row: int) -> RawPair:
         user, label = self._opinions[row]
         return replace(self._pairs[self._places[row]], user_id=user, label=label)
+
+    def row_of(self, row: int) -> int:
+        return self._pairs.row_of(self._places[row])
 
     def prompts(self) -> list[str | None]:
         found = self._pairs.prompts()
@@ -104,6 +102,8 @@ class PairSource:
             )
         if isinstance(rows, ParquetRows | DatasetRows | StreamRows):
             rows.select_columns(used_columns(self.form, rows.columns))
+        if isinstance(rows, TarRows):
+            rows.select_columns(REQUIRED[self.form])
         self._pairs: Any = (Rankings if self.form in RANKED else _PairRows)(rows, self.form, self._scores)
         # Opinions that are not those of the rows, as the fingerprint tells them.
         self._opined = ""
@@ -111,7 +111,8 @@ class PairSource:
         self._index: Sequence[int] = range(total if max_rows is None else min(max_rows, total))
 
     def __len__(self) -> int:
-        return len(self._index)
+        # A stream may turn out shorter than was asked for.
+        return min(len(self._index), len(self._pairs)) if isinstance(self._index, range) else len(self._index)
 
     def __repr__(self) -> str:
         return f"PairSource({self.name!r}, {len(self)} rows, {self.form} columns)"
@@ -122,14 +123,18 @@ class PairSource:
         return tuple(self._scores)
 
     @property
-    def image_fields(self) -> tuple[str, str]:
-        """Where the pictures of a row stand in the source."""
-        return self._pairs.fields
+    def num_table_rows(self) -> int:
+        """Rows of the table that the pairs come from: as many, but for rankings."""
+        return len(self._rows)
+
+    def table_row(self, row: int) -> int:
+        """The row of that table which pair `row` comes from."""
+        return self._pairs.row_of(self._index[row])
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of the content and of what decides which rows are good (see rows.py for its cost and its limits)."""
-        chosen = len(self) if isinstance(self._index, range) else tuple(self._index)
+        chosen = len(self._index) if isinstance(self._index, range) else tuple(self._index)
         parts: tuple[Any, ...] = (
             self._rows.fingerprint(folders=self.num_frames is not None),
             self.form,
@@ -145,12 +150,12 @@ class PairSource:
     def prompts(self) -> list[str | None]:
         """The prompt of every row, without opening a picture; None where it cannot be read."""
         found = self._pairs.prompts()
-        return [found[row] for row in self._index]
+        return [found[row] for row in self._index[: len(self)]]
 
     def opinions(self) -> list[tuple[str | None, float] | None]:
         """Who compared each row and how strongly image_0 was preferred, without decoding a picture; None where it cannot be read."""
         found: list[tuple[str | None, float] | None] = []
-        for row in self._index:
+        for row in self._index[: len(self)]:
             try:
                 pair = self._pairs[row]
             except InvalidRow:
@@ -186,19 +191,26 @@ class PairSource:
         return part
 
     def __getitem__(self, row: int) -> PairRecord:
+        return self.opened(self.raw(row), row)
+
+    def raw(self, row: int) -> RawPair:
+        """What row i tells before its pictures are opened; InvalidRow where that cannot be read."""
         if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+            raise EndOfSource(f"row {row} of {len(self)}")
         try:
-            pair = self._pairs[self._index[row]]
+            return self._pairs[self._index[row]]
         except InvalidRow as error:
             raise bad(row, error.bad_row.field, error.bad_row.reason) from error
+
+    def opened(self, pair: RawPair, row: int) -> PairRecord:
+        """The same with its pictures; InvalidRow where they cannot be used."""
         first, second = pair.pictures
         if isinstance(first, str | Path) and first and first == second:
             raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
         images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
         if _alike(*images):
             raise bad(row, pair.fields[1], f"the same picture as {pair.fields[0]}")
-        return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.scores, pair.user_id)
+        return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.fields, pair.scores, pair.user_id)
 
     def _open(self, value: Any, field: str, row: int) -> Any:
         read = to_rgb if self.num_frames is None else partial(read_clip, num_frames=self.num_frames)
@@ -236,8 +248,8 @@ def load_pairs(
     Pick-a-Pic, HPDv2, HPDv3, ImageRewardDB, or (prompt, chosen, rejected), also as TRL's messages (see columns.py). split:
     "train" unless given. revision: of a Hub data set. root: the folder that paths in the data are relative to and stay in.
     max_rows: only the first so many. max_pixels: larger pictures make a bad row. streaming: read a Hub data set as it comes,
-    without storing it (see streams.py); where it does not tell its length, max_rows must. num_frames: read every side as a
-    clip of so many frames (see clips.py); a run with a video model asks for it by itself.
+    without storing it (see streams.py); where its card does not tell its length, max_rows must, as for any IterableDataset.
+    num_frames: read every side as a clip of so many frames (see clips.py); a run with a video model asks for it by itself.
     """
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
@@ -266,7 +278,7 @@ def load_pairs(
     elif (
         isinstance(source, Path)
         or name.startswith((".", "/", "~"))
-        or name.endswith((".parquet", ".jsonl", *TAR_ENDINGS))
+        or name.endswith((".parquet", ".json", ".jsonl", "/", *TAR_ENDINGS))
     ):
         raise ValueError(f"{name}: no such file or folder. A source is {_FORMS}")
     elif streaming:
@@ -276,24 +288,9 @@ def load_pairs(
     return PairSource(rows, name if split is None else f"{name}[{split}]", **options)  # type: ignore[arg-type]
 
 
-def find_bad_rows(source: PairSource, *, workers: int = 4, progress: bool = True) -> list[BadRow]:
-    """Read every row once and name those that cannot be used."""
-
-    def check(row: int) -> BadRow | None:
-        try:
-            source[row]
-        except InvalidRow as error:
-            return error.bad_row
-        return None
-
-    found = in_order(check, range(len(source)), workers)
-    with tqdm(found, total=len(source), desc="Checking pairs", unit="pair", disable=not progress) as bar:
-        return [bad_row for bad_row in bar if bad_row is not None]
-
-
 def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int | None = None) -> Rows:
     if isinstance(source, Mapping):
-        return _in_memory(_choose_split(source, split), None, root, max_rows)
+        return _in_memory(choose_split(source, split), None, root, max_rows)
     if split is not None:
         raise ValueError(f"split={split!r} does not apply to {type(source).__name__}: pass the split itself")
     if isinstance(source, Sequence):
@@ -303,7 +300,7 @@ def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int 
     if isinstance(source, Dataset):
         return DatasetRows(source, () if root is None else (root,))
     if isinstance(source, IterableDataset):
-        return _stream(source, "the stream", max_rows, root, None)
+        return _stream(source, "the stream", max_rows, root)
     raise ValueError(f"cannot read pairs from {type(source).__name__}. A source is {_FORMS}")
 
 
@@ -344,31 +341,13 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
         return named_pairs(path)
     if not found and (tars := sorted(path.rglob("*.tar"))):
         _refuse("a folder of tar files", root=root)
-        return TarRows(_files_of_split(tars, split, path))
+        return TarRows(files_of_split(tars, split, path))
     if not found:
         raise ValueError(
             f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "
             f"tar files. A source is {_FORMS}"
         )
-    return ParquetRows(_files_of_split(found, split, path), root or path)
-
-
-def _files_of_split(found: list[Path], split: str | None, folder: Path) -> list[Path]:
-    """Files named as the Hub names them, train.parquet or train-00000-of-00003.parquet; all of them if none is."""
-    known = ("train", "validation", "test")
-    by_split: dict[str, list[Path]] = {}
-    for file in found:
-        by_split.setdefault(file.stem.split("-")[0], []).append(file)
-    if split is None and not set(by_split) & set(known):
-        return found
-    return list(_choose_split(by_split, split, folder))
-
-
-def _choose_split(splits: Mapping[str, Any], split: str | None, where: Any = "the data set") -> Any:
-    chosen = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
-    if chosen not in splits:
-        raise ValueError(f"{where} has no split {chosen!r}; it has {', '.join(sorted(splits)) or 'none'}: pass split=…")
-    return splits[chosen]
+    return ParquetRows(files_of_split(found, split, path), root or path)
 
 
 def _from_hub(name: str, split: str, revision: str | None, root: Path | None) -> Rows:
@@ -389,11 +368,20 @@ def _streamed(name: str, split: str, revision: str | None, root: Path | None, ma
     with _hub_explained(name):
         commit = HfApi().dataset_info(name, revision=revision).sha
         dataset = load_dataset(name, split=split, revision=commit, streaming=True)
-    return _stream(dataset, name, max_rows, root, f"{name}@{commit}[{split}]")
+    key = f"{name}@{commit}[{split}]"
+    return _stream(dataset, name, max_rows, root, key=key, total=known_length(dataset))
 
 
-def _stream(dataset: Any, name: str, max_rows: int | None, root: Path | None, key: str | None) -> Rows:
-    total = known_length(dataset)
+def _stream(
+    dataset: Any,
+    name: str,
+    max_rows: int | None,
+    root: Path | None,
+    *,
+    key: str | None = None,
+    total: int | None = None,
+) -> Rows:
+    """total: what the data set's card says; of a stream that was cut or filtered it would be wrong."""
     if max_rows is None and total is None:
         raise ValueError(f"{name} does not tell its length: pass max_rows=… (the first so many rows of it are read)")
     if max_rows is not None and max_rows < 1:

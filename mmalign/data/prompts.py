@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.splits import files_of_split
+
 COLUMNS = ("prompt", "caption", "text")
 ENDINGS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
@@ -42,13 +44,7 @@ def _files(path: Path, split: str | None) -> list[Path]:
     found = sorted(path.rglob("*.parquet")) or sorted(path.glob("*.json")) or sorted(path.glob("*.jsonl"))
     if not found:
         raise ValueError(f"{path} holds no .parquet, .json or .jsonl file; name a prompt file in it")
-    if split is None:
-        return found
-    chosen = [file for file in found if file.stem.split("-")[0] == split]
-    if not chosen:
-        known = ", ".join(sorted({file.stem.split("-")[0] for file in found}))
-        raise ValueError(f"{path} has no split {split!r}; its files are named after {known}")
-    return chosen
+    return found if split is None else files_of_split(found, split, path)
 
 
 def _rows(file: Path) -> Iterator[Any]:
@@ -64,12 +60,13 @@ def _rows(file: Path) -> Iterator[Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     if ending == ".txt":
-        yield from content.splitlines()
+        # Not splitlines(): a prompt may hold other separators.
+        yield from content.split("\n")
     elif ending == ".tsv":
         # A quotation mark in a .tsv is a character as any other: Parti has prompts that begin with a quoted word.
-        yield from csv.DictReader(io.StringIO(content), delimiter="\t", quoting=csv.QUOTE_NONE)
+        yield from _table(file, content, delimiter="\t", quoting=csv.QUOTE_NONE)
     elif ending == ".csv":
-        yield from csv.DictReader(io.StringIO(content))
+        yield from _table(file, content)
     elif ending == ".jsonl":
         # Not splitlines(): JSON may hold other line separators inside its strings.
         for number, line in enumerate(content.split("\n"), 1):
@@ -80,6 +77,13 @@ def _rows(file: Path) -> Iterator[Any]:
         if not isinstance(rows, list):
             raise ValueError(f"{file} must hold a list of prompts, or of objects with a key prompt or caption")
         yield from rows
+
+
+def _table(file: Path, content: str, **dialect: Any) -> Iterator[Any]:
+    try:
+        yield from csv.DictReader(io.StringIO(content), **dialect)
+    except csv.Error as error:
+        raise ValueError(f"{file} is no table that can be read: {error}") from None
 
 
 def _json(content: str, where: str) -> Any:

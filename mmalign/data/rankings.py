@@ -58,7 +58,7 @@ class Rankings:
     def __init__(self, rows: Rows, form: Form, scores: Mapping[str, tuple[str, str]]) -> None:
         self._rows, self._form, self._scores = rows, form, scores
         self._found: Sequence[_Match | _Fault] = list(_by_row(rows, form) if form in _LISTS else _by_prompt_id(rows))
-        self.fields = ("image", "image") if form == "imagereward" else (_LISTS[form][0],) * 2
+        self._column = "image" if form == "imagereward" else _LISTS[form][0]
 
     def __len__(self) -> int:
         return len(self._found)
@@ -74,7 +74,7 @@ class Rankings:
             raise bad(number, f"{found.field} of row {found.row}", found.reason)
         first, second = found.sides
         raws = (self._rows[first.row], self._rows[second.row])
-        column = self.fields[0]
+        column = self._column
         pictures = [
             raw.get(column) if side.at is None else raw[column][side.at]
             for raw, side in zip(raws, found.sides, strict=True)
@@ -87,6 +87,11 @@ class Rankings:
             scores=read_scores(raws, number, self._scores),
             user_id=read_user(raws[0], number),
         )
+
+    def row_of(self, number: int) -> int:
+        """The row of the table that a pair comes from, the first of two."""
+        found = self._found[number]
+        return found.row if isinstance(found, _Fault) else found.sides[0].row
 
     def prompts(self) -> list[str | None]:
         """The prompt of every pair; None where there is none to read."""

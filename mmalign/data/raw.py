@@ -50,10 +50,15 @@ def read_number(value: Any, field: str, row: int) -> float:
     return number
 
 
+def given(value: Any) -> bool:
+    """Whether an optional cell holds anything; pandas writes empty ones as NaN."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
 def read_user(raw: Mapping[str, Any], row: int) -> str | None:
-    """`user_id` as text; empty cells, which pandas writes as NaN, are nobody."""
+    """`user_id` as text; an empty cell is nobody."""
     value = raw.get("user_id")
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if not given(value):
         return None
     if isinstance(value, Mapping | list | tuple | bytes):
         raise bad(row, "user_id", f"expected text or a number, got {what(value)}")

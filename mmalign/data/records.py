@@ -15,7 +15,7 @@ class PairRecord:
 
     label in [0, 1]: how strongly image_0 is preferred (1 image_0, 0 image_1, 0.5 a tie, between: a share of votes).
     Images are RGB, upright (EXIF), 8 bits a channel; of a source that is read as clips, each is a tuple of frames.
-    scores: a column's name → (score of image_0, of image_1).
+    fields: where the two stand in the source. scores: a column's name → (score of image_0, of image_1).
     """
 
     row: int
@@ -23,6 +23,7 @@ class PairRecord:
     image_0: PictureOrClip
     image_1: PictureOrClip
     label: float
+    fields: tuple[str, str]
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     user_id: str | None = None
 
@@ -45,6 +46,10 @@ class InvalidRow(ValueError):
     def __init__(self, bad_row: BadRow) -> None:
         super().__init__(str(bad_row))
         self.bad_row = bad_row
+
+
+class EndOfSource(IndexError):
+    """Raised on reading behind a source's last row; where a stream ends may not be known before."""
 
 
 def summarise(bad_rows: list[BadRow], total: int, shown: int = 5) -> str:

@@ -9,24 +9,17 @@ says so here.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mmalign.data.clips import frame_files
-from mmalign.data.images import BadImage, inside
+from mmalign.data import fingerprints
+from mmalign.data.fingerprints import MEDIA, add_value, files_fingerprint, paths_in, referenced
 from mmalign.data.records import BadRow, InvalidRow
-
-READ_WHOLE = 4 * 2**30
-_SAMPLE = 2**16
-# The columns that may hold a path where a picture is meant.
-_MEDIA = (
-    *("jpg_0", "jpg_1", "chosen", "rejected", "images", "image"),
-    *("file_path", "image_path", "generations", "path1", "path2"),
-)
 
 
 class Rows(Protocol):
@@ -81,15 +74,17 @@ class ListRows:
         sha = hashlib.sha256()
         texts: list[str] = []
         for item in self._items:
-            for key in sorted(item, key=str):
-                sha.update(f"|{key}:".encode(errors="backslashreplace"))
-                _add_value(sha, item[key], texts)
-        sha.update(_referenced(texts, self, folders).encode())
+            add_value(sha, item, texts)
+        sha.update(repr(sorted(self._unreadable.items())).encode(errors="backslashreplace"))
+        sha.update(referenced(texts, self.roots, self.absolute, folders).encode())
         return sha.hexdigest()
 
 
 def json_rows(file: Path, root: Path) -> ListRows:
-    """A .jsonl file, one JSON object a line, or a .json file with a list of objects; paths are relative to `root`, inside it."""
+    """A .jsonl file, one JSON object a line (blank lines are no rows), or a .json file with a list of them.
+
+    Paths are relative to `root`, inside it; `chosen_file_name` is `chosen`, as in the Hub's folders of pictures.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -99,8 +94,12 @@ def json_rows(file: Path, root: Path) -> ListRows:
     for place, item in _json_items(file, text):
         if not isinstance(item, dict):
             unreadable[len(items)] = (file.name, f"{place} is not a JSON object")
-        items.append(item if isinstance(item, dict) else {})
+        items.append(_without_suffix(item) if isinstance(item, dict) else {})
     return ListRows(items, root, unreadable=unreadable, absolute=False)
+
+
+def _without_suffix(item: dict[str, Any]) -> dict[str, Any]:
+    return {name.removesuffix("_file_name"): value for name, value in item.items()} | item
 
 
 def _json_items(file: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -130,9 +129,7 @@ class ParquetRows:
     absolute = False
 
     def __init__(self, files: Sequence[Path], root: Path, columns: Sequence[str] | None = None) -> None:
-        import pyarrow.parquet as pq
-
-        self._files = [pq.ParquetFile(file, memory_map=True) for file in files]
+        self._files = [_parquet(file) for file in files]
         self._paths, self.roots, self._wanted = list(files), (root,), columns
         self.columns = list(self._files[0].schema_arrow.names)
         self._groups: list[tuple[int, int]] = []
@@ -164,26 +161,67 @@ class ParquetRows:
                 # Two groups: readers that run a little ahead straddle the border.
                 while len(self._held) > 1:
                     self._held.pop(next(iter(self._held)))
-                index, group = self._groups[place]
-                self._held[place] = self._files[index].read_row_group(group, columns=self._wanted)
+                self._held[place] = self._read(place, self._wanted)
             table = self._held[place]
+        if isinstance(table, str):
+            raise InvalidRow(BadRow(row, self._paths[self._groups[place][0]].name, table))
         return dict(table.slice(row - self._starts[place], 1).to_pylist()[0])
 
     def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-        """Every row in order, these columns only."""
-        for file in self._files:
-            for batch in file.iter_batches(batch_size=1000, columns=list(columns)):
+        """Every row in order, these columns only; of a row that cannot be read, none."""
+        for place, (index, group) in enumerate(self._groups):
+            table = self._read(place, columns)
+            if isinstance(table, str):
+                yield from itertools.repeat({}, self._files[index].metadata.row_group(group).num_rows)
+                continue
+            for batch in table.to_batches(max_chunksize=1000):
                 yield from batch.to_pylist()
 
     def fingerprint(self, *, folders: bool = False) -> str:
         texts: list[str] = []
-        for file in self._files:
-            # Never those that hold the pictures themselves: they may be terabytes, and are hashed with the file.
-            kinds = {field.name: str(field.type) for field in file.schema_arrow if field.name in _MEDIA}
-            names = [name for name, kind in kinds.items() if "string" in kind and "binary" not in kind]
-            for batch in file.iter_batches(batch_size=1000, columns=names) if names else ():
-                texts += _paths_in(batch)
-        return files_fingerprint((path.name, path) for path in self._paths) + _referenced(texts, self, folders)
+        for place in range(len(self._groups)):
+            names = self._columns_of_paths(place)
+            table = self._read(place, names) if names else ""
+            if not isinstance(table, str):
+                texts += paths_in(table)
+        # By their place: rows are in the order of the whole paths, which names alone do not tell.
+        own = files_fingerprint((f"{place}/{path.name}", path) for place, path in enumerate(self._paths))
+        return own + referenced(texts, self.roots, self.absolute, folders)
+
+    def _read(self, place: int, columns: Sequence[str] | None) -> Any:
+        """A row group as a table, or why it cannot be read."""
+        import pyarrow as pa
+
+        index, group = self._groups[place]
+        try:
+            return self._files[index].read_row_group(group, columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            return f"row group {group} of the file is damaged ({_first_line(error)}): fetch it again"
+
+    def _columns_of_paths(self, place: int) -> list[str]:
+        """Those that may name pictures; not where all of them lie in the file, for they may be terabytes."""
+        index, group = self._groups[place]
+        found, held = set(), set()
+        metadata = self._files[index].metadata.row_group(group)
+        for number in range(metadata.num_columns):
+            leaf = metadata.column(number)
+            name, _, rest = leaf.path_in_schema.partition(".")
+            known = leaf.statistics is not None and leaf.statistics.has_null_count
+            if rest.endswith("bytes") and known and leaf.statistics.null_count == 0:
+                held.add(name)
+            if self._files[index].schema.column(number).logical_type.type == "STRING":
+                found.add(name)
+        return sorted((found & set(MEDIA)) - held)
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(file, memory_map=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} is damaged, or no parquet file ({_first_line(error)})") from error
 
 
 class DatasetRows:
@@ -219,35 +257,19 @@ class DatasetRows:
         return iter(self._data.select_columns(names))
 
     def fingerprint(self, *, folders: bool = False) -> str:
-        if self._data.data.nbytes > READ_WHOLE:
-            # datasets' own name for (builder, revision, files, transforms): all there is without reading everything.
-            return hashlib.sha256(f"{self._data._fingerprint}/{len(self._data)}".encode()).hexdigest()
-        sha = hashlib.sha256(str(self._data.features).encode())
         texts: list[str] = []
-        for table in self._data.with_format("arrow").iter(batch_size=1000):
-            for batch in table.combine_chunks().to_batches():
-                sha.update(batch.serialize())
-            texts += _paths_in(table)
-        return sha.hexdigest() + _referenced(texts, self, folders)
-
-
-def files_fingerprint(files: Iterable[tuple[str, Path]]) -> str:
-    """sha256 over names and contents; above 4 GiB in all over names, sizes, times of change and up to 64 samples."""
-    listed = sorted(files)
-    whole = sum(path.stat().st_size for _, path in listed) <= READ_WHOLE
-    sha = hashlib.sha256()
-    for name, path in listed:
-        stat = path.stat()
-        sha.update(f"|{name}:{stat.st_size}:{'' if whole else stat.st_mtime_ns}:".encode())
-        with path.open("rb") as file:
-            if whole:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            parts = min(64, 1 + stat.st_size // 2**24)
-            for part in range(parts):
-                file.seek(part * max(0, stat.st_size - _SAMPLE) // max(1, parts - 1))
-                sha.update(file.read(_SAMPLE))
-    return sha.hexdigest()
+        if self._data.data.nbytes > fingerprints.READ_WHOLE:
+            # datasets' own name for (builder, revision, files, transforms): all there is without reading everything.
+            sha = hashlib.sha256(f"{self._data._fingerprint}/{len(self._data)}".encode())
+            for batch in self._data.data.to_batches(max_chunksize=1000):
+                texts += paths_in(batch)
+        else:
+            sha = hashlib.sha256(str(self._data.features).encode())
+            for table in self._data.with_format("arrow").iter(batch_size=1000):
+                for batch in table.combine_chunks().to_batches():
+                    sha.update(batch.serialize())
+                texts += paths_in(table)
+        return sha.hexdigest() + referenced(texts, self.roots, self.absolute, folders)
 
 
 def undecoded(feature: Any) -> Any:
@@ -267,73 +289,5 @@ def _union(items: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(key) for item in items for key in item))
 
 
-def _add_value(sha: Any, value: Any, texts: list[str]) -> None:
-    """Hash a raw value: pictures by their pixels, bytes as they are, the rest by its text; texts may turn out paths."""
-    from PIL import Image
-
-    # A stack of our own: JSON may be nested more deeply than Python calls may be.
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Image.Image):
-            sha.update(f"{value.mode}{value.size}".encode())
-            try:
-                sha.update(value.tobytes())
-            except (OSError, SyntaxError, ValueError):
-                sha.update(b"damaged")
-        elif isinstance(value, bytes | bytearray | memoryview):
-            sha.update(hashlib.sha256(value).digest())
-        elif isinstance(value, Mapping):
-            keys = sorted(value, key=str)
-            sha.update(f"|{keys}:".encode(errors="backslashreplace"))
-            waiting += [value[key] for key in reversed(keys)]
-        elif isinstance(value, list | tuple):
-            sha.update(f"|{len(value)}:".encode())
-            waiting += reversed(value)
-        else:
-            # hex: Python refuses to write integers of more than 4300 digits in decimal.
-            sha.update((hex(value) if type(value) is int else repr(value)).encode(errors="backslashreplace"))
-            if isinstance(value, str | Path):
-                texts.append(str(value))
-
-
-def _paths_in(table: Any) -> list[str]:
-    """The paths, in an arrow table or batch, of pictures that do not lie in it themselves."""
-    import pyarrow.compute as pc
-
-    found: list[str] = []
-    for name in sorted(set(_MEDIA) & set(table.schema.names)):
-        column = table.column(name)
-        if str(column.type).startswith("struct<bytes"):
-            elsewhere = column.filter(pc.is_null(pc.struct_field(column, "bytes")))
-            found += filter(None, pc.struct_field(elsewhere, "path").to_pylist())
-        elif "string" in str(column.type):
-            _add_texts(column.to_pylist(), found)
-    return found
-
-
-def _add_texts(value: Any, found: list[str]) -> None:
-    """All texts in nested lists and dicts, but not the path beside a picture's bytes."""
-    if isinstance(value, str):
-        found.append(value)
-    elif isinstance(value, Mapping):
-        if value.get("bytes") is None:
-            _add_texts(list(value.values()), found)
-    elif isinstance(value, list):
-        for item in value:
-            _add_texts(item, found)
-
-
-def _referenced(texts: Iterable[str], rows: Rows, folders: bool) -> str:
-    """files_fingerprint of the files that these texts lead to; of the others, that they lead to none.
-
-    folders: of the frames in the folders that they lead to as well.
-    """
-    found: dict[str, Path] = {}
-    for text in dict.fromkeys(texts if rows.roots else ()):
-        try:
-            place = inside(text, rows.roots, rows.absolute, folders=folders)
-        except BadImage:
-            continue
-        found |= {f"{text}/{file.name}": file for file in frame_files(place)} if place.is_dir() else {text: place}
-    return files_fingerprint(found.items())
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:120]

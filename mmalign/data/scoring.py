@@ -83,15 +83,21 @@ def _score_rows(
                 bad_rows.append(record)
             else:
                 waiting.append(record)
-            last = row + 1 == len(source)
-            if len(waiting) == at_once or last or row + 1 - saved >= _SAVE_EVERY:
+            due = row + 1 - saved >= _SAVE_EVERY
+            if len(waiting) == at_once or due:
                 _score_batch(scorer, waiting, scores)
                 waiting = []
-            if last or row + 1 - saved >= _SAVE_EVERY:
+            if due:
                 saved = row + 1
-                notes = [[bad.row, bad.field, bad.reason] for bad in bad_rows]
-                write_shard(path, {"scores": scores}, {"done": saved, "bad_rows": notes, "scorer": scorer.name})
+                _save(path, scorer, scores, bad_rows, saved)
             bar.update(1)
+    _score_batch(scorer, waiting, scores)
+    _save(path, scorer, scores, bad_rows, len(scores))
+
+
+def _save(path: Path, scorer: Scorer, scores: Tensor, bad_rows: list[BadRow], done: int) -> None:
+    notes = [[bad.row, bad.field, bad.reason] for bad in bad_rows]
+    write_shard(path, {"scores": scores}, {"done": done, "bad_rows": notes, "scorer": scorer.name})
 
 
 def _read(source: PairSource, row: int) -> PairRecord | BadRow:

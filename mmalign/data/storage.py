@@ -51,7 +51,7 @@ def clear_cache(cache_dir: str | Path | None = None) -> int:
 
 
 def _entries(cache_dir: str | Path | None) -> Iterator[Path]:
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     if folder.is_dir():
         yield from sorted(entry for entry in folder.iterdir() if _OURS.fullmatch(entry.name))
 

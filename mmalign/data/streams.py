@@ -2,27 +2,30 @@
 
 A row that lies behind what is held starts the stream again, so that an interrupted encoding goes on where it was, at the price of
 passing over what it has. What keys a cache of latents has to be known before the stream is read: the data set's name and commit
-on the Hub; of an IterableDataset of the user's own its features and its first 64 rows, which do not see a change further on.
+on the Hub; of an IterableDataset of the user's own its features and its first 64 rows; where rows name files below `root`, that
+folder's place and the files that the first 64 rows name. A change further on is not seen.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.data.records import BadRow, InvalidRow
+from mmalign.data.records import EndOfSource
 from mmalign.data.rows import ListRows, undecoded
 
+_log = logging.getLogger(__name__)
 _HELD = 64
 _HASHED = 64
 
 
 class StreamRows:
-    """The first `length` rows of a datasets.IterableDataset; where it ends before, the missing ones are bad rows.
+    """The first `length` rows of a datasets.IterableDataset, or all if they are fewer, which shows where it ends.
 
     key: what names the content beforehand; None takes the first rows.
     """
@@ -30,6 +33,7 @@ class StreamRows:
     absolute = True
 
     def __init__(self, dataset: Any, length: int, roots: Sequence[Path] = (), *, key: str | None = None) -> None:
+        dataset = dataset.with_format(None)
         for name, feature in (dataset.features or {}).items():
             if (plain := undecoded(feature)) != feature:
                 dataset = dataset.cast_column(name, plain)
@@ -43,7 +47,7 @@ class StreamRows:
         self._end: int | None = None if first else 0
 
     def __len__(self) -> int:
-        return 0 if self._end == 0 else self._length
+        return self._length if self._end is None else min(self._length, self._end)
 
     def select_columns(self, columns: Sequence[str]) -> None:
         """Read only these from now on, where the stream says what it has."""
@@ -55,11 +59,7 @@ class StreamRows:
             if row not in self._held:
                 self._read_to(row)
             if row not in self._held:
-                raise InvalidRow(
-                    BadRow(
-                        row, "stream", f"ended after {self._end} rows, before the {self._length} that were asked for"
-                    )
-                )
+                raise EndOfSource(f"row {row} of {self._end}")
             return dict(self._held[row])
 
     def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
@@ -67,13 +67,20 @@ class StreamRows:
         data = self._data
         if data.features is not None:
             data = data.select_columns([name for name in columns if name in self.columns])
-        return itertools.islice(itertools.chain(data, itertools.repeat({})), self._length)
+        number = 0
+        for row in itertools.islice(data, self._length):
+            yield row
+            number += 1
+        if number < self._length:
+            self._ended(number)
 
     def fingerprint(self, *, folders: bool = False) -> str:
-        key = self._key
-        if key is None:
+        key = self._key or str(self._data.features)
+        if self._key is None or self.roots:
+            # The files that the first rows name stand for all; where the folder is, for those named further on.
             first = list(itertools.islice(self._data, min(self._length, _HASHED)))
-            key = f"{self._data.features}/{ListRows(first, None).fingerprint()}"
+            roots = [str(root.resolve()) for root in self.roots]
+            key += f"/{roots}/{ListRows(first, *self.roots[:1]).fingerprint(folders=folders)}"
         return hashlib.sha256(f"stream/{key}/{self._length}".encode()).hexdigest()
 
     def _read_to(self, row: int) -> None:
@@ -90,11 +97,18 @@ class StreamRows:
                 self._next += 1
                 self._held.pop(self._next - 1 - _HELD, None)
         except StopIteration:
-            self._rows, self._end = None, self._next
+            self._rows = None
+            # Nothing came after a jump: it went behind the end.
+            self._ended(self._next if self._held else sum(1 for _ in self._data))
         except BaseException:
             # A broken iterator would look like the end of the stream when it is asked again.
             self._rows = None
             raise
+
+    def _ended(self, number: int) -> None:
+        if self._end is None and number < self._length:
+            _log.warning("the stream ended after %d rows, before the %d that were asked for", number, self._length)
+        self._end = number
 
 
 def known_length(dataset: Any) -> int | None:

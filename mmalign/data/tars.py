@@ -2,15 +2,16 @@
 
 A member is <key>.<field>; the key ends at the first dot of the file's name. Fields that are read:
 
-    0001.chosen.jpg    0001.rejected.png                   pictures, any format; the ending may be left out
+    0001.chosen.jpg    0001.rejected.mp4                   pictures or videos, any format; the ending may be left out
     0001.jpg_0.jpg     0001.jpg_1.jpg     0001.0.jpg …     as in Pick-a-Pic; 0 is jpg_0, 1 is jpg_1
     0001.jpg                                               the one picture of a row of ImageRewardDB
     0001.txt           0001.prompt.txt    0001.caption.txt the prompt, UTF-8
     0001.json                                              one object with the other columns: label_0, prompt, confidence, user_id …
 
 Pictures 0 and 1 need `label_0` (1 where picture 0 is preferred): a plain `label` would not say of which. Every key is a row, in the
-order of shards and of first members; members of a key may lie anywhere in its shard. Other fields, folders and hidden files, and
-names without a dot, are passed over; a link, a device, a name that occurs twice or a text that cannot be read makes its key a bad row.
+order of shards and of first members; members of a key may lie anywhere in its shard. Other fields, pictures that the columns do not
+need, folders and hidden files, and names without a dot, are passed over; among the rest a link, a device, a name that occurs twice or
+a text that cannot be read makes its key a bad row.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.clips import VIDEO_ENDINGS
+from mmalign.data.fingerprints import files_fingerprint
 from mmalign.data.images import ENDINGS
 from mmalign.data.records import BadRow, InvalidRow
-from mmalign.data.rows import files_fingerprint
 
 TAR_ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PICTURE_BYTES, TEXT_BYTES = 2**28, 2**22
@@ -38,14 +40,14 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 @dataclass(slots=True)
 class _Sample:
-    """The members of one key: where its pictures lie, by column, the other columns, and the first fault that was met."""
+    """The members of one key: where its pictures lie, by column, the other columns, and the faults that were met."""
 
     key: str
     shard: int
     pictures: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     columns: dict[str, Any] = field(default_factory=dict)
     prompt: str | None = None
-    fault: tuple[str, str] | None = None
+    faults: list[tuple[str, str]] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
 
@@ -59,21 +61,30 @@ class TarRows:
         self._files = list(files)
         self._samples = [sample for shard, file in enumerate(self._files) for sample in _samples(file, shard)]
         pictures = dict.fromkeys(column for sample in self._samples for column in sample.pictures)
-        self._pictures = list(pictures)
+        self._wanted = self._pictures = list(pictures)
         self.columns = [*pictures, *dict.fromkeys(name for sample in self._samples for name in sample.columns)]
 
     def __len__(self) -> int:
         return len(self._samples)
 
+    def select_columns(self, columns: Sequence[str]) -> None:
+        """Read only these pictures from now on, every one of which a row must have."""
+        self._wanted = [name for name in self._pictures if name in columns]
+
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         sample = self._samples[row]
-        if sample.fault is not None:
-            raise InvalidRow(BadRow(row, *sample.fault))
-        return sample.columns | {name: self._read(sample, name, row) for name in self._pictures}
+        if (fault := self._fault(sample)) is not None:
+            raise InvalidRow(BadRow(row, *fault))
+        return sample.columns | {name: self._read(sample, name, row) for name in self._wanted}
 
     def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """Every row in order, without its pictures."""
-        return ({} if sample.fault is not None else sample.columns for sample in self._samples)
+        return ({} if self._fault(sample) is not None else sample.columns for sample in self._samples)
+
+    def _fault(self, sample: _Sample) -> tuple[str, str] | None:
+        """The first that concerns what is read."""
+        unread = set(_PICTURES.values()) - set(self._wanted)
+        return next((fault for fault in sample.faults if fault[0] not in unread), None)
 
     def fingerprint(self, *, folders: bool = False) -> str:
         return files_fingerprint((f"{place}/{file.name}", file) for place, file in enumerate(self._files))
@@ -117,12 +128,12 @@ def _samples(file: Path, shard: int) -> list[_Sample]:
                 if member.size < 0:
                     # tarfile would go back by as much and never end.
                     raise tarfile.ReadError(f"{member.name!r:.80} has a negative size")
-                match = _NAME.fullmatch(member.name)
+                match = _NAME.fullmatch(member.name.removeprefix("./"))
                 if match is None or member.isdir():
                     continue
                 sample = found.setdefault(match["key"], _Sample(match["key"], shard))
-                fault = _add(sample, tar, member, match["field"].lower())
-                sample.fault = sample.fault or fault
+                if (fault := _add(sample, tar, member, match["field"].lower())) is not None:
+                    sample.faults.append(fault)
             _check_end(tar, file)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(
@@ -130,7 +141,8 @@ def _samples(file: Path, shard: int) -> list[_Sample]:
             "compressed one cannot be read in place"
         ) from error
     for sample in found.values():
-        sample.fault = sample.fault or _name_prompt(sample)
+        if (fault := _name_prompt(sample)) is not None:
+            sample.faults.append(fault)
     return list(found.values())
 
 
@@ -150,7 +162,7 @@ def _check_end(tar: tarfile.TarFile, file: Path) -> None:
 def _add(sample: _Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> tuple[str, str] | None:
     """Takes a member in; what is wrong with it, if it is one that is read."""
     base, dot, ending = name.rpartition(".")
-    stem = (base if dot else "") if ending in ENDINGS else name
+    stem = (base if dot else "") if ending in ENDINGS | VIDEO_ENDINGS else name
     is_text = name in ("json", "txt", "prompt.txt", "caption.txt")
     if stem not in _PICTURES and not is_text:
         return None
@@ -198,6 +210,7 @@ def _name_prompt(sample: _Sample) -> tuple[str, str] | None:
     """The prompt's column is called as the form of the pictures wants it, whether it came as text or in the object."""
     ours, other = ("caption", "prompt") if {"jpg_0", "jpg_1"} & set(sample.pictures) else ("prompt", "caption")
     given = [sample.columns.pop(name) for name in (ours, other) if name in sample.columns]
+    given = [value.strip() if isinstance(value, str) else value for value in given]
     if sample.prompt is not None:
         given.append(sample.prompt)
     if given:

@@ -21,9 +21,9 @@ from mmalign.evaluation.result import (
     Summary,
 )
 from mmalign.evaluation.retention import RetentionPlan
-from mmalign.evaluation.scorers import Scorer
 from mmalign.evaluation.win_rate import Difference, WinRate, paired_difference, win_rate, win_rate_difference
 from mmalign.evaluation.wording import headline
+from mmalign.rewards.scorer import Scorer
 
 __all__ = [
     "compare_results",

@@ -39,8 +39,11 @@ def write_comparison(comparison: Comparison, output_dir: str | Path) -> Path:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What the first held-out scorer says of the pairs of runs, a plain line each."""
-    judge = comparison.scorers[0]
+    """What each judge says of the pairs of runs, a plain line each."""
+    return [line for judge in comparison.scorers if judge.name in comparison.judges for line in _verdicts(judge)]
+
+
+def _verdicts(judge: ScorerComparison) -> list[str]:
     alpha = 1 - judge.win_rates[0].confidence
     seen = f", which {_names(judge.seen_by)} trained on, so this is no evidence" if judge.seen_by else ""
     return [
@@ -58,6 +61,10 @@ def warnings(comparison: Comparison) -> list[str]:
     twins = {a for a in comparison.aligned_fingerprints if comparison.aligned_fingerprints.count(a) > 1}
     if twins:
         lines.append("Some runs have the same model fingerprint: they are the same model.")
+    if len(comparison.judges) > 1:
+        lines.append(
+            f"The runs list their scorers in different orders, so each run's first tells: {', '.join(comparison.judges)}."
+        )
     if comparison.left_out:
         lines.append(f"Left out, as they did not judge every run: {', '.join(comparison.left_out)}.")
     return lines

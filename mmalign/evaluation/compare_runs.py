@@ -57,12 +57,17 @@ class ScorerComparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Several runs compared by the scorers that all of them were judged by, held-out ones first."""
+    """Several runs compared by the scorers that all of them were judged by, held-out ones first.
+
+    judges: those that tell the verdicts: of every run the first of them in its own order, so that no run's order goes before
+    another's.
+    """
 
     runs: tuple[str, ...]
     aligned_fingerprints: tuple[str, ...]
     base_fingerprints: tuple[str, ...]
     scorers: tuple[ScorerComparison, ...]
+    judges: tuple[str, ...]
     left_out: tuple[str, ...]  # scorers that did not judge every run
     settings: Mapping[str, Any]
 
@@ -134,6 +139,7 @@ def compare_results(
             )
             for scorer, row in zip(shared, differences, strict=True)
         ),
+        judges=tuple(sorted({_judge(result, shared, seen) for result in results.values()})),
         left_out=tuple(
             dict.fromkeys(
                 s.name for result in results.values() for s in result.scorers if s.name not in {t.name for t in shared}
@@ -179,6 +185,11 @@ def _check_comparable(
     if first.base_fingerprint != other.base_fingerprint and "base" not in allow_different:
         shown = f"{first.base_fingerprint[:16]} and {other.base_fingerprint[:16]}"
         refuse("the base's fingerprint", f"{shown}; --allow-different base compares each with its own")
+
+
+def _judge(result: EvaluationResult, shared: Collection[ScorerResult], seen: Mapping[str, Collection[str]]) -> str:
+    names = {scorer.name for scorer in shared}
+    return min((s.name for s in result.scorers if s.name in names), key=lambda name: bool(seen[name]))
 
 
 def _scorer(name: str, result: EvaluationResult) -> ScorerResult | None:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from mmalign.denoisers.parts import draws_clips
-from mmalign.evaluation.fingerprint import digest, model_fingerprint, scheduler_fingerprint
+from mmalign.evaluation.fingerprint import model_fingerprint, scheduler_fingerprint
 from mmalign.evaluation.generate import Pipeline, generate_batches
-from mmalign.files import write_file
+from mmalign.files import slug, write_file
+from mmalign.rewards.fingerprints import text_hash
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSettings:
-    """Everything besides model, prompt and seed that a picture depends on."""
+    """Everything besides model, prompt and seed that a picture depends on; of a side that was drawn, with its pictures' size."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -45,14 +45,18 @@ class Side:
     pictures: tuple[Path, ...]  # (N,)
 
 
+def check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list with at least one prompt.")
+
+
 def paired_rows(prompts: Sequence[str], num_images_per_prompt: int, seed: int) -> tuple[list[str], list[int]]:
     """The N = prompts × pictures rows and their seeds, the same for every model.
 
     A row's seed depends on `seed`, the prompt's text and the picture's number only: adding or shuffling prompts changes
     no picture. A prompt that is listed twice simply has twice the pictures.
     """
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError("prompts must be a list with at least one prompt.")
+    check_prompts(prompts)
     if num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}.")
     drawn: Counter[str] = Counter()
@@ -103,7 +107,7 @@ def draw_side(
     model = fingerprint or model_fingerprint(pipe)
     rows, seeds = paired_rows(prompts, num_images_per_prompt, seed)
     origin = {"model": model, "settings": asdict(settings)}
-    folder = Path(output_dir) / "pictures" / f"{_slug(label)}-{digest(origin)[:12]}"
+    folder = Path(output_dir) / "pictures" / f"{slug(label)}-{text_hash(origin)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "drawn_from.json", json.dumps(origin, indent=2))
 
@@ -126,10 +130,12 @@ def draw_side(
         for batch in batches:
             for picture in batch:
                 _store(picture, files[next(remaining)])
+    with Image.open(files[0]) as first:
+        width, height = first.size
     return Side(
         label=label,
         model_fingerprint=model,
-        settings=settings,
+        settings=replace(settings, height=height, width=width),
         seed=seed,
         prompts=tuple(rows),
         seeds=tuple(seeds),
@@ -143,12 +149,8 @@ def prompt_numbers(prompts: Sequence[str]) -> list[int]:
     return [number.setdefault(prompt, len(number)) for prompt in prompts]
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "picture"
-
-
 def _file_name(prompt: str, seed: int) -> str:
-    return f"{_slug(prompt)}-{digest(prompt)[:10]}-{seed}.png"
+    return f"{slug(prompt)}-{text_hash(prompt)[:10]}-{seed}.png"
 
 
 def _is_picture(file: Path) -> bool:

@@ -13,8 +13,9 @@ from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics, measure_side
 from mmalign.evaluation.result import EvaluationResult, Row, library_versions
 from mmalign.evaluation.retention import RetentionPlan, retention, retention_scorer
-from mmalign.evaluation.scorers import Scorer, check_scorers
+from mmalign.evaluation.scorers import check_scorers
 from mmalign.evaluation.sweep import check_scales, sweep_scales
+from mmalign.rewards.scorer import Scorer
 
 
 def evaluate(
@@ -83,12 +84,15 @@ def evaluate(
             name = aligned_fingerprint and f"{aligned_fingerprint}, LoRA scale {scale:g}"
             return draw_aligned(prompts, fingerprint=name)
 
+        def measure_scaled(side: Side) -> MeasuredSide:
+            return measured if side.pictures == measured.side.pictures else measure(side, scorers=scorers)
+
         points = sweep_scales(
             aligned,
             lora_scales,
             reference,
             draw=draw_scaled,
-            measure=partial(measure, scorers=scorers),
+            measure=measure_scaled,
             scorers=scorers,
             trained_on=trained_on,
             rules=rules,

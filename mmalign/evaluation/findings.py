@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmalign.evaluation.image_statistics import STATISTICS
 from mmalign.evaluation.result import MOVED, EvaluationResult, PictureStatistic, Retention, ScorerResult
 from mmalign.evaluation.wording import (
+    cautions,
     count,
     difference_interval,
     difference_value,
@@ -21,7 +22,7 @@ def scorer_line(result: EvaluationResult, scorer: ScorerResult) -> str:
     rate, p = scorer.win_rate, scorer.p_corrected
     use = "seen in training" if scorer.seen_in_training else "held out"
     verdict = "no difference is shown"
-    if p.shown <= 1 - rate.confidence:
+    if scorer.shows_difference:
         winner = result.aligned_label if rate.rate > 0.5 else result.base_label
         verdict = f"{winner} wins more often"
     return (
@@ -39,7 +40,7 @@ def conclusion(result: EvaluationResult) -> str:
     ahead: list[str] = []
     behind: list[str] = []
     for scorer in held_out:
-        if scorer.p_corrected.shown <= alpha:
+        if scorer.shows_difference:
             (ahead if scorer.win_rate.rate > 0.5 else behind).append(scorer.name)
     told = [
         f"{label} wins more often by {', '.join(names)}"
@@ -85,14 +86,16 @@ def _moved(statistic: PictureStatistic) -> str:
 
 
 def result_lines(result: EvaluationResult) -> list[str]:
-    """For the terminal: the headline, a line a scorer, and what else stands out."""
-    lines = [headline(result), *(f"  {scorer_line(result, scorer)}" for scorer in result.ranked_scorers)]
+    """For the terminal: the headline and what takes weight from it, a line a scorer, and what else stands out."""
+    lines = [headline(result), *cautions(result)]
+    lines += [f"  {scorer_line(result, scorer)}" for scorer in result.ranked_scorers]
     lines += [conclusion(result)] if conclusion(result) else []
     lines += moved_statistics(result)
     if result.retention is not None:
         lines.append(retention_line(result.retention))
+    seen = ", seen in training" if result.judge.seen_in_training else ""
     for point in result.sweep:
         name = result.judge.name
         rate = next(scorer.win_rate for scorer in point.scorers if scorer.name == name)
-        lines.append(f"  LoRA scale {point.scale:g}: {percent(rate.rate)} ({interval(rate)}) by {name}")
+        lines.append(f"  LoRA scale {point.scale:g}: {percent(rate.rate)} ({interval(rate)}) by {name}{seen}")
     return lines

@@ -95,9 +95,21 @@ def generate_batches(
                 **size,
                 **(call or {}),
             )
+            _check_shown(output, prompts[rows], seeds[rows])
             drawn = np.asarray(output.frames if clips else output.images)
             yield _pictures(drawn, prompts[rows], seeds[rows])
             bar.update(len(generators))
+
+
+def _check_shown(output: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse pictures that a safety checker blacked out; only pipelines that may have one tell so, None where it is off."""
+    flags = getattr(output, "nsfw_content_detected", None) or []
+    for flagged, prompt, seed in zip(flags, prompts, seeds, strict=False):
+        if flagged:
+            raise ValueError(
+                f"The safety checker blacked out the picture of {prompt!r} with seed {seed}, which would be scored as it is. "
+                "Load the pipeline with safety_checker=None (--no-safety-checker), or leave the prompt out."
+            )
 
 
 def _pictures(pixels: np.ndarray, prompts: Sequence[str], seeds: Sequence[int]) -> list[Any]:

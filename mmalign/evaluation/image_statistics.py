@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from mmalign.evaluation.distances import DUPLICATE, distances
 from mmalign.evaluation.drawing import prompt_numbers
 from mmalign.evaluation.intervals import Array
 from mmalign.evaluation.scorers import read_picture
 
 THUMBNAIL = 16
 EDGE = 0.1  # difference of neighbouring luminances, out of 1, that counts as an edge
-DUPLICATE = 0.02  # root mean square difference of thumbnails, out of 1, below which two pictures are near-duplicates
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +57,20 @@ STATISTICS = {
     ),
 }
 
-_BLOCK = 512
+
+@dataclass(frozen=True, slots=True)
+class SideStatistics:
+    """values: (N,) by the statistic's name, NaN where a picture has none. influences: for those in which a picture's value depends on
+    other prompts' pictures, (N,) values of the same mean whose spread is the error of that mean. thumbnails: (N, P) in [0, 1].
+    """
+
+    values: dict[str, Array]
+    influences: dict[str, Array]
+    thumbnails: Array
 
 
-def side_statistics(files: Sequence[Path], prompts: Sequence[str]) -> tuple[dict[str, Array], Array]:
-    """Each statistic of one side as (N,) values, NaN where a picture has none, and the (N, P) thumbnails in [0, 1]."""
+def side_statistics(files: Sequence[Path], prompts: Sequence[str]) -> SideStatistics:
+    """Every statistic of one side."""
     rows, thumbnails = [], []
     for file in files:
         image = read_picture(file)
@@ -70,9 +78,14 @@ def side_statistics(files: Sequence[Path], prompts: Sequence[str]) -> tuple[dict
         small = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         thumbnails.append(np.asarray(small, dtype=np.float32).reshape(-1) / 255)
     table, small_pictures = np.array(rows), np.array(thumbnails, dtype=np.float64)
-    columns = [*table.T, *_distances(small_pictures, np.array(prompt_numbers(prompts)))]
+    found = distances(small_pictures, np.array(prompt_numbers(prompts)))
+    columns = [*table.T, found.across, found.within, found.duplicate]
     names = [name for name in STATISTICS if name != "drift"]
-    return dict(zip(names, columns, strict=True)), small_pictures
+    return SideStatistics(
+        values=dict(zip(names, columns, strict=True)),
+        influences={"diversity": found.across_influence, "near-duplicates": found.duplicate_influence},
+        thumbnails=small_pictures,
+    )
 
 
 def drift(base: Array, aligned: Array) -> Array:
@@ -88,26 +101,3 @@ def _picture_statistics(image: Image.Image) -> tuple[float, float, float, float]
     steps = np.concatenate([np.diff(luminance, axis=axis).reshape(-1) for axis in (0, 1)])
     edges = np.mean(np.abs(steps) > EDGE) if steps.size else 0.0
     return float(luminance.mean()), float(luminance.std()), float(saturation.mean()), float(edges)
-
-
-def _distances(thumbnails: Array, prompt: npt.NDArray[np.intp]) -> tuple[Array, Array, Array]:
-    """Three (N,): root mean square distance to the pictures of other prompts, the same to the others of the own prompt (NaN
-    where there are none), and 1 where a picture of another prompt is nearly equal."""
-    num, own = len(thumbnails), np.arange(len(thumbnails))
-    across, within, duplicate = np.zeros(num), np.zeros(num), np.zeros(num)
-    norms = np.mean(thumbnails**2, axis=1)
-    for start in range(0, num, _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        products = thumbnails[rows] @ thumbnails.T / thumbnails.shape[1]
-        squared = np.maximum(norms[rows, None] + norms[None] - 2 * products, 0.0)
-        same = prompt[rows, None] == prompt[None]
-        across[rows] = _root_mean(squared, ~same)
-        within[rows] = _root_mean(squared, same & (own[rows, None] != own[None]))
-        duplicate[rows] = np.any(~same & (squared < DUPLICATE**2), axis=1)
-    return across, within, duplicate
-
-
-def _root_mean(squared: Array, counted: npt.NDArray[np.bool_]) -> Array:
-    """(B,) root of each row's mean over its counted entries; NaN for a row without any."""
-    count = np.sum(counted, axis=1)
-    return np.where(count > 0, np.sqrt(np.sum(squared, axis=1, where=counted) / np.maximum(count, 1)), np.nan)

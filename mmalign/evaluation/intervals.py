@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ Array = npt.NDArray[np.float64]
 
 MIN_CLUSTERS = 20  # below this the bootstrap's percentiles are too narrow, and Student's t takes over
 MIN_EVIDENCE = 20  # effective wins, and losses, below which the percentiles of a proportion are off; Wilson takes over
+_SMALLEST_P = 1e-12  # what lies below is rounding
 _CHUNK = 4_000_000  # resampled indices held at once
 
 
@@ -27,9 +27,9 @@ class Interval:
     """An interval with its method ("bootstrap", "student", "wilson", "none"), and the p-value that goes with it.
 
     p_value: two-sided, against a mean of 0, or of ½ for a proportion: 1 − the highest confidence at which the interval of the
-    same method leaves that value out, so it is at most 1 − confidence only where the interval does. For the bootstrap, Student's
-    t with the clustered standard error must agree: the larger of both is taken, as few resamples reach the far tails that a
-    correction for several p-values looks at.
+    same method leaves that value out, so it is at most 1 − confidence only where the interval does. For the bootstrap it is the
+    larger of this and of Student's t with the clustered standard error, which alone tells it where no resample reaches that
+    value: in the far tails that a correction for several p-values looks at.
     """
 
     low: float
@@ -102,27 +102,32 @@ def bootstrap_means(values: Array, clusters: Clusters, *, num_resamples: int, se
 
 
 def student_t(probability: float, degrees: int) -> float:
-    """Quantile of Student's t: exact for 1 and 2 degrees of freedom, else its expansion in 1/degrees (error < 1 %)."""
-    if degrees == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if degrees == 2:
-        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
-    z, v = NormalDist().inv_cdf(probability), degrees
-    return (
-        z
-        + (z**3 + z) / (4 * v)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    )
+    """Quantile of Student's t, by halving."""
+    if probability < 0.5:
+        return -student_t(1 - probability, degrees)
+    tails, low, high = 2 * (1 - probability), 0.0, 1.0
+    while student_t_tails(high, degrees) > tails:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_t_tails(middle, degrees) > tails else (low, middle)
+    return high
 
 
 def student_t_tails(t: float, degrees: int) -> float:
-    """P(|T| ≥ t) for t ≥ 0, by halving: the inverse of `student_t`, so that intervals and p-values cannot disagree."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t(1 - middle / 2, degrees) >= t else (low, middle)
-    return high
+    """P(|T| ≥ t) for t ≥ 0, to 1e-13: for whole degrees of freedom ν a finite sum in θ = atan(t / √ν).
+
+    P(|T| < t) is sin θ · (1 + ½ cos²θ + ½·¾ cos⁴θ + …) for even ν, and 2/π · (θ + sin θ · (cos θ + ⅔ cos³θ + …)) for odd ν,
+    each up to cos^(ν − 2) θ.
+    """
+    theta = math.atan(t / math.sqrt(degrees))
+    odd, cosine = degrees % 2, math.cos(theta)
+    term, total = cosine if odd else 1.0, 0.0
+    for power in range(odd, degrees, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    inside = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    return max(0.0, 1 - inside)
 
 
 def mean_interval(values: Array, clusters: Clusters, *, num_resamples: int, confidence: float, seed: int) -> Interval:
@@ -200,18 +205,18 @@ def _percentiles(means: Array, confidence: float) -> tuple[float, float]:
 
 
 def _bootstrap_p(means: Array, null: float) -> float:
-    """Where `null` stands among the resampled means, read as `_percentiles` reads them; never below 2 / (R + 1)."""
+    """Where `null` stands among the resampled means, read as `_percentiles` reads them; 0 where it lies beyond all of them."""
     places = np.arange(len(means))
     below = np.interp(null, np.sort(means), places)
     above = np.interp(-null, np.sort(-means), places)
-    return float(np.clip(2 * min(below, above) / (len(means) - 1), 2 / (len(means) + 1), 1.0))
+    return float(min(1.0, 2 * min(below, above) / (len(means) - 1)))
 
 
 def _student_p(distance: float, error: float, degrees: int) -> float:
-    """No distance gives 1, whatever the error; a distance without any error gives the smallest value there is."""
+    """No distance gives 1, whatever the error; a distance without any error gives the smallest value that is told."""
     if distance == 0:
         return 1.0
-    return student_t_tails(abs(distance) / error if error > 0 else math.inf, degrees)
+    return max(_SMALLEST_P, student_t_tails(abs(distance) / error if error > 0 else math.inf, degrees))
 
 
 def wilson(rate: float, n: float, z: float) -> tuple[float, float]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmalign.evaluation.drawing import Side, draw_side, prompt_numbers
+from mmalign.evaluation.drawing import Side, check_prompts, draw_side, prompt_numbers
 from mmalign.evaluation.generate import Pipeline
-from mmalign.evaluation.scorers import Scorer, score_files
-from mmalign.files import write_file
+from mmalign.evaluation.scorers import score_files
+from mmalign.files import write_file, write_json
+from mmalign.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +43,15 @@ def make_pairs(
     """Draws and scores, and writes metadata.jsonl with the best picture of each prompt as chosen and the worst as rejected.
 
     A prompt whose best and worst score lie no further apart than `min_margin` gives no pair. Called again, only missing pictures are
-    drawn. Both scores are kept (`chosen_score`, `rejected_score`). Raises ValueError where no prompt gives a pair.
+    drawn. Both scores are kept (`chosen_score`, `rejected_score`), and in judged_by.json whose they are. Raises ValueError where no
+    prompt gives a pair.
     """
+    check_prompts(prompts)
     prompts = list(dict.fromkeys(prompts))
     if num_images_per_prompt < 2:
         raise ValueError(f"num_images_per_prompt must be at least 2, got {num_images_per_prompt}")
-    if min_margin < 0:
-        raise ValueError(f"min_margin must be 0 or more, got {min_margin}")
+    if not 0 <= min_margin < math.inf:
+        raise ValueError(f"min_margin must be a number, 0 or more, got {min_margin}")
     side = draw_side(
         pipe,
         prompts,
@@ -70,6 +74,7 @@ def make_pairs(
             "or draw more pictures a prompt"
         )
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_json(Path(output_dir) / "judged_by.json", {"scorer": scorer.name, "fingerprint": scorer.fingerprint})
     write_file(Path(output_dir) / "metadata.jsonl", lines)
     return MadePairs(folder=Path(output_dir), num_pairs=len(rows), num_left_out=len(prompts) - len(rows))
 

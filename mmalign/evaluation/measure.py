@@ -1,6 +1,6 @@
 """What scorers and picture statistics say of one side, and how two sides are compared by it.
 
-Shapes: N pictures of a side, row by row on the same prompts and seeds as those of the other; P pixels of a thumbnail times three.
+Shapes: N pictures of a side, row by row on the same prompts and seeds as those of the other.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import numpy as np
 
 from mmalign.evaluation.drawing import Side, prompt_numbers
 from mmalign.evaluation.holm import corrected
-from mmalign.evaluation.image_statistics import STATISTICS, drift, side_statistics
+from mmalign.evaluation.image_statistics import STATISTICS, SideStatistics, drift, side_statistics
 from mmalign.evaluation.intervals import Array, as_clusters, check_options, clustered_standard_error
-from mmalign.evaluation.result import PictureStatistic, ScorerResult, Summary
-from mmalign.evaluation.scorers import Scorer, score_files
+from mmalign.evaluation.result import NOISE, PictureStatistic, ScorerResult, Summary
+from mmalign.evaluation.scorers import score_files
 from mmalign.evaluation.win_rate import Difference, check_tie_margin, paired_difference, win_rate
+from mmalign.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +39,7 @@ class MeasuredSide:
 
     side: Side
     scores: Mapping[str, Array]  # (N,) by the scorer's name
-    statistics: Mapping[str, Array]  # (N,) by the statistic's name
-    thumbnails: Array  # (N, P)
+    statistics: SideStatistics
 
     @property
     def clusters(self) -> list[int]:
@@ -48,7 +48,6 @@ class MeasuredSide:
 
 def measure_side(side: Side, *, scorers: Sequence[Scorer], batch_size: int = 8, progress: bool = True) -> MeasuredSide:
     """Ask every scorer about every picture, and take the picture statistics."""
-    statistics, thumbnails = side_statistics(side.pictures, side.prompts)
     scores = score_files(
         scorers,
         side.pictures,
@@ -57,7 +56,7 @@ def measure_side(side: Side, *, scorers: Sequence[Scorer], batch_size: int = 8, 
         description=f"Scoring {side.label}",
         progress=progress,
     )
-    return MeasuredSide(side=side, scores=scores, statistics=statistics, thumbnails=thumbnails)
+    return MeasuredSide(side=side, scores=scores, statistics=side_statistics(side.pictures, side.prompts))
 
 
 def compare_scores(
@@ -96,22 +95,24 @@ def compare_scores(
 def compare_statistics(aligned: MeasuredSide, base: MeasuredSide, rules: Rules) -> tuple[PictureStatistic, ...]:
     """What changed in the pictures; a statistic that no picture has (diversity within prompts of one picture) is left out."""
     clusters, rows = np.array(aligned.clusters), []
-    for name, theirs in base.statistics.items():
-        has = np.isfinite(theirs)
+    ours, theirs = aligned.statistics, base.statistics
+    for name, values in theirs.values.items():
+        has = np.isfinite(values)
         if not has.any():
             continue
-        ours = aligned.statistics[name][has]
+        ours_told, theirs_told = (side.influences.get(name, side.values[name])[has] for side in (ours, theirs))
+        spread = float(values[has].std())
         rows.append(
             PictureStatistic(
                 name=name,
                 description=STATISTICS[name].description,
-                base=float(theirs[has].mean()),
-                aligned=float(ours.mean()),
-                base_spread=float(theirs[has].std()),
-                difference=score_difference(ours, theirs[has], clusters[has].tolist(), rules),
+                base=float(values[has].mean()),
+                aligned=float(ours.values[name][has].mean()),
+                base_spread=spread if spread > NOISE else 0.0,
+                difference=score_difference(ours_told, theirs_told, clusters[has].tolist(), rules),
             )
         )
-    moved = drift(base.thumbnails, aligned.thumbnails)
+    moved = drift(theirs.thumbnails, ours.thumbnails)
     rows.append(
         PictureStatistic(
             name="drift",

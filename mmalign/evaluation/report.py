@@ -74,7 +74,13 @@ def read_report(path: str | Path) -> EvaluationResult:
     """The result that `write_report` wrote, from its folder or its `report.json`."""
     file = Path(path)
     file = file / "report.json" if file.is_dir() else file
-    return from_json(json.loads(file.read_text(encoding="utf-8")), file.parent)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole report: {error}") from error
+    if not isinstance(data, dict) or "rows" not in data:
+        raise ValueError(f"{file} is no report of an evaluation; name its folder, or the report.json in it")
+    return from_json(data, file.parent)
 
 
 def sample_rows(result: EvaluationResult, number: int, seed: int) -> list[Row]:
@@ -104,6 +110,7 @@ def _write_picture(result: EvaluationResult, rows: Sequence[Row], folder: Path) 
     pairs = [(row, row.base_picture, row.aligned_picture) for row in rows]
     images = [[read_picture(base), read_picture(aligned)] for _, base, aligned in pairs if base and aligned]
     if not images:
+        (folder / "side_by_side.png").unlink(missing_ok=True)
         return None
     sheet = side_by_side(
         images, [row.prompt for row in rows], [result.base_label, result.aligned_label], rows_per_line=3

@@ -61,7 +61,7 @@ def page(
 
 def _hero(result: EvaluationResult) -> str:
     rate = result.judge.win_rate
-    mood = "even" if not rate.shows_difference else "win" if rate.rate > 0.5 else "loss"
+    mood = "even" if not result.judge.shows_difference else "win" if rate.rate > 0.5 else "loss"
     warnings = "".join(f'<p class="warn">{text(line)}</p>' for line in cautions(result))
     return (
         '<div class="hero"><div>'
@@ -204,6 +204,7 @@ def _settings(result: EvaluationResult) -> str:
         **{f"Scorer {scorer.name}": scorer.fingerprint for scorer in result.ranked_scorers},
     }
     settings = {capital(key.removeprefix("num_").replace("_", " ")): value for key, value in result.settings.items()}
+    settings["Trained on"] = settings["Trained on"] or "not said"
     return (
         f"<section><h2>Settings</h2>{definitions(settings)}</section>\n"
         '<section><h2>Fingerprints and versions</h2><p class="quiet lead">Numbers may be compared only where the '

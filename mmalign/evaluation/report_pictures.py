@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mmalign.evaluation.fingerprint import digest
 from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report_parts import SMALL, data_uri, text
 from mmalign.evaluation.result import EvaluationResult, Row
 from mmalign.evaluation.scorers import read_picture
 from mmalign.evaluation.wording import capital, count, number
+from mmalign.rewards.fingerprints import text_hash
 
 SHUFFLE_SEED = 0
 
@@ -49,7 +49,7 @@ def left_sides(result: EvaluationResult, rows: Sequence[Row]) -> list[str]:
     another model's has another, so that nobody learns it.
     """
     drawn_from = [SHUFFLE_SEED, result.aligned_fingerprint, result.base_fingerprint, [row.prompt for row in rows]]
-    order = np.random.default_rng(int(digest(drawn_from)[:16], 16)).permutation(len(rows))
+    order = np.random.default_rng(int(text_hash(drawn_from)[:16], 16)).permutation(len(rows))
     return [("base", "aligned")[place % 2] for place in order]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mmalign.evaluation.findings import retention_line
 from mmalign.evaluation.report_parts import text
 from mmalign.evaluation.report_plots import scale_plot
-from mmalign.evaluation.result import EvaluationResult
+from mmalign.evaluation.result import EvaluationResult, ScorerResult
 from mmalign.evaluation.wording import (
     capital,
     difference_interval,
@@ -28,7 +28,7 @@ def sweep(result: EvaluationResult) -> str:
     first = result.sweep[0]
     plots = [
         scale_plot(
-            f"win rate by {scorer.name}" + (", seen in training" if scorer.seen_in_training else ""),
+            f"win rate by {_marked(scorer)}",
             [
                 (point.scale, rate.rate, rate.low, rate.high)
                 for point in result.sweep
@@ -55,7 +55,7 @@ def sweep(result: EvaluationResult) -> str:
     ]
     rows = [
         (
-            f"Win rate by {scorer.name}",
+            f"Win rate by {_marked(scorer)}",
             [(percent(rate.rate), interval(rate)) for point in result.sweep for rate in [point.scorers[at].win_rate]],
         )
         for at, scorer in enumerate(first.scorers)
@@ -84,6 +84,10 @@ def sweep(result: EvaluationResult) -> str:
         f'<details><summary>All numbers</summary><div class="wide"><table><thead><tr><th>LoRA scale</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></details></section>\n"
     )
+
+
+def _marked(scorer: ScorerResult) -> str:
+    return scorer.name + (", seen in training" if scorer.seen_in_training else "")
 
 
 def _row(name: str, scales: Sequence[str], cells: Sequence[tuple[str, str]]) -> str:

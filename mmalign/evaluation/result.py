@@ -13,6 +13,7 @@ from mmalign.evaluation.holm import Corrected
 from mmalign.evaluation.win_rate import Difference, WinRate
 
 MOVED = 0.25  # of the base's standard deviation: what a picture statistic must move by to be pointed out
+NOISE = 1e-6  # a picture statistic that moves or varies by less does so by rounding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,11 @@ class ScorerResult:
     base: Summary
     difference: Difference
 
+    @property
+    def shows_difference(self) -> bool:
+        """Whether one side is said to win more often: by the corrected p-value, which the interval alone does not know of."""
+        return self.p_corrected.shown <= 1 - self.win_rate.confidence
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PictureStatistic:
@@ -61,7 +67,7 @@ class PictureStatistic:
         return (
             self.base_spread is not None
             and self.difference.shows_difference
-            and abs(self.difference.value) > MOVED * self.base_spread
+            and abs(self.difference.value) > max(MOVED * self.base_spread, NOISE)
         )
 
 

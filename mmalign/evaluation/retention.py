@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmalign.evaluation.measure import MeasuredSide, Rules, score_difference, summarise
 from mmalign.evaluation.result import Retention
-from mmalign.evaluation.scorers import Scorer
+from mmalign.rewards.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,36 +1,16 @@
-"""What a scorer must offer, and how the evaluation asks it: in batches, with its answers checked."""
+"""How the evaluation asks scorers: in batches, with their answers checked."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmalign.evaluation.intervals import Array, as_scores
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """Tells how good a picture is for its prompt; higher is better, and a picture's score is its own.
-
-    name: how reports call it. fingerprint: changes whenever a score could change (weights, revision, preprocessing,
-    dtype), for numbers of two fingerprints must not be compared. Whether a scorer was seen in training is not its own
-    to say: the caller marks it by name in `trained_on`.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Float[Tensor, " N"]: ...
+from mmalign.rewards.scorer import Scorer
 
 
 def check_scorers(scorers: Sequence[Scorer], trained_on: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from mmalign.evaluation.drawing import Side
 from mmalign.evaluation.generate import Pipeline
 from mmalign.evaluation.measure import MeasuredSide, Rules, compare_scores, compare_statistics
 from mmalign.evaluation.result import ScalePoint
-from mmalign.evaluation.scorers import Scorer
+from mmalign.rewards.scorer import Scorer
 
 
 def sweep_scales(
@@ -59,6 +59,8 @@ def at_lora_scale(pipe: Pipeline, scale: float) -> Generator[None]:
     """
     layers = _lora_layers(pipe)
     before = [(dict(layer.scaling), layer.disable_adapters) for layer in layers]
+    # Switching layers on and off trains or freezes their weights.
+    trained = {weight: weight.requires_grad for layer in layers for weight in layer.parameters()}
     try:
         for layer in layers:
             if layer.disable_adapters != (scale == 0):
@@ -70,6 +72,8 @@ def at_lora_scale(pipe: Pipeline, scale: float) -> Generator[None]:
             layer.scaling.update(scaling)
             if layer.disable_adapters != disabled:
                 layer.enable_adapters(not disabled)
+        for weight, wanted in trained.items():
+            weight.requires_grad_(wanted)
 
 
 def _lora_layers(pipe: Pipeline) -> list[Any]:

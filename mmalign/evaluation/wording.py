@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mmalign.evaluation.result import EvaluationResult, ScorerResult, Summary
+from mmalign.evaluation.result import EvaluationResult, Summary
 from mmalign.evaluation.win_rate import Difference, WinRate
 
 MINUS = "\N{MINUS SIGN}"
@@ -78,13 +78,15 @@ def headline(result: EvaluationResult) -> str:
     judge, aligned, base = result.judge, result.aligned_label, result.base_label
     rate = judge.win_rate
     told = f"{percent(rate.rate)} of {sample_size(rate)} ({level(rate.confidence)} interval {interval(rate)})"
-    if not rate.shows_difference:
-        verdict = f"No difference is shown: {aligned} wins {told} against {base}, and the interval contains 50%"
+    if not judge.shows_difference:
+        corrected = f"but corrected {p_value(judge.p_corrected.shown)}"
+        why = corrected if rate.shows_difference else "and the interval contains 50%"
+        verdict = f"No difference is shown: {aligned} wins {told} against {base}, {why}"
     elif rate.rate > 0.5:
         verdict = f"{capital(aligned)} beats {base}: it wins {told}"
     else:
         verdict = f"{capital(aligned)} loses to {base}: it wins {told}"
-    return f"{verdict}, {_told_by(judge)}."
+    return f"{verdict}, {_told_by(result)}."
 
 
 def notes(result: EvaluationResult) -> list[str]:
@@ -101,8 +103,8 @@ def notes(result: EvaluationResult) -> list[str]:
     if held_out > 1:
         lines.append(
             f"{held_out} held-out scorers are shown. The sentence above is told by the first in the order they were "
-            "given, not by the kindest. The intervals are each scorer's own; corrected p-values (Holm) allow for looking "
-            "at several."
+            "given, not by the kindest. The intervals are each scorer's own; corrected p-values (Holm), by which every "
+            "verdict goes, allow for looking at several."
         )
     if rate.num_clusters < 500:
         lines.append(f"{count(rate.num_clusters, 'prompt').capitalize()} is few: plan on 500 or more for a claim.")
@@ -141,10 +143,13 @@ def history_keys(history: Sequence[dict[str, object]]) -> list[str]:
     return sorted(keys, key=lambda key: first.index(key) if key in first else len(first))
 
 
-def _told_by(judge: ScorerResult) -> str:
+def _told_by(result: EvaluationResult) -> str:
+    judge = result.judge
     if judge.seen_in_training:
         return f"as told by {judge.name}, which was seen in training, so this is no evidence of better pictures"
-    return f"as told by {judge.name}, a scorer that was not used in training"
+    if result.settings.get("trained_on"):
+        return f"as told by {judge.name}, a scorer that was not used in training"
+    return f"as told by {judge.name}; what training used was not said"
 
 
 def _interval_note(rate: WinRate) -> str:

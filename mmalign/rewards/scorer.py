@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Tells how well a picture suits its prompt, higher is better.
+    """Tells how well a picture suits its prompt; higher is better, and a picture's score is its own.
 
-    name: how reports call it. fingerprint: changes whenever a score could change (weights, preprocessing, dtype).
+    name: how reports call it. fingerprint: changes whenever a score could change (weights, revision, preprocessing, dtype), for
+    numbers of two fingerprints must not be compared. Whether a scorer was seen in training is not its own to say: the caller
+    marks it by name.
     """
 
     @property

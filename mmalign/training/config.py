@@ -46,7 +46,8 @@ class DenoiserConfig(RunConfig):
                        reference's errors on them, and every visit of a pair takes the next landing: those of the reference in
                        cache_dir, for later runs too, those of the policy in memory
     inversion_refresh    for how many optimiser steps a kept path of the policy serves
-    scorer             reward for comparisons other than "human": a name that `mmalign.rewards.scorer` knows, such as "pickscore"
+    scorer             reward for comparisons other than "human": a name that `mmalign.rewards.scorer` knows, such as "pickscore",
+                       or "column:<name>", rewards that the data carry (`PairSource.score_names`)
     reference          "adapter" (the LoRA off), "copy" (a frozen copy), or "auto": whichever fits
     reference_cache    keep the reference's errors in cache_dir: a second run over the same pairs and seed (another beta, learning rate,
                        loss) then needs no reference, and evaluation needs it once; for points that the policy does not choose

@@ -21,8 +21,9 @@ from mmalign.data import (
     load_pairs,
     score_pairs,
 )
+from mmalign.data.reward_columns import PREFIX, RewardColumn
 from mmalign.denoisers import Denoiser
-from mmalign.rewards import scorer
+from mmalign.rewards import Scorer, scorer
 from mmalign.training.config import DenoiserConfig
 
 logger = logging.getLogger("mmalign")
@@ -78,8 +79,14 @@ def prepare_source(
     scores, normalizer = None, None
     fitted: dict[str, Any] = {}
     if args.comparison != "human":
-        reward = scorer(args.scorer or "", device=args.device)
-        scores = score_pairs(source, reward, cache_dir=cache_dir, progress=progress)[encoded.rows]
+        name = args.scorer or ""
+        reward: Scorer | RewardColumn
+        if name.startswith(PREFIX):
+            reward = RewardColumn(name)
+            scores = reward.scores(encoded, human_ties=args.keep_human_ties)
+        else:
+            reward = scorer(name, device=args.device)
+            scores = score_pairs(source, reward, cache_dir=cache_dir, progress=progress)[encoded.rows]
         if args.comparison == "smoothed":
             normalizer = like.normalizer if like else _normalizer(args, scores, reward)
             fitted = {"normalizer": normalizer}
@@ -118,7 +125,7 @@ def batch_of(items: list[PreferenceItem]) -> dict[str, Any]:
     return {**batch, "row": batch["row"].tolist(), "prompt_index": batch["prompt_index"].tolist()}
 
 
-def _normalizer(args: DenoiserConfig, scores: torch.Tensor, reward: Any) -> Normalizer:
+def _normalizer(args: DenoiserConfig, scores: torch.Tensor, reward: Scorer | RewardColumn) -> Normalizer:
     if args.smoothing_normalizer == "official":
         normalizer = Normalizer.official()
         normalizer.check_scorer(reward.name, reward.fingerprint)

@@ -41,6 +41,7 @@ def save_pairs(folder, number=8):
         for side, (low, high) in {"chosen": (60, 255), "rejected": (0, 200)}.items():
             Image.fromarray(rng.integers(low, high, (16, 20, 3), dtype=np.uint8)).save(folder / f"{i}-{side}.png")
         rows.append({"prompt": PROMPTS[i % 4], "chosen": f"{i}-chosen.png", "rejected": f"{i}-rejected.png"})
+        rows[-1] |= {"chosen_score": i, "rejected_score": 3}
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
@@ -90,6 +91,12 @@ def test_a_run_says_where_everything_is_and_what_to_type_next(place, capsys):
         assert name in shown and (place / "smpo run" / name).exists()
     assert "mmalign generate --model model --lora 'smpo run' --prompts prompts.txt" in shown
     assert "mmalign evaluate" in shown and "--trained-on clip:clip" in shown
+
+
+def test_a_reward_of_the_data_judges_nothing_that_the_run_draws(place, capsys):
+    words = ["--max-steps", "1", "--comparison", "relabel", "--scorer", "column:score"]
+    assert train("dpo", "column run", *words) == 0
+    assert "mmalign evaluate" in (shown := capsys.readouterr().out) and "--trained-on" not in shown
 
 
 def test_a_run_from_yaml_is_the_run_from_the_command_line(place, run, capsys):
@@ -290,6 +297,12 @@ def test_the_cache_is_shown_and_cleared(run, capsys):
     assert ours["bytes"] > 0 and ours["folder"].endswith("cache")
     other = Path(ours["folder"]) / "not-ours.txt"
     other.write_text("kept")
+    assert cli.main(["cache", "--verify"]) == 0
+    assert "is whole: 8 pairs of 4 prompts" in capsys.readouterr().out
+    shard = next(Path(ours["folder"]).glob("*/latents-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert cli.main(["cache", "--verify"]) == 1 and f"{shard.name} is damaged" in capsys.readouterr().out
     assert cli.main(["cache", "--clear"]) == 0
     assert "freed" in capsys.readouterr().out and other.exists()
     assert cli.main(["cache", "--json"]) == 0

@@ -4,6 +4,7 @@ import pytest
 
 from mmalign.cli import models
 from mmalign.cli.options import Given, UsageError
+from mmalign.files import slug
 
 
 def test_prompts_of_the_command_line_come_first_and_are_cut(tmp_path):
@@ -11,6 +12,13 @@ def test_prompts_of_the_command_line_come_first_and_are_cut(tmp_path):
     path.write_text("b\nc\n")
     given = Given({"prompt": ["a"], "prompts": str(path), "prompts_split": None, "num_prompts": 2})
     assert models.read_prompts(given) == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_fewer_than_one_prompt_is_refused(number):
+    given = Given({"prompt": ["a", "b"], "prompts": None, "prompts_split": None, "num_prompts": number})
+    with pytest.raises(UsageError, match=f"--num-prompts must be at least 1, got {number}"):
+        models.read_prompts(given)
 
 
 def test_a_split_needs_a_folder_of_prompt_files():
@@ -33,5 +41,5 @@ def test_guidance():
 
 
 def test_file_names():
-    assert models.slug("A photo: of a RED bag, on blue!") == "a-photo-of-a-red-bag-on-blue"
-    assert models.slug("犬") == "prompt" and len(models.slug("word " * 40)) <= 40
+    assert slug("A photo: of a RED bag, on blue!") == "a-photo-of-a-red-bag-on-blue"
+    assert slug("犬") == "prompt" and len(slug("word " * 40)) <= 40

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from mmalign import cli
@@ -39,6 +40,67 @@ def test_one_prompt_may_serve_all(pictures):
     rows = json.loads((pictures / "scores.json").read_text())
     assert [row["file_name"] for row in rows] == ["blue.png", "green.png", "red.png"]
     assert {row["prompt"] for row in rows} == {"a red bag on yellow"}
+
+
+def test_sheets_and_folders_are_no_pictures(pictures):
+    Image.new("RGB", (64, 64)).save(pictures / "grid.png")
+    Image.new("RGB", (64, 64)).save(pictures / "side_by_side.png")
+    (pictures / "folder.png").mkdir()
+    words = ["score", "--pictures", str(pictures), "--prompt", "a bag", "--scorers", "playground"]
+    assert cli.main(words) == 0
+    told = json.loads((pictures / "scores.json").read_text())
+    assert [(row["file_name"], row["prompt"]) for row in told] == [
+        (f"{n}.png", "a bag") for n in ("red", "blue", "green")
+    ]
+    (pictures / "metadata.jsonl").unlink()
+    assert cli.main(words) == 0
+    assert [row["file_name"] for row in json.loads((pictures / "scores.json").read_text())] == [
+        "blue.png",
+        "green.png",
+        "red.png",
+    ]
+
+
+def test_a_prompt_may_hold_a_line_separator(pictures):
+    row = {"file_name": "red.png", "prompt": "a red\u2028bag"}
+    (pictures / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert cli.main(["score", "--pictures", str(pictures), "--scorers", "playground"]) == 0
+    assert json.loads((pictures / "scores.json").read_text())[0]["prompt"] == row["prompt"]
+
+
+def test_scores_are_added_to_those_of_earlier_calls_while_picture_and_prompt_are_the_same(
+    pictures, monkeypatch, capsys
+):
+    levels = {"first": 1.0, "second": 2.0}
+
+    class Level:
+        def __init__(self, name):
+            self.name = self.fingerprint = name
+
+        def score(self, images, prompts):
+            return levels[self.name] * torch.tensor([float(image.getpixel((0, 0))[0]) for image in images])
+
+    monkeypatch.setattr("mmalign.cli.score.scorer_named", lambda name, device: Level(name))
+
+    def scored(name):
+        assert cli.main(["score", "--pictures", str(pictures), "--scorers", name]) == 0
+        return {row["file_name"]: row for row in json.loads((pictures / "scores.json").read_text())}
+
+    Image.new("RGB", (32, 32), (10, 0, 0)).save(pictures / "blue.png")
+    two = (pictures / "metadata.jsonl").read_text().split("\n")[:2]
+    (pictures / "metadata.jsonl").write_text("\n".join(two))
+    scored("first")
+    assert "median 132.5" in capsys.readouterr().out, "the mean of the middle two"
+    both = scored("second")
+    assert both["red.png"]["scores"] == {"first": 255.0, "second": 510.0}
+    assert both["red.png"]["fingerprints"] == {"first": "first", "second": "second"}
+    Image.new("RGB", (32, 32), (100, 0, 0)).save(pictures / "red.png")
+    again = scored("second")
+    assert again["red.png"]["scores"] == {"second": 200.0}
+    assert again["blue.png"]["scores"] == {"first": 10.0, "second": 20.0}
+    (pictures / "scores.json").write_text('{"mine": 1}')
+    assert cli.main(["score", "--pictures", str(pictures), "--scorers", "first"]) == 2
+    assert "scores.json was not written by mmalign score" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(pictures, tmp_path, capsys):

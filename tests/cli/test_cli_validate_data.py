@@ -54,13 +54,40 @@ def test_bad_rows_are_counted_by_kind_and_listed(folder, tmp_path, capsys):
     assert "       1  chosen: 1×60000 is too long and thin to be cropped to 512×512\n          rows 9\n" in shown
     listed = [json.loads(line) for line in (out / "bad_rows.jsonl").read_text().splitlines()]
     assert [line["row"] for line in listed] == list(range(1, 10)) and listed[7]["field"] == "prompt"
-    assert listed[0] == {"row": 1, "field": "rejected", "reason": "no such file: 'none0.png'"}
+    assert listed[0] == {"row": 1, "source_row": 1, "field": "rejected", "reason": "no such file: 'none0.png'"}
 
 
 def test_what_training_would_keep_depends_on_its_resolution(folder, tmp_path):
     words = ["validate-data", str(folder(GOOD | {"chosen": "thin.png"})), "--output-dir", str(tmp_path / "out")]
     assert cli.main([*words, "--resolution", "16"]) == 0
     assert cli.main([*words, "--resolution", "512"]) == 1
+
+
+def test_with_aspect_buckets_a_pair_has_the_shape_that_training_gives_it(folder, tmp_path, capsys):
+    for name, size in (("tall.png", (32, 96)), ("wide.png", (96, 32))):
+        Image.new("RGB", size).save(tmp_path / name)
+    words = ["validate-data", str(folder(GOOD | {"chosen": "tall.png", "rejected": "wide.png"}))]
+    words += ["--output-dir", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--aspect-buckets"]) == 1
+    assert "chosen and rejected: 32×96 would lose 67% in the pair's shape 512×512" in capsys.readouterr().out
+
+
+def test_rankings_are_told_as_such_with_the_rows_they_stand_in(folder, tmp_path, capsys):
+    ranking = {"prompt": "a bag", "generations": ["a.png", "b.png", "c.png"], "ranking": [1, 2, 2]}
+    file, out = tmp_path / "rankings.json", tmp_path / "out"
+    file.write_text(json.dumps([ranking, ranking]))
+    assert cli.main(["validate-data", str(file), "--output-dir", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert "2 rankings → 6 pairs" in shown and "told:     6 pairs of 1 prompts; 2 of them ties" in shown
+    assert "usable:   0 pairs" in shown and "start from with --root" in shown
+    listed = [json.loads(line) for line in (out / "bad_rows.jsonl").read_text().splitlines()]
+    assert [line["source_row"] for line in listed] == [0, 0, 0, 1, 1, 1]
+    file.write_text(json.dumps([ranking | {"generations": ["0.png", "1.png", "thin.png"]}]))
+    folder()
+    assert cli.main(["validate-data", str(file), "--output-dir", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert "generations[2] of row 0: 1×60000 is too long and thin" in shown and "--root" not in shown
 
 
 def test_without_a_usable_row_no_earlier_sheet_remains(folder, tmp_path, capsys):

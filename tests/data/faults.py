@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmalign.data import BadRow, PairSource, validate_pairs
+
 Row = dict[str, Any]
 # What is changed in a good row, the field that must be named, and a part of the reason.
 Fault = tuple[Row, str, str]
 Made = tuple[Any, list[Fault], list[Row]]
 MAX_PIXELS = 50_000
+
+
+def bad_rows(source: PairSource) -> list[BadRow]:
+    """What of a source no training can use."""
+    return validate_pairs(source, resolution=1, progress=False).bad_rows
 
 
 # Pictures.
@@ -158,11 +165,10 @@ def faults_of_numbers() -> list[Fault]:
     """Those of (prompt, chosen, rejected) with scores, confidence and votes that a typed table can hold."""
     return [
         ({"prompt": None}, "prompt", "expected text, got None"),
-        ({"chosen_score": 1.0}, "rejected_score", "finite number, got None"),
-        ({"chosen_score": math.nan, "rejected_score": 1.0}, "chosen_score", "finite number, got nan"),
+        ({"chosen_score": math.inf, "rejected_score": 1.0}, "chosen_score", "finite number, got inf"),
         ({"confidence": 0.2}, "confidence", "expected 0.5 … 1"),
         ({"confidence": 1.5}, "confidence", "expected 0.5 … 1"),
-        ({"confidence": math.nan}, "confidence", "finite number, got nan"),
+        ({"confidence": math.inf}, "confidence", "finite number, got inf"),
         ({"chosen_votes": 5.0, "rejected_votes": -1.0}, "chosen_votes", "counts from 0 up"),
         ({"chosen_votes": 0.0, "rejected_votes": 0.0}, "chosen_votes", "at least one vote"),
         ({"chosen_votes": 1.0, "rejected_votes": 2.0}, "rejected_votes", "expected 0.5 … 1"),
@@ -257,10 +263,8 @@ def _faults_of_tables() -> list[Fault]:
         ({"label_0": 2.0, "label_1": -1.0}, "label_0", "2 lies outside [0, 1]"),
         ({"label_0": -1.0, "label_1": 2.0}, "label_0", "-1 lies outside [0, 1]"),
         ({"label_1": 1.0}, "label_1", "1 + 1, expected 1"),
-        ({"label_1": None}, "label_1", "finite number, got None"),
         ({"has_label": False}, "has_label", "never labelled"),
-        ({"ps_score_0": None}, "ps_score_0", "finite number, got None"),
-        ({"ps_score_1": math.nan}, "ps_score_1", "finite number, got nan"),
+        ({"ps_score_0": math.inf}, "ps_score_0", "finite number, got inf"),
     ]
 
 
@@ -357,7 +361,7 @@ def hpdv3(folder: Path) -> Made:
     faults += faults_of(
         "confidence", [("high", "got 'high'"), (0.4, "0.5 … 1"), (1.5, "0.5 … 1"), ([1, 2], "got list")]
     )
-    faults += [({"confidence": math.nan}, "confidence", "got nan"), ({"prompt": {}}, "prompt", "got dict")]
+    faults += [({"confidence": math.inf}, "confidence", "got inf"), ({"prompt": {}}, "prompt", "got dict")]
     faults.append(({"path1": "0-0.img", "path2": "0-0.img"}, "path2", "the same file as path1"))
     rows, kept = interleaved(good, faults)
     write_pictures(folder, len(rows))
@@ -406,7 +410,7 @@ def imagereward(folder: Path) -> Made:
     kinds += faults_of("image", [(value, "image") for value in (None, b"", 7, [])] + [("a.png", "pass root=")])
     kinds += faults_of("rank", [(value, "finite number") for value in (None, "1", math.nan, [])])
     kinds += faults_of("prompt_id", [(value, "expected text or a whole number") for value in (None, 1.5)])
-    kinds += [({"prompt": None}, "prompt", "expected text"), ({"overall_rating": None}, "overall_rating", "finite")]
+    kinds += [({"prompt": None}, "prompt", "expected text"), ({"overall_rating": "high"}, "overall_rating", "finite")]
     kinds.append(({"image": picture(0, 0)}, "image", "the same picture as image of row"))
     rows: list[Row] = []
     faults: list[Fault] = []

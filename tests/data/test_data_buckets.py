@@ -169,3 +169,10 @@ def test_one_shape_alone_is_as_without(picture: Picture, denoiser: Denoiser, tmp
     bucketed = encode_pairs(load_pairs(rows), denoiser, aspect_buckets=True, **options)
     assert torch.equal(plain.latents(torch.arange(3)), bucketed.latents(torch.arange(3)))
     assert isinstance(buckets_of(denoiser, 16, 16)[0], Bucket)
+    # So small that no other shape can be read.
+    side = denoiser.pixels_per_latent * denoiser.patch
+    assert len(buckets_of(denoiser, side, side)) == 1
+    options["resolution"] = side
+    plain = encode_pairs(load_pairs(rows), denoiser, **options)
+    bucketed = encode_pairs(load_pairs(rows), denoiser, aspect_buckets=True, **options)
+    assert torch.equal(plain.latents(torch.arange(3)), bucketed.latents(torch.arange(3))) and bucketed.bucket is None

@@ -162,6 +162,11 @@ def test_every_part_of_the_key_makes_another_cache(
     pipe.vae.register_to_config(scaling_factor=1.0)
     keys.append(encode().key)
     pipe.vae.register_to_config(scaling_factor=scaling)
+    pipe.vae.enable_tiling()
+    for size in (64, 128):
+        pipe.vae.tile_sample_min_size = size
+        keys.append(encode().key)
+    pipe.vae.disable_tiling()
     assert len(set(keys)) == len(keys)
     # The denoiser itself is what will be trained: it is no part of what is encoded.
     with torch.no_grad():

@@ -1,15 +1,17 @@
 """The layouts of HPDv2, HPDv3, ImageReward and TRL give the pairs that they mean."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from data.faults import bad_rows
 from PIL import Image
 
-from mmalign.data import BadRow, ComparisonConfig, InvalidRow, PairSource, compare, find_bad_rows, load_pairs
+from mmalign.data import BadRow, ComparisonConfig, InvalidRow, PairSource, compare, load_pairs
 
 Picture = Callable[..., Image.Image]
 Packed = Callable[..., bytes]
@@ -61,7 +63,7 @@ def test_hpdv3_s_first_picture_is_the_preferred_one(folder: Path, told: Callable
     rows = [{"prompt": "x", "path1": "3.png", "path2": "0.png", "confidence": c} for c in (0.97, None, 1, 0.5, 0.2)]
     source = load_pairs(_json(folder, rows, "data.jsonl"))
     bad = BadRow(4, "confidence", "the preferred picture has a confidence or share of votes of 0.2, expected 0.5 … 1")
-    assert source.form == "hpdv3" and find_bad_rows(source, progress=False) == [bad]
+    assert source.form == "hpdv3" and bad_rows(source) == [bad]
     assert told(source.select(range(4), "good")) == [(3, 0, 0.97), (3, 0, 1.0), (3, 0, 1.0), (3, 0, 0.5)]
 
 
@@ -80,7 +82,7 @@ def test_a_ranking_gives_every_pair_of_its_pictures(
     assert len(source) == 8 and told(source.select(range(6), "first")) == expected
     assert told(source.select([7], "last")) == [(3, 2, 1.0)] and source.prompts() == ["x"] * 6 + [None, "z"]
     reason = "1 pictures: a comparison needs two"
-    assert find_bad_rows(source, progress=False) == [BadRow(6, f"{pictures} of row 1", reason)]
+    assert bad_rows(source) == [BadRow(6, f"{pictures} of row 1", reason)]
     labels = np.array([label for _, _, label in expected])
     import torch
 
@@ -91,7 +93,7 @@ def test_a_ranking_gives_every_pair_of_its_pictures(
 def test_a_picture_that_is_missing_costs_only_its_own_pairs(folder: Path) -> None:
     items = [{"prompt": "x", "generations": ["0.png", "none.png", "2.png"], "ranking": [1, 2, 3]}]
     source = load_pairs(_json(folder, items))
-    bad = find_bad_rows(source, progress=False)
+    bad = bad_rows(source)
     assert [item.row for item in bad] == [0, 2] and {item.field for item in bad} == {"generations[1] of row 0"}
     assert source[1].label == 1.0
 
@@ -117,7 +119,7 @@ def test_image_reward_db_groups_its_pictures_by_prompt(
         expected = [(0, 2, 0.0), (0, 4, 0.5), (2, 4, 1.0), (1, 3, 0.5)]
         assert told(source.select(range(4), "good")) == expected
         assert source[0].scores == {"overall_rating": (3.0, 2.0)} and source[3].prompt == "y"
-        bad = {item.field: item.reason for item in find_bad_rows(source, progress=False)}
+        bad = {item.field: item.reason for item in bad_rows(source)}
         assert sorted(bad) == ["prompt of row 7", "prompt_id of row 5"] and "needs two" in bad["prompt_id of row 5"]
 
 
@@ -163,6 +165,8 @@ def test_trl_s_messages_hold_pictures_or_placeholders(
         ({}, 1.0, None),
         ({"confidence": 0.9}, 0.9, None),
         ({"confidence": None, "chosen_votes": 4, "rejected_votes": 1}, 0.8, None),
+        ({"confidence": math.nan, "chosen_votes": 4, "rejected_votes": 1}, 0.8, None),
+        ({"confidence": 0.9, "chosen_votes": math.nan, "rejected_votes": math.nan}, 0.9, None),
         ({"chosen_votes": 2, "rejected_votes": 2}, 0.5, None),
         ({"chosen_votes": 1, "rejected_votes": 2}, None, "rejected_votes"),
         ({"chosen_votes": 1}, None, "rejected_votes"),
@@ -194,7 +198,7 @@ def test_a_json_file_that_is_no_list_is_refused(folder: Path) -> None:
 def test_paths_of_a_json_file_may_start_from_another_folder(folder: Path, told: Callable[..., Any]) -> None:
     (folder / "lists").mkdir()
     file = _json(folder / "lists", [{"prompt": "x", "path1": "1.png", "path2": "0.png"}])
-    assert len(find_bad_rows(load_pairs(file), progress=False)) == 1
+    assert len(bad_rows(load_pairs(file))) == 1
     assert told(load_pairs(file, root=folder)) == [(1, 0, 1.0)]
 
 

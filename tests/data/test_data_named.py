@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.faults import bad_rows
 from PIL import Image
 
-from mmalign.data import BadRow, find_bad_rows, load_pairs
+from mmalign.data import BadRow, load_pairs
 
 Write = Callable[..., None]
 
@@ -38,7 +39,7 @@ def test_both_spellings_and_subfolders(tmp_path: Path, write: Write, picture: Ca
 def test_what_has_no_counterpart_is_named(tmp_path: Path, write: Write) -> None:
     write("a_chosen.png", "a_rejected.png", "a.txt", "b_chosen.png", "b.txt", "c-rejected.png", "c.txt", "d.txt")
     write("e_chosen.png", "e.jpg", "e_rejected.png", "e.txt", "f.png", "f_rejected.png")
-    bad = find_bad_rows(load_pairs(tmp_path), progress=False)
+    bad = bad_rows(load_pairs(tmp_path))
     assert bad == [
         BadRow(1, "rejected", "expected one rejected file for 'b', found none"),
         BadRow(2, "chosen", "expected one chosen file for 'c', found none"),
@@ -51,7 +52,7 @@ def test_what_has_no_counterpart_is_named(tmp_path: Path, write: Write) -> None:
 def test_a_text_is_read_from_inside_the_folder_only(tmp_path: Path, write: Write) -> None:
     write("set/a_chosen.png", "set/a_rejected.png", "secret.txt")
     (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "secret.txt")
-    (bad,) = find_bad_rows(load_pairs(tmp_path / "set"), progress=False)
+    (bad,) = bad_rows(load_pairs(tmp_path / "set"))
     assert bad.field == "prompt" and "leads out of the data set's folder" in bad.reason
 
 

@@ -35,9 +35,11 @@ def test_partis_table_keeps_quotation_marks_and_rows_apart(tmp_path):
     assert read_prompts(tmp_path / "parti.tsv") == prompts
 
 
-def test_a_csv_field_may_hold_a_line_break_and_json_another_separator(tmp_path):
+def test_a_csv_field_may_hold_a_line_break_and_other_files_another_separator(tmp_path):
     (tmp_path / "p.csv").write_text('prompt\n"two\nlines"\n')
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "p.txt").write_text("a\u2028b\r\nc\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a\u2028b", "c"]
     assert read_prompts(tmp_path / "p.csv") == ["two\nlines"]
     assert read_prompts(tmp_path / "p.jsonl") == ["a\u2028b"]
 
@@ -52,7 +54,7 @@ def test_a_split_of_a_folder_of_parquet_files(tmp_path):
         pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
     assert read_prompts(tmp_path / "pickapic", split="validation_unique") == ["a", "b", "c"]
     assert read_prompts(tmp_path / "pickapic") == ["t", "a", "b", "c"]
-    with pytest.raises(ValueError, match="no split 'test'; its files are named after train, validation_unique"):
+    with pytest.raises(ValueError, match="no split 'test'; it has train, validation_unique"):
         read_prompts(tmp_path / "pickapic", split="test")
     with pytest.raises(ValueError, match="is one file, so it has no split"):
         read_prompts(folder / "train-00000-of-00001.parquet", split="train")
@@ -73,6 +75,7 @@ def test_a_folder_of_benchmark_lists(tmp_path):
         ("p.jsonl", '{"prompt": "x"}\n{', "line 2 is not valid JSON"),
         ("p.json", '["x", 3]', "row 2: the prompt must be text, got 3"),
         ("p.csv", "id\n1\n", "row 1 has no column"),
+        ("p.csv", f"prompt\n{'x' * 140_000}\n", "p.csv is no table that can be read: field larger than field limit"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.xlsx", "x", "prompts are read from .txt"),
         ("p.parquet", "x", "is no parquet file"),

@@ -45,7 +45,9 @@ def test_scores_stand_at_their_rows_and_bad_rows_have_none(tmp_path: Path, picka
         torch.testing.assert_close(scores[row], torch.tensor(expected))
 
 
-def test_scores_are_kept_by_source_and_scorer(tmp_path: Path, pickapic_rows: Rows) -> None:
+def test_scores_are_kept_by_source_and_scorer(
+    tmp_path: Path, pickapic_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = load_pairs(pickapic_rows(4))
     first = Brightness()
     scores = score_pairs(source, first, batch_size=2, cache_dir=tmp_path, progress=False)
@@ -55,6 +57,8 @@ def test_scores_are_kept_by_source_and_scorer(tmp_path: Path, pickapic_rows: Row
     score_pairs(source, other, cache_dir=tmp_path, progress=False)
     score_pairs(load_pairs(pickapic_rows(3)), again, cache_dir=tmp_path, progress=False)
     assert other.sizes == [8] and again.sizes == [6]
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert cache_size(f"~/{tmp_path.name}") == cache_size(tmp_path)
     assert cache_size(tmp_path) > 0 and clear_cache(tmp_path) > 0 and list(tmp_path.iterdir()) == []
 
 

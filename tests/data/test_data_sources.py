@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data.faults import bad_rows
 from PIL import Image
 
-from mmalign.data import BadRow, InvalidRow, PairSource, find_bad_rows, load_pairs, rows
+from mmalign.data import BadRow, InvalidRow, PairSource, fingerprints, load_pairs
 
 Rows = Callable[..., list[dict[str, Any]]]
 Picture = Callable[..., Image.Image]
@@ -96,7 +97,7 @@ def test_metadata_jsonl_folder(tmp_path: Path, packed: Packed, picture: Picture)
     assert (source[0].prompt, source[0].label, source[0].scores, source[0].user_id) == ("", 1.0, {}, None)
     assert source[1].prompt == "é\u2028x" and source[1].scores == {"score": (2.0, 3.0)}
     assert np.array_equal(np.asarray(source[0].image_1), np.asarray(picture(seed=1)))
-    assert find_bad_rows(source, progress=False) == [BadRow(2, "metadata.jsonl", "line 4 is not a JSON object")]
+    assert bad_rows(source) == [BadRow(2, "metadata.jsonl", "line 4 is not a JSON object")]
     assert _same(load_pairs(folder / "metadata.jsonl", max_rows=2), load_pairs(folder, max_rows=2))
 
 
@@ -122,12 +123,14 @@ def test_faulty_rows_are_dropped_whole_and_named(
         ({"jpg_1": huge}, "jpg_1", "300×300 is more than 50000 pixels"),
         ({"has_label": False}, "has_label", "never labelled"),
         ({"ps_score_0": [0.2], "ps_score_1": [0.1]}, None, ""),
-        ({"ps_score_0": [0.2], "ps_score_1": None}, "ps_score_1", "finite number"),
+        ({"ps_score_0": [0.2], "ps_score_1": None}, None, ""),
+        ({"ps_score_0": math.nan, "ps_score_1": 0.2, "label_1": None, "has_label": math.nan}, None, ""),
+        ({"ps_score_0": "high", "ps_score_1": 0.2}, "ps_score_0", "finite number"),
         ({"jpg_0": packed(picture().convert("RGBA"))}, None, ""),
         ({"jpg_0": "elsewhere.png"}, "jpg_0", "pass root="),
     ]
     source = load_pairs([good | fault for fault, _, _ in faults], max_pixels=50_000)
-    found = {bad.row: bad for bad in find_bad_rows(source, progress=False)}
+    found = {bad.row: bad for bad in bad_rows(source)}
     for row, (_, field, reason) in enumerate(faults):
         if field is None:
             assert row not in found and source[row].row == row
@@ -136,6 +139,7 @@ def test_faulty_rows_are_dropped_whole_and_named(
         with pytest.raises(InvalidRow, match=f"^row {row}, {field}: "):
             source[row]
     assert source[14].scores == {"ps_score": (0.2, 0.1)} and source[0].scores == {}
+    assert source[15].scores == source[16].scores == {} and source[16].label == 1.0
 
 
 def test_a_folder_s_missing_and_escaping_files_are_named(tmp_path: Path, packed: Packed, picture: Picture) -> None:
@@ -150,7 +154,7 @@ def test_a_folder_s_missing_and_escaping_files_are_named(tmp_path: Path, packed:
     ]
     folder = _write_folder(tmp_path / "set", lines, packed, picture)
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    bad = {bad.row: (bad.field, bad.reason) for bad in find_bad_rows(load_pairs(folder), progress=False)}
+    bad = {bad.row: (bad.field, bad.reason) for bad in bad_rows(load_pairs(folder))}
     assert sorted(bad) == [0, 1, 2, 3, 4]
     assert bad[0] == ("rejected", "no such file: 'none.png'")
     assert all(bad[row][0] == "chosen" and "folder" in bad[row][1] for row in (1, 2, 3))
@@ -204,7 +208,7 @@ def test_pictures_outside_the_table_count_in_its_fingerprint(tmp_path: Path, pac
 def test_a_large_source_is_sampled(tmp_path: Path, pickapic_rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
 
-    monkeypatch.setattr(rows, "READ_WHOLE", 10)
+    monkeypatch.setattr(fingerprints, "READ_WHOLE", 10)
     file = _write_parquet(pickapic_rows(4), tmp_path / "x.parquet")
     before = load_pairs(file).fingerprint
     assert load_pairs(file).fingerprint == before
@@ -222,6 +226,8 @@ def test_a_large_source_is_sampled(tmp_path: Path, pickapic_rows: Rows, monkeypa
         (7, {}, "cannot read pairs from int"),
         ("./nowhere", {}, "no such file or folder"),
         ("nowhere/x.parquet", {}, "no such file or folder"),
+        ("nowhere.json", {}, "no such file or folder"),
+        ("my_pairs/", {}, "no such file or folder"),
         ("playground", {"revision": "main"}, "revision='main' does not apply to the playground"),
         ([{"prompt": "x", "chosen": b"", "rejected": b""}], {"split": "train"}, "split='train' does not apply"),
         ([{"prompt": "x", "chosen": b"", "rejected": b""}], {"max_rows": 0}, "max_rows"),
@@ -271,3 +277,33 @@ def test_hub_ids_are_loaded_by_datasets(pickapic_rows: Rows, monkeypatch: pytest
     assert asked == [("some/pairs", "train", "abc"), ("some/pairs", "test_unique", None)]
     with pytest.raises(ValueError, match="'not/there' is no local path and could not be loaded from the Hub: Couldn't"):
         load_pairs("not/there")
+
+
+def test_a_damaged_part_of_a_parquet_file_costs_its_rows_and_names_the_file(
+    tmp_path: Path, pickapic_rows: Rows
+) -> None:
+    import pyarrow.parquet as pq
+
+    file = _write_parquet(pickapic_rows(6), tmp_path / "x.parquet", row_group_size=2)
+    content = bytearray(file.read_bytes())
+    for column in ("caption", "jpg_0"):
+        names = pq.ParquetFile(file).schema_arrow.names
+        start = pq.ParquetFile(file).metadata.row_group(1).column(names.index(column)).data_page_offset
+        content[start : start + 32] = b"\xff" * 32
+    file.write_bytes(content)
+    source = load_pairs(file)
+    found = bad_rows(source)
+    assert [bad.row for bad in found] == [2, 3] and len({bad.reason for bad in found}) == 1
+    assert found[0].field == "x.parquet" and "row group 1 of the file is damaged" in found[0].reason
+    captions = [item["caption"] for item in pickapic_rows(6)]
+    assert source.prompts() == [*captions[:2], None, None, *captions[4:]] and source.fingerprint
+    file.write_bytes(b"nothing here at all")
+    with pytest.raises(ValueError, match="x.parquet is damaged, or no parquet file"):
+        load_pairs(file)
+
+
+def test_a_folder_in_the_hub_s_convention(tmp_path: Path, packed: Packed, picture: Picture) -> None:
+    lines = [{"prompt": "x", "chosen_file_name": "a.png", "rejected_file_name": "b.png"}]
+    plain = [{"prompt": "x", "chosen": "a.png", "rejected": "b.png"}]
+    folder = _write_folder(tmp_path / "set", lines, packed, picture)
+    assert _same(load_pairs(folder), load_pairs(_write_folder(tmp_path / "plain", plain, packed, picture)))

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data.faults import bad_rows
 from datasets import Dataset, Image, IterableDataset
 from tiny import tiny_pipeline
 
-from mmalign.data import BadRow, PairSource, encode_pairs, find_bad_rows, load_pairs
+from mmalign.data import PairSource, encode_pairs, load_pairs, score_pairs
 from mmalign.denoisers import Denoiser, adapter_for
 
 Rows = Callable[..., list[dict[str, Any]]]
@@ -30,6 +31,15 @@ def generated(rows: list[dict[str, Any]], read: list[int]) -> IterableDataset:
             yield row
 
     return IterableDataset.from_generator(rows_of)
+
+
+class Widths:
+    """A scorer that gives a picture its width."""
+
+    name, fingerprint = "widths", "w"
+
+    def score(self, images: Any, prompts: Any) -> torch.Tensor:
+        return torch.tensor([float(image.width) for image in images])
 
 
 def same(one: PairSource, other: PairSource) -> bool:
@@ -107,11 +117,59 @@ def test_a_row_behind_the_held_ones_starts_the_stream_again(
     assert read == [0, *range(6), 0, 1, 2]
 
 
-def test_a_stream_that_ends_early_names_what_is_missing(pickapic_rows: Rows) -> None:
-    source = load_pairs(generated(pickapic_rows(3), []), max_rows=5)
-    reason = "ended after 3 rows, before the 5 that were asked for"
-    assert find_bad_rows(source, progress=False) == [BadRow(3, "stream", reason), BadRow(4, "stream", reason)]
-    assert len(source.prompts()) == 5 and source.prompts()[3:] == [None, None]
+@pytest.mark.parametrize("first", ["check", "prompts", "encode", "score", "far row", "row"])
+def test_a_stream_that_ends_early_ends_the_source_and_says_so_once(
+    first: str, pickapic_rows: Rows, denoiser: Denoiser, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    items = pickapic_rows(3)
+    source = load_pairs(generated(items, []), max_rows=5000)
+    key = load_pairs(generated(items, []), max_rows=5000).fingerprint
+    options: dict[str, Any] = {"progress": False, "cache_dir": tmp_path}
+
+    def encoded() -> list[int]:
+        found = encode_pairs(source, denoiser, resolution=16, shard_rows=2, **options)
+        assert found.bad_rows == []
+        return found.rows.tolist()
+
+    def read(row: int) -> Any:
+        with pytest.raises(IndexError, match=f"row {row} of 3"):
+            source[row]
+
+    uses: dict[str, Callable[[], Any]] = {
+        "check": lambda: bad_rows(source) == [],
+        "prompts": lambda: source.prompts() == [item["caption"] for item in items],
+        "encode": lambda: encoded() == [0, 1, 2],
+        "score": lambda: score_pairs(source, Widths(), **options)[:3].tolist() == [[24.0, 18.0]] * 3,
+        "far row": lambda: read(4000) is None,
+        "row": lambda: read(3) is None,
+    }
+    assert len(source) == 5000
+    for name in [first, *uses]:
+        assert uses[name](), name
+    assert len(source) == 3 and source.fingerprint == key
+    said = [record.message for record in caplog.records if "stream" in record.message]
+    assert said == ["the stream ended after 3 rows, before the 5000 that were asked for"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_a_formatted_stream_is_read_as_a_plain_one(kind: str, pickapic_rows: Rows) -> None:
+    rows = [
+        {"prompt": item["caption"], "file_path": [item["jpg_0"], item["jpg_1"]], "human_preference": [1, 0]}
+        for item in pickapic_rows(3)
+    ]
+    stream = Dataset.from_list(rows).to_iterable_dataset().with_format(kind)
+    assert same(load_pairs(stream, max_rows=3), load_pairs(rows))
+
+
+def test_the_card_s_length_is_not_that_of_a_stream_that_was_cut(pickapic_rows: Rows) -> None:
+    import datasets
+
+    whole = generated(pickapic_rows(4), [])
+    split = datasets.SplitInfo("train", num_examples=4)
+    whole._info.splits, whole._split = datasets.SplitDict({"train": split}), datasets.Split.TRAIN
+    for stream in (whole.take(1), whole.skip(3), whole.filter(lambda row: row["label_0"] == 1.0)):
+        with pytest.raises(ValueError, match="does not tell its length: pass max_rows"):
+            load_pairs(stream)
 
 
 def test_a_broken_connection_is_no_end(pickapic_rows: Rows) -> None:
@@ -151,7 +209,7 @@ def test_a_hub_data_set_is_streamed_at_its_commit(pickapic_rows: Rows, monkeypat
         stream = generated(items, read)
         if name == "some/card":
             split = datasets.SplitInfo(name="test", num_examples=4)
-            stream._info.splits, stream._split = {"test": split}, datasets.NamedSplit("test")
+            stream._info.splits, stream._split = datasets.SplitDict({"test": split}), datasets.NamedSplit("test")
         return stream
 
     def dataset_info(self: Any, name: str, revision: str | None) -> Any:

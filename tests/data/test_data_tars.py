@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.faults import packed, picture, put, seen
+from data.faults import bad_rows, packed, picture, put, seen
 from PIL import Image
 
-from mmalign.data import BadRow, InvalidRow, PairSource, find_bad_rows, load_pairs, tars
+from mmalign.data import BadRow, InvalidRow, PairSource, load_pairs, tars
 
 Write = Callable[..., Path]
 
@@ -90,7 +90,7 @@ def test_columns_of_pick_a_pic(write: Write) -> None:
     assert numbers(source.select(range(3), "good")) == [0, 1, 2]
     assert all((source[row].label, source[row].user_id) == (0.25, "7") for row in range(3))
     assert source[0].scores == {"ps_score": (1.0, 2.0)}
-    assert find_bad_rows(source, progress=False) == [BadRow(3, "label_0", "expected a finite number, got None")]
+    assert bad_rows(source) == [BadRow(3, "label_0", "expected a finite number, got None")]
 
 
 def test_rankings_of_one_picture_a_key(write: Write) -> None:
@@ -110,8 +110,39 @@ def test_nothing_of_a_member_s_name_touches_the_disk(tmp_path: Path, write: Writ
 
 
 def test_a_member_s_fault_names_the_member(write: Write) -> None:
-    (bad,) = find_bad_rows(load_pairs(write("x.tar", pair("a", 0) | {"a.chosen.png": b"no picture"})), progress=False)
+    (bad,) = bad_rows(load_pairs(write("x.tar", pair("a", 0) | {"a.chosen.png": b"no picture"})))
     assert bad.reason.endswith("or damaged in 'a.chosen.png'")
+
+
+def test_a_member_that_no_column_needs_costs_nothing(write: Write) -> None:
+    extra = {"a.png": b"no picture", "b.png": None, "c.jpg": picture(0, 0), "c.png": picture(0, 1)}
+    members = extra | pair("a", 0) | pair("b", 1) | pair("c", 2) | pair("d", 3)
+    assert numbers(load_pairs(write("x.tar", members))) == [0, 1, 2, 3]
+    assert numbers(load_pairs(write("y.tar", {"a.png": None} | pair("a", 0)))) == [0]
+
+
+def test_names_that_begin_here_and_prompts_told_twice_are_one(write: Write) -> None:
+    members = {f"./{name}" if name.endswith("png") else name: content for name, content in pair("a", 0).items()}
+    members |= {"a.txt": b"row 0\n", "./a.json": b'{"prompt": " row 0 "}'}
+    assert numbers(load_pairs(write("x.tar", members))) == [0]
+
+
+def test_videos_in_a_shard_are_read(write: Write, tmp_path: Path) -> None:
+    import av
+
+    members: dict[str, Any] = {"a.txt": b"x"}
+    for side, shade in (("chosen", 40), ("rejected", 200)):
+        with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+            stream = container.add_stream("mpeg4", rate=8)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for _ in range(3):
+                frame = Image.new("RGB", (32, 32), (shade,) * 3)
+                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode())
+        members[f"a.{side}.mp4"] = (tmp_path / "clip.mp4").read_bytes()
+    record = load_pairs(write("x.tar", members), num_frames=2)[0]
+    assert [len(side) for side in (record.image_0, record.image_1)] == [2, 2]
+    assert abs(np.asarray(record.image_0[0]).mean() - 40) < 5 < abs(np.asarray(record.image_1[0]).mean() - 40)
 
 
 def test_members_are_limited(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +209,6 @@ def test_any_byte_may_be_wrong(tmp_path: Path, write: Write) -> None:
         except ValueError:
             refused += 1
             continue
-        bad = find_bad_rows(source, workers=1, progress=False)
+        bad = bad_rows(source)
         assert len(bad) <= len(source) <= 3 and all("\n" not in str(item) for item in bad)
     assert refused > 10

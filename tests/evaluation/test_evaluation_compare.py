@@ -89,6 +89,26 @@ def test_a_scorer_that_any_run_trained_on_is_marked_and_told_last(runs):
     assert "red (trained on by weak), 120 comparisons on 120 prompts" in comparison_lines(comparison)
 
 
+def test_the_order_of_the_runs_does_not_turn_the_verdict_round(runs):
+    """One run lists red first, the other blue: both tell, whichever run stands first."""
+    turned = replace(runs["weak"], scorers=runs["weak"].scorers[::-1])
+    forward, backward = (
+        compare_results(order)
+        for order in (
+            {"strong": runs["strong"], "weak": turned},
+            {"weak": turned, "strong": runs["strong"]},
+        )
+    )
+    assert forward.judges == backward.judges == ("blue", "red")
+    for comparison in (forward, backward):
+        told = verdicts(comparison)
+        assert sum("strong wins more often than weak" in line and "told by red" in line for line in told) == 1
+        assert "No difference between the runs is shown, as told by blue." in told
+        assert any("different orders" in line for line in warnings(comparison))
+    assert compare_results(runs).judges == ("red",)
+    assert not any("different orders" in line for line in warnings(compare_results(runs)))
+
+
 def test_the_order_of_the_rows_does_not_matter(runs):
     shuffled = replace(runs["weak"], rows=runs["weak"].rows[::-1])
     ours = {"strong": runs["strong"], "weak": shuffled}

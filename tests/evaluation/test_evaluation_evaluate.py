@@ -1,5 +1,7 @@
 """Two models on the same prompts and seeds, end to end on tiny pipelines; drawing resumes and reuses."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -189,8 +191,41 @@ def test_fingerprint_follows_weights_and_adapter_scale(base, aligned):
     next(m for m in pipe.unet.modules() if isinstance(m, BaseTunerLayer)).set_scale("default", 0.5)
     assert model_fingerprint(pipe) != before
     pipe.unet.to("meta")
-    with pytest.raises(ValueError, match="Pass the model's fingerprint yourself"):
+    with pytest.raises(ValueError, match="unet.* is offloaded and cannot be read"):
         model_fingerprint(pipe)
+
+
+def test_fingerprint_follows_every_setting_that_a_picture_depends_on(base, tmp_path):
+    from diffusers import DDIMScheduler, DiffusionPipeline
+    from tiny import save_tiny, tiny_pipeline
+
+    plain = model_fingerprint(base)
+    stored = DiffusionPipeline.from_pretrained(save_tiny("sd", tmp_path / "here"))
+    stored.save_pretrained(tmp_path / "there")
+    moved = DiffusionPipeline.from_pretrained(tmp_path / "there")
+    assert model_fingerprint(moved) == model_fingerprint(stored), "where it lies is no part of a model"
+
+    def changed(change):
+        pipe = tiny_pipeline("sd", seed=0)
+        change(pipe)
+        return model_fingerprint(pipe)
+
+    def swap_merges(pipe):
+        state = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+        state["model"]["merges"][0], state["model"]["merges"][1] = state["model"]["merges"][1::-1]
+        pipe.tokenizer._tokenizer = type(pipe.tokenizer.backend_tokenizer).from_str(json.dumps(state))
+
+    assert changed(lambda pipe: setattr(pipe, "scheduler", DDIMScheduler())) == plain, "belongs to the sampler settings"
+    found = {
+        plain,
+        changed(lambda pipe: pipe.vae.register_to_config(scaling_factor=3.0)),
+        changed(lambda pipe: pipe.unet.register_to_config(sample_size=4)),
+        changed(lambda pipe: pipe.register_to_config(requires_safety_checker=True)),
+        changed(lambda pipe: setattr(pipe.tokenizer, "model_max_length", 9)),
+        changed(swap_merges),
+        changed(lambda pipe: setattr(pipe, "__class__", type("Other", (type(pipe),), {}))),
+    }
+    assert len(found) == 7
 
 
 def test_sides_that_are_not_paired_are_refused(base, channel_scorer, tmp_path):
@@ -202,6 +237,17 @@ def test_sides_that_are_not_paired_are_refused(base, channel_scorer, tmp_path):
         compare_sides(side, other_seed, scorers=[channel_scorer("red")])
     with pytest.raises(ValueError, match="guidance_scale: 2.0 and 3.0"):
         compare_sides(side, other_scale, scorers=[channel_scorer("red")])
+
+
+def test_models_that_draw_in_different_sizes_are_not_compared(base, channel_scorer, tmp_path):
+    from tiny import tiny_pipeline
+
+    smaller = tiny_pipeline("sd", seed=1)
+    smaller.unet.register_to_config(sample_size=4)
+    with pytest.raises(ValueError, match="height: 8 and 16; width: 8 and 16"):
+        evaluate(smaller, base, PROMPTS[:1], **options(channel_scorer("red"), tmp_path))
+    same = evaluate(base, base, PROMPTS[:1], **options(channel_scorer("red"), tmp_path))
+    assert (same.settings["height"], same.settings["width"]) == (16, 16)
 
 
 def test_a_training_scorer_cannot_pass_as_held_out(aligned, base, channel_scorer, tmp_path, calls):

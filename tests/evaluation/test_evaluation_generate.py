@@ -94,6 +94,15 @@ def test_a_picture_of_nan_is_an_error_that_names_it():
         draw(broken, PROMPTS[:1], SEEDS[:1])
 
 
+def test_a_picture_that_the_safety_checker_blacked_out_is_an_error_that_names_it(pipe, monkeypatch):
+    flags = [False, True]
+    monkeypatch.setattr(type(pipe), "run_safety_checker", lambda self, image, *_: (image * 0, flags))
+    with pytest.raises(ValueError, match="blacked out the picture of 'a blue bag' with seed 1.*safety_checker=None"):
+        draw(pipe, PROMPTS[:2], SEEDS[:2])
+    flags[1] = False
+    assert len(draw(pipe, PROMPTS[:2], SEEDS[:2])) == 2
+
+
 def test_what_is_refused(pipe):
     with pytest.raises(ValueError, match="2 prompts and 1 seeds"):
         draw(pipe, PROMPTS[:2], [0])

@@ -65,6 +65,17 @@ def test_the_p_value_of_many_prompts_is_the_normal_one():
     assert win_rate(a, 1 - a, np.arange(1000), num_resamples=20_000).p_value == pytest.approx(exact, rel=0.15)
 
 
+@pytest.mark.parametrize("num_resamples", [100, 2000])
+def test_a_clear_difference_is_still_one_among_a_hundred(num_resamples):
+    """No resample of 500 prompts comes near 50 %: their number must not be what the p-value is."""
+    a = np.array([1.0] * 300 + [0.0] * 200)
+    found = win_rate(a, 1 - a, np.arange(500), num_resamples=num_resamples)
+    assert found.method == "bootstrap" and found.p_value == pytest.approx(
+        math.erfc(0.1 / math.sqrt(0.48 / 500)), rel=0.5
+    )
+    assert max(holm([found.p_value] * 100)) < 0.001
+
+
 @pytest.mark.parametrize("degrees", [1, 2, 3, 9, 400])
 @pytest.mark.parametrize("tails", [0.5, 0.05, 1e-4])
 def test_tails_of_student_t_invert_its_quantile(degrees, tails):

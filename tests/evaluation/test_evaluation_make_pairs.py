@@ -30,6 +30,7 @@ def test_the_best_is_chosen_over_the_worst_and_the_folder_is_data(tmp_path: Path
     assert [source[row].prompt for row in range(2)] == PROMPTS
     pictures = sorted(tmp_path.rglob("*.png"))
     assert len(pictures) == 6
+    assert json.loads((tmp_path / "judged_by.json").read_text()) == {"scorer": "red", "fingerprint": "channel-0"}
     for row in range(2):
         record = source[row]
         assert record.label == 1 and record.scores["score"] == pytest.approx((red(record.image_0), red(record.image_1)))
@@ -49,6 +50,13 @@ def test_a_second_call_draws_nothing_and_a_prompt_listed_twice_counts_once(tmp_p
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == drawn
 
 
+def test_a_lone_prompt_is_not_drawn_letter_by_letter(tmp_path: Path, channel_scorer: Any) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+    with pytest.raises(ValueError, match="prompts must be a list"):
+        make_pairs(tiny_pipeline("sd"), PROMPTS[0], channel_scorer("red"), output_dir=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pairs_closer_than_the_margin_are_left_out(tmp_path: Path, channel_scorer: Any) -> None:
     made(tmp_path, channel_scorer("red"))
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
@@ -57,6 +65,6 @@ def test_pairs_closer_than_the_margin_are_left_out(tmp_path: Path, channel_score
     assert (result.num_pairs, result.num_left_out) == (1, 1)
     with pytest.raises(ValueError, match="no prompt has two pictures whose red scores differ by more than 5"):
         made(tmp_path, channel_scorer("red"), min_margin=5.0)
-    for bad in ({"num_images_per_prompt": 1}, {"min_margin": -1.0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+    for bad in ({"num_images_per_prompt": 1}, {"min_margin": -1.0}, {"min_margin": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
             made(tmp_path, channel_scorer("red"), **bad)

@@ -75,7 +75,8 @@ def test_statistics_of_known_pictures(tmp_path):
     red[..., 0] = 255
     stripes = np.zeros((32, 32, 3))
     stripes[:, ::2] = 255
-    values, thumbnails = side_statistics(stored(tmp_path, [grey, red, stripes]), ["a", "b", "c"])
+    found = side_statistics(stored(tmp_path, [grey, red, stripes]), ["a", "b", "c"])
+    values, thumbnails = found.values, found.thumbnails
     assert set(values) == set(STATISTICS) - {"drift"}
     assert values["brightness"] == pytest.approx([128 / 255, 0.299, 0.5], abs=1e-6)
     assert values["saturation"] == pytest.approx([0, 1, 0])
@@ -89,19 +90,19 @@ def test_statistics_of_known_pictures(tmp_path):
 def test_near_duplicates_count_between_prompts_only(tmp_path):
     grey, nearly, other = np.full((32, 32, 3), 128), np.full((32, 32, 3), 130), np.full((32, 32, 3), 200)
     files = stored(tmp_path, [grey, nearly, other])
-    assert side_statistics(files, ["a", "b", "c"])[0]["near-duplicates"].tolist() == [1, 1, 0]
-    assert side_statistics(files, ["a", "a", "c"])[0]["near-duplicates"].tolist() == [0, 0, 0]
+    assert side_statistics(files, ["a", "b", "c"]).values["near-duplicates"].tolist() == [1, 1, 0]
+    assert side_statistics(files, ["a", "a", "c"]).values["near-duplicates"].tolist() == [0, 0, 0]
 
 
 def test_diversity_within_a_prompt_is_the_distance_between_its_own_pictures(tmp_path):
     levels = (0, 51, 153, 255)
     files = stored(tmp_path, [np.full((32, 32, 3), level) for level in levels])
-    values = side_statistics(files, ["a", "a", "a", "b"])[0]
+    values = side_statistics(files, ["a", "a", "a", "b"]).values
     within = values["diversity within a prompt"]
     assert within[:3] == pytest.approx(np.sqrt([(0.2**2 + 0.6**2) / 2, (0.2**2 + 0.4**2) / 2, (0.6**2 + 0.4**2) / 2]))
     assert np.isnan(within[3]), "a prompt with one picture has none"
     assert values["diversity"] == pytest.approx([1, 0.8, 0.4, np.sqrt((1 + 0.8**2 + 0.4**2) / 3)])
-    assert np.isnan(side_statistics(files, ["a"] * 4)[0]["diversity"]).all()
+    assert np.isnan(side_statistics(files, ["a"] * 4).values["diversity"]).all()
 
 
 def test_what_moved_is_pointed_out_in_words(make_result):
@@ -123,6 +124,15 @@ def test_what_moved_is_pointed_out_in_words(make_result):
     assert (
         moved_statistics(make_result([(level, level + shift) for level, shift in zip(base, noise, strict=True)])) == []
     )
+
+
+def test_what_differs_by_rounding_only_has_not_moved(make_result):
+    flat = make_result([(100 + row % 3, 100 + row % 3) for row in range(30)])
+    contrast = next(statistic for statistic in flat.statistics if statistic.name == "contrast")
+    assert contrast.base_spread == 0
+    difference = replace(contrast.difference, value=2e-17, low=1e-17, high=3e-17)
+    assert not replace(contrast, difference=difference).moved
+    assert replace(contrast, difference=replace(difference, value=0.1, low=0.05, high=0.2)).moved
 
 
 def test_new_near_duplicates_are_pointed_out_although_the_base_has_no_spread(make_result):

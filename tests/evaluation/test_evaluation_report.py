@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from mmalign import evaluation
-from mmalign.evaluation import WinRate, headline, read_report, write_report
+from mmalign.evaluation import WinRate, headline, read_report, result_lines, scorer_line, write_report
 from mmalign.evaluation.intervals import student_t
 from mmalign.evaluation.report import sample_rows, worst_losses
 from mmalign.evaluation.report_pictures import left_sides
@@ -68,6 +68,8 @@ def test_headline_of_a_win_comes_from_the_first_held_out_scorer(make_result):
         "Aligned beats base: it wins 100.0% of 30 comparisons on 30 prompts (95% interval 87.8% to 100.0%), "
         "as told by red, a scorer that was not used in training."
     )
+    unsaid = headline(make_result(WINS, trained_on=()))
+    assert unsaid.endswith("as told by green; what training used was not said.")
 
 
 def test_headline_of_a_loss_and_of_no_difference(make_result):
@@ -76,6 +78,22 @@ def test_headline_of_a_loss_and_of_no_difference(make_result):
     mixed = make_result([(100, 101 if row % 2 else 99) for row in range(40)])
     assert headline(mixed).startswith("No difference is shown: aligned wins 50.0% of 40 comparisons on 40 prompts (95%")
     assert "the interval contains 50%" in headline(mixed)
+
+
+def test_the_headline_goes_by_the_corrected_p_value_as_every_other_verdict(make_result, tmp_path):
+    """22 wins of 32 leave out 50 % by their interval, but not once two held-out scorers were looked at."""
+    result = make_result([(100, 101 if row < 22 else 99) for row in range(32)])
+    judge = result.judge
+    assert judge.win_rate.shows_difference and judge.p_corrected.shown > 0.05
+    assert headline(result).startswith(
+        "No difference is shown: aligned wins 68.8% of 32 comparisons on 32 prompts (95%"
+    )
+    assert f"against base, but corrected p = {judge.p_corrected.shown:.3f}, as told by red" in headline(result)
+    assert "50%" not in headline(result) and "no difference is shown" in scorer_line(result, judge)
+    assert '<div class="rate even">' in write_report(result, tmp_path).html.read_text()
+    alone = make_result([(100, 101 if row < 22 else 99) for row in range(32)], trained_on=("green", "blue"))
+    assert headline(alone).startswith("Aligned beats base")
+    assert '<div class="rate win">' in write_report(alone, tmp_path).html.read_text()
 
 
 def test_a_judge_seen_in_training_is_called_so(make_result, tmp_path):
@@ -134,6 +152,38 @@ def test_pictures_outside_the_report_are_neither_named_nor_read(make_result, tmp
     rewritten = write_report(again, tmp_path / "elsewhere")
     assert rewritten.picture is None
     assert "not stored with this report" in rewritten.html.read_text()
+
+
+def test_a_report_without_pictures_keeps_no_sheet_of_an_earlier_one(make_result, tmp_path):
+    assert write_report(make_result(WINS[:3]), tmp_path).picture.is_file()
+    assert write_report(make_result(WINS[:3]), tmp_path, num_samples=0).picture is None
+    assert not (tmp_path / "side_by_side.png").exists()
+
+
+def test_what_is_no_report_is_refused_by_its_name(tmp_path):
+    file = tmp_path / "compare.json"
+    for text, message in (
+        ('{"schema_version": 2}', "compare.json is no report"),
+        ("[1]", "is no report"),
+        ("{", "not a whole"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_report(file)
+
+
+def test_nobody_having_named_a_training_scorer_does_not_mean_that_there_was_none(make_result, tmp_path):
+    html = write_report(make_result(WINS[:3], trained_on=()), tmp_path).html.read_text()
+    assert "<dt>Trained on</dt><dd>not said</dd>" in html
+    assert "<dt>Trained on</dt><dd>green</dd>" in write_report(make_result(WINS[:3]), tmp_path).html.read_text()
+
+
+def test_the_terminal_is_told_what_takes_weight_from_the_headline(make_result):
+    assert (
+        "Every scorer here was seen in training"
+        in result_lines(make_result(WINS, trained_on=("red", "green", "blue")))[1]
+    )
+    assert not any("Every scorer" in line for line in result_lines(make_result(WINS)))
 
 
 def test_another_schema_is_refused(make_result, tmp_path):

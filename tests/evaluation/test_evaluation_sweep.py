@@ -58,8 +58,10 @@ def test_a_sweep_starts_at_the_base_and_passes_through_the_comparison(base, chan
         return original(self, prompt, **keywords)
 
     monkeypatch.setattr(kind, "__call__", counted)
-    keywords = options([channel_scorer("red"), channel_scorer("green", 1)], tmp_path)
+    red = channel_scorer("red")
+    keywords = options([red, channel_scorer("green", 1)], tmp_path)
     result = evaluate(pipe, base, PROMPTS, lora_scales=[1.0, 0.0, 0.5], **keywords)
+    assert len(red.batches) == 4, "at 1 the scores of the comparison are taken"
     assert [point.scale for point in result.sweep] == [0, 0.5, 1]
     nothing, half, whole = result.sweep
     for scorer in nothing.scorers:
@@ -102,6 +104,25 @@ def test_scale_0_draws_the_bases_pictures(base, kind):
     assert np.array_equal(picture(pipe), changed) and not np.array_equal(changed, picture(base))
     with at_lora_scale(pipe, 1):
         assert np.array_equal(picture(pipe), changed)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_sweep_neither_freezes_nor_trains_weights(trains):
+    pipe = with_lora()
+    for name, weight in pipe.unet.named_parameters():
+        weight.requires_grad_(trains and "lora_A" in name)
+    before = {name: weight.requires_grad for name, weight in pipe.unet.named_parameters()}
+    for scale in (0, 0.5):
+        with at_lora_scale(pipe, scale):
+            pass
+        assert {name: weight.requires_grad for name, weight in pipe.unet.named_parameters()} == before
+
+
+def test_a_sweep_told_by_a_training_scorer_says_so(base, channel_scorer, tmp_path):
+    keywords = options([channel_scorer("red")], tmp_path)
+    result = evaluate(with_lora(), base, PROMPTS[:1], lora_scales=[0.5], trained_on={"red"}, **keywords)
+    assert result_lines(result)[-1].endswith("by red, seen in training")
+    assert '<td class="name">Win rate by red, seen in training</td>' in write_report(result, tmp_path).html.read_text()
 
 
 def test_an_error_while_drawing_leaves_the_scale_as_it_was():

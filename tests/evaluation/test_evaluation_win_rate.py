@@ -16,6 +16,7 @@ from mmalign.evaluation.intervals import (
     clustered_standard_error,
     effective_comparisons,
     student_t,
+    student_t_tails,
 )
 
 
@@ -114,11 +115,31 @@ def test_effective_comparisons_lies_between_prompts_and_pictures():
 
 
 @pytest.mark.parametrize(
-    ("degrees", "value"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (5, 2.57058), (9, 2.26216), (29, 2.04523)]
+    ("degrees", "probability", "value"),
+    [
+        (1, 0.975, 12.706205),
+        (1, 0.9995, 636.619249),
+        (2, 0.975, 4.302653),
+        (3, 0.975, 3.182446),
+        (3, 0.9995, 12.923979),
+        (4, 0.9995, 8.610302),
+        (9, 0.975, 2.262157),
+        (9, 0.9995, 4.780913),
+        (29, 0.975, 2.045230),
+        (1000, 0.975, 1.962339),
+    ],
 )
-def test_student_t(degrees, value):
-    assert student_t(0.975, degrees) == pytest.approx(value, rel=0.01)
-    assert student_t(0.025, degrees) == pytest.approx(-value, rel=0.01)
+def test_student_t_is_that_of_the_tables(degrees, probability, value):
+    assert student_t(probability, degrees) == pytest.approx(value, rel=1e-6)
+    assert student_t(1 - probability, degrees) == pytest.approx(-value, rel=1e-6)
+
+
+def test_the_tails_of_three_degrees_of_freedom_have_their_closed_form():
+    for t in (0.0, 0.5, 3.0, 20.0, 100.0):
+        x = t / math.sqrt(3)
+        closed = 1 - 2 / math.pi * (x / (1 + x * x) + math.atan(x))
+        assert student_t_tails(t, 3) == pytest.approx(closed, rel=1e-6, abs=1e-13)
+    assert student_t(0.5, 7) == pytest.approx(0.0, abs=1e-12)
 
 
 def coverage(rate: float, num_prompts: int, pictures: int, agreement: float, trials: int = 300) -> float:
