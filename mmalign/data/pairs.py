@@ -55,7 +55,7 @@ class _Opined:
     """Pairs as other people compared them."""
 
     def __init__(self, pairs: Any, rows: Sequence[int], opinions: Sequence[tuple[str, float]]) -> None:
-        self._pairs, self._places, self._opinions, self.fields = pairs, rows, opinions, pairs.fields
+        self._pairs, self._places, self._opinions = pairs, rows, opinions
 
     def __len__(self) -> int:
         return len(self._opinions)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import tiny_pipeline
-from training.runs import PROMPTS, Watch, batch, history, losses, trained
+from training.runs import PROMPTS, Brightness, Watch, batch, history, losses, trained
 
 import mmalign
 from mmalign.data import load_pairs
 from mmalign.data.users import Group, UserEmbeddings, pair_key
 from mmalign.denoisers.user_attention import user_attention
 from mmalign.likelihood.reference import Reference
+from mmalign.pipelines.image import ppd
 
 
 def picture(rng, low, high):
@@ -153,6 +154,34 @@ def test_which_group_tells_of_a_user_changes_between_epochs_and_not_within_one(t
     assert data.told([1], seed=0, epoch=3)[0][0, 0, 0] == seen[3][1]
     others = data.told([0, 1], seed=0, epoch=0, others=True)[0][:, 0, 0].tolist()
     assert others[1] < 20 <= others[0]
+
+
+def test_scorers_as_users_compare_every_pair_each_in_their_own_way(tmp_path, monkeypatch):
+    class Darkness(Brightness):
+        name, fingerprint = "dark", "darkness"
+
+        def score(self, images, prompts):
+            return -super().score(images, prompts)
+
+    judges = {"bright": Brightness(), "dark": Darkness()}
+    monkeypatch.setattr(ppd, "scorer", lambda name, **options: judges[name])
+    data = run(tmp_path, user_scorers=["bright", "dark"], data=rows(4))._train
+    items = {item["row"]: item for item in data.dataset}
+    assert sorted(items) == list(range(8))
+    for row in range(4):
+        assert torch.equal(items[row]["chosen"], items[row + 4]["rejected"])
+    tokens, weight = data.told([0, 5], seed=0, epoch=0)
+    assert torch.equal(tokens[:, 0], torch.eye(2)) and weight.tolist() == [1.0, 1.0]
+
+
+def test_a_clip_like_scorer_reads_the_users_when_training_starts(tmp_path):
+    data = run(tmp_path, users="playground", user_shots=2)._train
+    assert data.users.made_by["encoder"] == "clip-difference"
+    assert {user: len(groups) for user, groups in data.users.of_user.items()} == {"ann": 2, "bob": 2}
+    keys = {record.row: pair_key(record) for record in load_pairs(rows())}
+    assert sorted(data.groups) == list(range(8))
+    for row, (group,) in data.groups.items():
+        assert keys[row] not in data.users.groups[group].pairs
 
 
 def test_users_without_an_embedding_are_left_out_and_nobody_left_is_an_error(tmp_path):
