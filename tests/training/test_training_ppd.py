@@ -166,10 +166,8 @@ def test_scorers_as_users_compare_every_pair_each_in_their_own_way(tmp_path, mon
     judges = {"bright": Brightness(), "dark": Darkness()}
     monkeypatch.setattr(ppd, "scorer", lambda name, **options: judges[name])
     data = run(tmp_path, user_scorers=["bright", "dark"], data=rows(4))._train
-    items = {item["row"]: item for item in data.dataset}
-    assert sorted(items) == list(range(8))
-    for row in range(4):
-        assert torch.equal(items[row]["chosen"], items[row + 4]["rejected"])
+    assert [item["row"] for item in data.dataset] == list(range(8))
+    assert data.dataset.compared.first.tolist() == [0, 1, 0, 1, 1, 0, 1, 0]
     tokens, weight = data.told([0, 5], seed=0, epoch=0)
     assert torch.equal(tokens[:, 0], torch.eye(2)) and weight.tolist() == [1.0, 1.0]
 
