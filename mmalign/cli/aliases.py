@@ -6,7 +6,7 @@ the reason; none is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from mmalign.cli.options import Alias, one_of, switch
@@ -69,14 +69,20 @@ CHOICE_MODELS = {
 }
 
 
-def aliases(method: str) -> list[Alias]:
-    """Every foreign spelling that `mmalign train METHOD` knows."""
-    renamed = [Alias(name, f"is {target}", _rename(target)) for name, target in RENAMED.items()]
+def aliases(method: str, known: Collection[str]) -> list[Alias]:
+    """Every foreign spelling, as `mmalign train METHOD` with the options `known` takes it."""
+    renamed = [
+        Alias(name, f"is {target}", _rename(target))
+        if target in known
+        else Alias(name, f"{method} has no {target}, which this would be")
+        for name, target in RENAMED.items()
+    ]
     refused = [Alias(name, reason) for name, reason in REFUSED.items()]
-    return [*renamed, *refused, *_translated(method)]
+    return [*renamed, *refused, *_translated(method, known)]
 
 
-def _translated(method: str) -> list[Alias]:
+def _translated(method: str, known: Collection[str]) -> list[Alias]:
+    relabels = Alias("choice_model", "relabels pairs by a scorer", _choice_model(method))
     return [
         Alias("mixed_precision", "sets fp16 and bf16", _mixed_precision),
         Alias("use_8bit_adam", "is optim adamw_bnb_8bit", _if_true(optim="adamw_bnb_8bit")),
@@ -90,7 +96,7 @@ def _translated(method: str) -> list[Alias]:
             "draws sample pictures",
             _only(False, "set --validation-steps and --validation-prompts instead"),
         ),
-        Alias("choice_model", "relabels pairs by a scorer", _choice_model(method)),
+        relabels if "scorer" in known else Alias("choice_model", f"{method} compares nothing, so no scorer is asked"),
     ]
 
 

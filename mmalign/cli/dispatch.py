@@ -35,7 +35,7 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a model of pictures or clips on preference pairs: smpo, inpo, dpo, sft, or ppd",
+            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, or ppd",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from mmalign.cli.models import (
     ALIASES,
     best_device,
+    check_negative,
     device_option,
     load_pipeline,
     model_options,
+    negative_options,
     prompt_options,
     prompts_of,
     read_prompts,
@@ -33,6 +35,7 @@ VERB = Command(
     example="mmalign evaluate --model playground --lora runs/smpo --prompts playground --trained-on playground",
     options=[
         *model_options(group=_MODEL, lora=True),
+        *negative_options(group=_MODEL),
         Option(
             name="base",
             help="what it is compared with; with --lora: the same model without it",
@@ -143,8 +146,11 @@ def run(argv: Sequence[str]) -> int:
     given = VERB.read(argv)
     if given is None:
         return 0
-    if given["base"] is None and given["lora"] is None:
-        raise UsageError("nothing to compare with: give --base, or --lora to compare the model with and without it")
+    check_negative(given)
+    if given["base"] is None and given["lora"] is None and given["negative"] is None:
+        raise UsageError(
+            "nothing to compare with: give --base, --lora or --negative, to compare the model with and without it"
+        )
     if given["lora_scales"] and given["lora"] is None:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
     if given["num_samples"] < 0:
@@ -162,7 +168,7 @@ def run(argv: Sequence[str]) -> int:
     if plan is not None and plan.scorer is not None:
         plan = replace(plan, scorer=judges[plan.scorer].name)
     result = evaluate(
-        load_pipeline(given, lora=given["lora"], device=device),
+        load_pipeline(given, lora=given["lora"], negative=given["negative"], device=device),
         load_pipeline(given, model=given["base"] or given["model"], device=device),
         prompts,
         scorers=list({id(judge): judge for judge in judges.values()}.values()),

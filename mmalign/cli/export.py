@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.cli.models import ALIGNED, load_pipeline, model_options
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, one_of
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, one_of, whole
 
 _FORMATS = ("diffusers", "peft", "kohya", "comfy", "merged")
 _WHAT, _MODEL = "what is written", "the model"
@@ -63,6 +63,14 @@ VERB = Command(
             required=True,
             group=_WHAT,
         ),
+        Option(
+            name="rank",
+            help="make a whole network that was trained a LoRA of --model, the nearest of this rank; how near is told",
+            convert=whole,
+            metavar="N",
+            group=_WHAT,
+            nullable=True,
+        ),
     ],
     aliases=[
         Alias("output_dir", "is output", lambda value: {"output": value}),
@@ -99,12 +107,37 @@ def _source(given: Given) -> Any:
     if given["model"] is None and of_model:
         raise UsageError(f"{flag(of_model[0])} has no effect without --model")
     # A merge in half precision would round the LoRA away.
-    whole = Given(given.values | {"dtype": "float32"}, given.explicit)
+    single = Given(given.values | {"dtype": "float32"}, given.explicit)
+    if given["rank"] is not None:
+        return _nearest_lora(given, single)
     if given["model"] is not None:
-        return load_pipeline(whole, lora=given["lora"], device="cpu")
+        return load_pipeline(single, lora=given["lora"], device="cpu")
     folder = Path(given["lora"]).expanduser()
     if given["format"] != "merged":
         return folder
     if not (folder / "model_index.json").is_file():
         raise UsageError(f"--format merged needs the base of {folder}: name it with --model")
-    return load_pipeline(whole, model=str(folder), device="cpu")
+    return load_pipeline(single, model=str(folder), device="cpu")
+
+
+def _nearest_lora(given: Given, single: Given) -> Any:
+    """What was trained as a LoRA of its base; says how much of it is left out."""
+    from mmalign.training.aligned import check_fits, read_released
+    from mmalign.training.low_rank import low_rank
+    from mmalign.training.weights import aligned_network
+
+    if given["model"] is None or given["lora"] is None or given["format"] == "merged":
+        raise UsageError(
+            "--rank makes a LoRA: name the network with --lora, its base with --model, and a --format of LoRAs"
+        )
+    pipe = load_pipeline(single, device="cpu")
+    component, network = aligned_network(pipe)
+    released = read_released(pipe, given["lora"], allow_pickle=given["allow_pickle"])
+    if released.is_lora:
+        raise UsageError(f"{given['lora']} is a LoRA already, so --rank has no effect")
+    check_fits(network, released)
+    lora, error = low_rank(network, component, released.state, given["rank"])
+    print(
+        f"rank {given['rank']}: {error:.1%} of the difference from {given['model']} is left out (relative Frobenius norm)"
+    )
+    return lora

@@ -9,9 +9,11 @@ from typing import Any
 
 from mmalign.cli.models import (
     ALIASES,
+    check_negative,
     device_option,
     load_pipeline,
     model_options,
+    negative_options,
     prompt_options,
     read_prompts,
     sampling_of,
@@ -34,6 +36,7 @@ VERB = Command(
     example='mmalign generate --model playground --prompt "a red bag on a blue background" --seeds 0 1 2 3',
     options=[
         *model_options(group=_MODEL, lora=True),
+        *negative_options(group=_MODEL),
         device_option(_MODEL),
         *prompt_options(_WHAT),
         Option(
@@ -105,6 +108,7 @@ def run(argv: Sequence[str]) -> int:
     given = VERB.read(argv)
     if given is None:
         return 0
+    check_negative(given)
     prompts = read_prompts(given)
     if given["seeds"] and given["seed"] != 0:
         raise UsageError("--seed and --seeds both say which pictures; give one of them")
@@ -136,7 +140,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.files import write_file, written_aside
 
     call = user_of(given)
-    pipe = load_pipeline(given, _personal() if call else None, lora=given["lora"])
+    pipe = load_pipeline(given, _personal() if call else None, lora=given["lora"], negative=given["negative"])
     if call:
         from mmalign.data.users import UserEmbeddings
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.options import Alias, Given, Option, UsageError, number, one_of, switch, whole
+from mmalign.cli.options import Alias, Given, Option, UsageError, flag, number, one_of, switch, whole
 
 BASE_CLASS = "StableDiffusionPipeline"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,6 +80,22 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
             default="float32",
             group=group,
         ),
+    ]
+
+
+def negative_options(*, group: str) -> list[Option]:
+    """--negative and how strongly it acts, for generate and evaluate."""
+    weight: dict[str, Any] = {"convert": number, "metavar": "X", "default": 1.0, "group": group}
+    return [
+        Option(
+            name="negative",
+            help="what runs in the negative branch, from self-npo or from DPO on swapped pairs; forms as of --lora",
+            metavar="DIR",
+            group=group,
+            nullable=True,
+        ),
+        Option(name="negative_alpha", help="how much of --lora the negative branch keeps", **weight),
+        Option(name="negative_beta", help="how strongly --negative acts; 0 is plain guidance", **weight),
     ]
 
 
@@ -173,11 +189,13 @@ def load_pipeline(
     *,
     model: str | None = None,
     lora: str | None = None,
+    negative: str | None = None,
     device: Any = None,
     quantization: str | None = None,
 ) -> Any:
     """The pipeline that was asked for, on its device. pipeline_class: one of ours; plain diffusers without it.
 
+    lora, negative: what is put onto it, and what its negative branch gets.
     quantization: "nf4" or "int8" puts the network on the GPU in that form, and leaves the other parts on the CPU.
     """
     import torch
@@ -212,12 +230,19 @@ def load_pipeline(
     pipe = load(name, **options)
     if given.values.get("safety_checker") is False and "safety_checker" in pipe.components:
         pipe.register_modules(safety_checker=None)
+    if negative is not None:
+        from mmalign import SelfNPOPipeline
+
+        pipe = SelfNPOPipeline.from_pipe(pipe)
     if lora is not None:
         adapter = load_aligned(pipe, lora, allow_pickle=given["allow_pickle"])
         if adapter is None and given["lora_scale"] != 1:
             raise UsageError(f"--lora-scale acts on a LoRA, and {lora} is a whole network")
         if adapter is not None and given["lora_scale"] != 1:
             pipe.set_adapters([adapter], [given["lora_scale"]])
+    if negative is not None:
+        weights = {"alpha": given["negative_alpha"], "beta": given["negative_beta"]}
+        pipe.load_negative(negative, **weights, allow_pickle=given["allow_pickle"])
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
@@ -225,6 +250,13 @@ def load_pipeline(
 
 def _is_file(name: str | None) -> bool:
     return str(name).endswith((".safetensors", ".ckpt", ".pt"))
+
+
+def check_negative(given: Given) -> None:
+    """UsageError for weights of a negative side that is not there."""
+    for name in ("negative_alpha", "negative_beta"):
+        if given["negative"] is None and given[name] != 1:
+            raise UsageError(f"{flag(name)} acts on --negative, and there is none")
 
 
 def best_device(asked: str | None) -> str:

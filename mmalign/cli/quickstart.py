@@ -12,8 +12,6 @@ from mmalign.cli.options import Command, Given, Option, UsageError, one_of, whol
 _WHAT = "what is done"
 # A second opinion for real models: SmPO's own reward is PickScore.
 _REAL_SCORERS = ("clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "pickscore")
-# It compares what is drawn without a user, where PPD draws what the base draws.
-_METHODS = [name for name in train.METHODS if name != "ppd"]
 VERB = Command(
     prog="mmalign quickstart",
     description="Aligns a model, draws what it draws before and after, has both judged, and writes a report. Without options: the "
@@ -23,8 +21,8 @@ VERB = Command(
         Option(
             name="method",
             help="which method",
-            convert=one_of(*_METHODS),
-            metavar="|".join(_METHODS),
+            convert=one_of(*train.ALIGNING),
+            metavar="|".join(train.ALIGNING),
             default="smpo",
             group=_WHAT,
         ),

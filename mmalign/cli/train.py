@@ -39,12 +39,27 @@ METHODS = {
     "inpo": ("mmalign.pipelines.image.inpo", "InPO", "preferences on DDIM-inverted latents (arXiv:2503.18454)"),
     "dpo": ("mmalign.pipelines.image.dpo", "DiffusionDPO", "preferences on forward-noised latents (arXiv:2311.12908)"),
     "sft": ("mmalign.pipelines.image.sft", "DiffusionSFT", "supervised fine-tuning on the preferred pictures"),
+    "self-npo": (
+        "mmalign.pipelines.image.self_npo",
+        "SelfNPO",
+        "a negative side for guidance, from prompts alone (arXiv:2505.11777)",
+    ),
     "ppd": (
         "mmalign.pipelines.image.ppd",
         "PPD",
         "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
     ),
 }
+# Those whose result is drawn with by itself, and compared with its base; PPD without a user draws what the base draws.
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "ppd")]
+_PAIRS = (
+    "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
+    'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
+)
+_PROMPTS = (
+    "prompts: a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption), "
+    '"playground", or the prompts of preference pairs; with --source images the pairs themselves'
+)
 _DATA = "model and data"
 _SCALE_LR = Option(
     name="scale_lr",
@@ -72,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
     """Trains, or starts the processes that do."""
     method, words = method_of(list(argv))
     if method is None:
-        lines = [f"  {name:<5} {summary}" for name, (_, _, summary) in METHODS.items()]
+        lines = [f"  {name:<8} {summary}" for name, (_, _, summary) in METHODS.items()]
         print(_HELP.format(methods="\n".join(lines)), end="")
         return 0
     # The file's `env:` block must act before torch is loaded.
@@ -96,6 +111,7 @@ def make_command(method: str, config_class: Any) -> Command:
     own = _run_options(method, config_class)
     fields = options_of(config_class, refused=REFUSED, without={option.name for option in own} | {"local_rank"})
     refused = [Alias(name, reason) for name, reason in launch.REFUSED.items()]
+    known = {option.name for option in (*own, *fields)}
     return Command(
         prog=f"mmalign train {method}",
         description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
@@ -107,7 +123,7 @@ def make_command(method: str, config_class: Any) -> Command:
             *(field for field in fields if field.group != OWN),
             *launch.OPTIONS,
         ],
-        aliases=[*aliases(method), *refused],
+        aliases=[*aliases(method, known), *refused],
         epilog=_EPILOG,
         complete=lambda given: completed(given, config_class),
     )
@@ -119,8 +135,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help="preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
-            'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"',
+            help=_PROMPTS if method == "self-npo" else _PAIRS,
             required=True,
             group=_DATA,
         ),
@@ -422,8 +437,14 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
         "samples": "sample pictures",
         "README.md": "the model card",
     }
+    if config.trains_negative:
+        wanted["pytorch_lora_weights.safetensors"] = (
+            f'the negative side: SelfNPOPipeline.from_pretrained("{given["model"]}").load_negative("{folder}")'
+        )
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
+    if config.trains_negative:
+        return "\n".join([*lines, *_next_with_negative(given, folder)])
     # A reward that the data carry judges no other picture.
     judge = config.comparison != "human" and not config.scorer.startswith(PREFIX)
     held = ["--trained-on", config.scorer] if judge else []
@@ -436,3 +457,14 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     if judged:
         lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held))
     return "\n".join(lines)
+
+
+def _next_with_negative(given: Given, folder: Path) -> list[str]:
+    model = ["--model", given["model"], "--negative", str(folder)]
+    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
+    return [
+        "",
+        "next (--lora adds what aligned the positive side):",
+        "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"),
+        "  " + command("mmalign", "evaluate", *model, *prompts),
+    ]

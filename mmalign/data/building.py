@@ -25,6 +25,7 @@ from mmalign.data.pairs import PairSource
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.shards import read_notes, read_shard, rows_per_shard, write_shard
 from mmalign.data.storage import REMEDY
+from mmalign.data.texts import text_tensors
 from mmalign.denoisers import Denoiser
 from mmalign.files import write_file
 
@@ -116,7 +117,7 @@ def _latent_shards(job: Job) -> list[Path]:
 
 
 def _prompt_shards(job: Job, distinct: list[str]) -> list[Path]:
-    empty = _encode_text(job, [""])
+    empty = text_tensors(job.denoiser, [""], job.dtype)
     write_shard(job.folder / EMPTY, empty)
     rows = rows_per_shard(sum(tensor.numel() * tensor.element_size() for tensor in empty.values()))
     with tqdm(total=len(distinct), desc="Encoding prompts", unit="prompt", disable=not job.progress) as bar:
@@ -125,7 +126,7 @@ def _prompt_shards(job: Job, distinct: list[str]) -> list[Path]:
             batches = []
             for at in range(start, stop, job.batch_size):
                 batch = distinct[at : min(stop, at + job.batch_size)]
-                batches.append(_encode_text(job, batch))
+                batches.append(text_tensors(job.denoiser, batch, job.dtype))
                 bar.update(len(batch))
             tensors = {name: torch.cat([part[name] for part in batches]) for name in empty}
             write_shard(path, tensors, {"start": start, "stop": stop})
@@ -240,20 +241,6 @@ def _generator(seed: int, row: int, side: int) -> torch.Generator:
     """The stream of one picture, whichever batch or process it is encoded in."""
     digest = hashlib.sha256(f"latent/{seed}/{row}/{side}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _encode_text(job: Job, prompts: Sequence[str]) -> dict[str, Tensor]:
-    encoded = job.denoiser.encode_prompt(prompts)
-    tensors = {"prompt_embeds": encoded.prompt_embeds}
-    if encoded.pooled is not None:
-        tensors["pooled"] = encoded.pooled
-    for tensor in tensors.values():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"the text encoder returned NaN or infinite values in {tensor.dtype} for one of {list(prompts)[:3]}: "
-                "load the pipeline in float32 or bfloat16"
-            )
-    return {name: tensor.to("cpu", job.dtype) for name, tensor in tensors.items()}
 
 
 def _write_index(job: Job, latents: list[Path], texts: list[str], distinct: list[str]) -> None:

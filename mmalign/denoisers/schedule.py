@@ -147,6 +147,17 @@ class Schedule:
         """The model's output as d(u)/dλ: ε for VP models, v for flow."""
         return precise(output) if self.is_flow else self.to_noise(output, x_fed, t)
 
+    def to_data(
+        self, output: Float[Tensor, "B ..."], x_fed: Float[Tensor, "B ..."], t: Int[Tensor, " B"]
+    ) -> Float[Tensor, "B ..."]:
+        """The model's output as an estimate of the data: (x − √(1−ᾱ)·ε)/√ᾱ | √ᾱ·x − √(1−ᾱ)·v | x − σ·v."""
+        signal, sigma = self._coefficients(t, x_fed)
+        if self.is_flow:
+            return precise(x_fed) - sigma * precise(output)
+        if self.prediction_type == "epsilon":
+            return (precise(x_fed) - sigma * precise(output)) / signal
+        return signal * precise(x_fed) - sigma * precise(output)
+
     def target(
         self,
         x0: Float[Tensor, "B ..."],

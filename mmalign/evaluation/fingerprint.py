@@ -12,7 +12,8 @@ from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 
 
 def model_fingerprint(pipe: Pipeline) -> str:
-    """SHA-256 over a pipeline's class and settings, every weight and config, its tokenizers, and which adapters act at which scale.
+    """SHA-256 over a pipeline's class and settings, every weight and config, its tokenizers, which adapters act at which scale, and how
+    a negative side is mixed.
 
     The scheduler is left out: it belongs to the sampler settings. Reads all weights once (about a second a gigabyte).
     """
@@ -23,6 +24,8 @@ def model_fingerprint(pipe: Pipeline) -> str:
             parts.append([name, module_hash(component, name)])
         elif name.startswith("tokenizer") and component is not None:
             parts.append([name, tokenizer_hash(component)])
+    if (negative := getattr(pipe, "negative", None)) is not None:
+        parts.append(repr(negative))
     return text_hash(parts)
 
 

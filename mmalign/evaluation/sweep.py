@@ -81,7 +81,9 @@ def _lora_layers(pipe: Pipeline) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    layers: list[Any] = [m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers: list[Any] = [
+        m for network in networks for m in network.modules() if isinstance(m, BaseTunerLayer) and m.active_adapters
+    ]
     names = {name for layer in layers for name in layer.active_adapters}
     if len(names) != 1:
         found = "none" if not names else ", ".join(sorted(names))

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmalign.denoisers.adapters import adapter_layers
 from mmalign.denoisers.parts import stored
 from mmalign.denoisers.user_attention import detached, user_attention, user_attention_off
 
@@ -60,7 +61,7 @@ class Reference:
 
     def _state(self, module: nn.Module) -> dict[str, Tensor]:
         if self.kind != "users":
-            return _base_state(module)
+            return base_state(module)
         with detached(module):
             return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
@@ -86,17 +87,10 @@ def make_reference(
     if ref_model is not None:
         _check_separate(module, ref_model)
         return Reference("copy", ref_model.requires_grad_(False).eval())
-    if kind == "adapter" or (kind == "auto" and _adapter_layers(module)):
+    if kind == "adapter" or (kind == "auto" and adapter_layers(module)):
         _check_adapters(module)
         return Reference("adapter", module)
     return Reference("copy", copy.deepcopy(module).requires_grad_(False).eval())
-
-
-def _adapter_layers(module: nn.Module) -> list[nn.Module]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return [layer for layer in module.modules() if isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
 def _check_separate(module: nn.Module, ref_model: nn.Module) -> None:
@@ -109,12 +103,12 @@ def _check_separate(module: nn.Module, ref_model: nn.Module) -> None:
 
 
 def _check_adapters(module: nn.Module) -> None:
-    layers = _adapter_layers(module)
+    layers = adapter_layers(module)
     if not layers:
         raise ValueError(
             "kind='adapter' needs a policy with adapters: add_adapter(LoraConfig(…)) first, or kind='copy'"
         )
-    active = {name for layer in layers for name in layer.active_adapters}  # type: ignore[union-attr]
+    active = {name for layer in layers for name in layer.active_adapters}
     if len(active) > 1:
         raise ValueError(
             f"adapters {', '.join(sorted(active))} are active together; switching all of them off would not give back "
@@ -122,7 +116,7 @@ def _check_adapters(module: nn.Module) -> None:
         )
     if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError("an adapter is merged into the base weights: unmerge it (unfuse_lora) before training")
-    base = {id(value) for value in _base_state(module, keep_vars=True).values()}
+    base = {id(value) for value in base_state(module, keep_vars=True).values()}
     trained = [name for name, p in module.named_parameters() if p.requires_grad and id(p) in base]
     if trained:
         raise ValueError(
@@ -144,7 +138,7 @@ def _check_users(module: nn.Module) -> None:
         )
 
 
-def _base_state(module: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+def base_state(module: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
     """The state dict without adapters, under the names it has with no adapter injected."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -164,18 +158,18 @@ def _base_state(module: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]
 
 @contextmanager
 def _adapters_off(policy: nn.Module) -> Iterator[None]:
-    layers = [layer for layer in _adapter_layers(policy) if not layer.disable_adapters]
+    layers = [layer for layer in adapter_layers(policy) if not layer.disable_adapters]
     if not layers:
         raise ValueError("the policy has no active adapter to switch off: the reference would be the policy itself")
     # peft's switch also flips requires_grad of the adapter weights; they are put back as they were.
     flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     try:
         for layer in layers:
-            layer.enable_adapters(False)  # type: ignore[operator]
+            layer.enable_adapters(False)
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)  # type: ignore[operator]
+            layer.enable_adapters(True)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
 
 _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _NETWORK_FILE = "diffusion_pytorch_model"
-_PICKLED = (".bin", ".pth", ".pt")
+_PICKLED = (".bin", ".ckpt", ".pth", ".pt")
 # A key that only such weights hold → what they are, the most telling first.
 _KINDS = (
     ("lora", "a LoRA"),
@@ -28,6 +29,19 @@ _KINDS = (
 )
 
 
+@dataclass(frozen=True)
+class Released:
+    """The weights of a LoRA or of a whole network, and the file they (or the first of them) stood in."""
+
+    file: Path
+    state: dict[str, Tensor]
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether they are a LoRA's."""
+        return any("lora" in key for key in self.state)
+
+
 def load_aligned(
     pipe: Any, path: str | os.PathLike[str], *, adapter_name: str = "aligned", allow_pickle: bool = False
 ) -> str | None:
@@ -35,22 +49,29 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, a folder here with a user attention, and a LoRA of diffusers, peft or kohya; all in
-    safetensors. With `allow_pickle` also state dicts in .bin, .pth and .pt, as tensors only. ValueError names the first weight
+    safetensors. With `allow_pickle` also state dicts in .bin, .ckpt, .pth and .pt, as tensors only. ValueError names the first weight
     that does not fit, before anything is changed.
     """
-    component, network = aligned_network(pipe)
-    if (Path(path).expanduser() / FOLDER).is_dir():
-        load_user_attention(network, Path(path).expanduser()).to(next(network.parameters()).dtype)
+    folder = Path(path).expanduser()
+    if (folder / FOLDER).is_dir():
+        network = aligned_network(pipe)[1]
+        load_user_attention(network, folder).to(next(network.parameters()).dtype)
         return None
-    files = _files(str(path), component, allow_pickle)
+    released = read_released(pipe, path, allow_pickle=allow_pickle)
+    if released.is_lora:
+        add_lora(pipe, released, adapter_name)
+        return adapter_name
+    replace_weights(aligned_network(pipe)[1], released)
+    return None
+
+
+def read_released(pipe: Any, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Released:
+    """What `load_aligned` would put onto `pipe`, as tensors."""
+    files = _files(str(path), aligned_network(pipe)[0], allow_pickle)
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_checkpoint(file)
-    if any("lora" in key for key in state):
-        _add_lora(pipe, files[0], state, adapter_name)
-        return adapter_name
-    _replace(network, state, files[0])
-    return None
+    return Released(files[0], state)
 
 
 # Finding the files.
@@ -115,13 +136,19 @@ def _variant(name: str) -> str:
 # A whole network.
 
 
-def _replace(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+def replace_weights(network: nn.Module, released: Released) -> None:
     """Takes over every weight, in the network's own precision and place."""
     if has_adapter(network):
         raise ValueError(
             "the pipeline carries a LoRA: load the whole network before it, or unload it (unload_lora_weights)"
         )
-    expected = network.state_dict()
+    check_fits(network, released)
+    network.load_state_dict(released.state)
+
+
+def check_fits(network: nn.Module, released: Released) -> None:
+    """ValueError for the first weight of a whole network that is not the other's, or is lacking."""
+    file, state, expected = released.file, released.state, network.state_dict()
     problems = [f"{key} is not in it" for key in state if key not in expected]
     problems += [f"{key} is missing" for key in expected if key not in state]
     problems += [
@@ -131,7 +158,6 @@ def _replace(network: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     ]
     if problems:
         raise ValueError(_misfit(file, network, problems[0], state))
-    network.load_state_dict(state)
 
 
 def _sizes(key: str, there: Tensor, here: Tensor) -> str:
@@ -146,8 +172,9 @@ def _misfit(file: Path, network: nn.Module, problem: str, state: dict[str, Tenso
 # A LoRA.
 
 
-def _add_lora(pipe: Any, file: Path, state: dict[str, Tensor], adapter_name: str) -> None:
+def add_lora(pipe: Any, released: Released, adapter_name: str) -> None:
     """Adds it as an adapter, once every layer is known to have its place."""
+    file, state = released.file, released.state
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft import LoraConfig
 

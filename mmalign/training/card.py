@@ -13,6 +13,7 @@ _PAPERS = {
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
     "ppd": ("PPD", "2501.06655"),
+    "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -66,13 +67,13 @@ def write_card(
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {base} aligned by {name}
+# {f"A negative side of {base}" if args.trains_negative else f"{base} aligned"} by {name}
 
 Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
-{_usage_of_users(base) if users else _usage(base, trained)}
+{_usage_of(args, base, trained, users)}
 ```
 {_WITHOUT_USERS if users else ""}
 ## Training
@@ -92,6 +93,13 @@ The licences of the base model and of the data apply.
 These numbers come from the training pairs (`eval_*`: from held-out pairs). {judge}
 """
     write_file(folder / "README.md", text)
+
+
+def _usage_of(args: RunConfig, base: str, trained: tuple[str, str] | None, users: bool) -> str:
+    """Python that loads what was trained."""
+    if users:
+        return _usage_of_users(base)
+    return _usage_negative(base) if args.trains_negative else _usage(base, trained)
 
 
 def _usage(base: str, trained: tuple[str, str] | None) -> str:
@@ -126,6 +134,14 @@ pipe = PPDPipeline.from_pretrained({base!r})
 pipe.load_aligned(FOLDER)
 pipe.users = UserEmbeddings.load("users.safetensors")  # made by `mmalign embed-users`
 pipe("a prompt", user="one of them").images[0]"""
+
+
+def _usage_negative(base: str) -> str:
+    """The same for a negative side, which guidance leads away from."""
+    return f"""from mmalign import SelfNPOPipeline
+
+pipe = SelfNPOPipeline.from_pretrained({base!r})
+pipe.load_negative(FOLDER)  # runs in the negative branch alone; it draws worse than the base by itself"""
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def export(
 ) -> Path:
     """Writes an aligned model whole or not at all, and returns `path`.
 
-    source: a pipeline, or a folder with the LoRA of a run (which `merged` cannot start from: it needs the base).
+    source: a pipeline, a LoRA, or a folder with the LoRA of a run (from neither of which `merged` can start: it needs the base).
     dtype: precision of what is written; None leaves it. A LoRA is written at full strength, whatever `set_adapters` says.
 
     diffusers  a folder for `pipe.load_lora_weights`
@@ -43,12 +43,15 @@ def export(
         raise ValueError(f"{format} is written as {wanted} (got {path})")
     folder = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
     if format == "merged":
+        if isinstance(source, Lora):
+            raise ValueError("merging a LoRA needs its base: put it onto that pipeline, and export the pipeline")
         if folder is not None:
             raise ValueError(f"merging {folder} needs its base: load that pipeline, then load_aligned({str(folder)!r})")
         with staged(path) as part:
             merged(source, dtype).save_pretrained(part)
         return path
-    lora = (lora_of(source) if folder is None else lora_in(folder)).to(dtype)
+    lora = source if isinstance(source, Lora) else lora_of(source) if folder is None else lora_in(folder)
+    lora = lora.to(dtype)
     if format in _FILES:
         _write_file(path, *(to_kohya(lora) if format == "kohya" else to_comfy(lora)))
         return path

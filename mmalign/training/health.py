@@ -56,6 +56,18 @@ def panel(
     return {name: (total, weight) for name, total, weight in zip(names, totals, weights, strict=True) if weight}
 
 
+@torch.no_grad()
+def plain_panel(
+    values: dict[str, Tensor], by_time: dict[str, Tensor], timestep: Tensor, num_timesteps: int
+) -> dict[str, tuple[float, float]]:
+    """Metric name → (sum, weight) of values (B,), those of `by_time` once more for each quarter of the timesteps."""
+    quarter = timestep * _TIME_BINS // num_timesteps
+    found = dict(values)
+    for name, value in by_time.items():
+        found |= {f"{name}/{k + 1}_of_{_TIME_BINS}": value[quarter == k] for k in range(_TIME_BINS)}
+    return {name: (value.sum().item(), float(value.numel())) for name, value in found.items() if value.numel()}
+
+
 def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:
     return {
         "loss_minus_ln2": loss - math.log(2),

@@ -64,8 +64,6 @@ class Lora:
 
 def lora_of(pipe: Any) -> Lora:
     """The one LoRA on a pipeline's network, at full strength; ValueError where there is none, or several."""
-    from peft.utils import get_peft_model_state_dict
-
     refuse_other_adapters(pipe)
     component, network = aligned_network(pipe)
     if not has_adapter(network):
@@ -75,9 +73,35 @@ def lora_of(pipe: Any) -> Lora:
         raise ValueError(
             f"the pipeline carries the LoRAs {', '.join(names)}: delete all but one, or export them as merged"
         )
-    state = get_peft_model_state_dict(network, adapter_name=names[0])
+    return adapter_of(pipe, names[0])
+
+
+def adapter_of(pipe: Any, name: str) -> Lora:
+    """The LoRA of that name on a pipeline's network, at full strength."""
+    from peft.utils import get_peft_model_state_dict
+
+    component, network = aligned_network(pipe)
+    state = get_peft_model_state_dict(network, adapter_name=name)
     weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    return Lora(component, type(network).__name__, adapter_config(network, names[0]), weights)
+    return Lora(component, type(network).__name__, adapter_config(network, name), weights)
+
+
+def weighted_sum(parts: list[tuple[Lora, float]]) -> Lora:
+    """One LoRA that adds what each of the parts adds times its weight, exactly: its ranks are the sums of theirs, its α its rank."""
+    downs: dict[str, list[Tensor]] = {}
+    ups: dict[str, list[Tensor]] = {}
+    for lora, weight in parts:
+        for module, layer in lora.layers().items():
+            downs.setdefault(module, []).append(layer.down.float())
+            ups.setdefault(module, []).append(layer.up.float() * (weight * layer.scale))
+    weights = {f"{module}.lora_A.weight": torch.cat(down) for module, down in downs.items()}
+    weights |= {f"{module}.lora_B.weight": torch.cat(up, dim=1) for module, up in ups.items()}
+    return from_weights(parts[0][0].component, parts[0][0].network, weights)
+
+
+def from_weights(component: str, network: str | None, weights: dict[str, Tensor]) -> Lora:
+    """A LoRA of these weights, by peft's names, α being the rank."""
+    return Lora(component, network, _plain_config(weights), weights)
 
 
 def lora_in(folder: Path) -> Lora:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmalign.denoisers.adapters import acting_adapters
 from mmalign.denoisers.parts import is_quantized, networks
 from mmalign.training.loading import plain_class
 from mmalign.training.weights import aligned_network, has_adapter, refuse_other_adapters
@@ -19,7 +20,7 @@ def merged(pipe: Any, dtype: torch.dtype | None = None) -> Any:
     """
     refuse_other_adapters(pipe)
     name, network = aligned_network(pipe)
-    components = dict(pipe.components)
+    components = plain_components(pipe)
     if has_adapter(network):
         if is_quantized(network):
             raise ValueError(
@@ -27,12 +28,20 @@ def merged(pipe: Any, dtype: torch.dtype | None = None) -> Any:
                 "base (load_lora_weights) and save that"
             )
         components[name] = copy.deepcopy(network)
-        components[name].fuse_lora()
+        if acting := acting_adapters(network):
+            components[name].fuse_lora(adapter_names=list(acting))
         components[name].unload_lora()
     if dtype is not None:
-        components |= {other: copy.deepcopy(part).to(dtype) for other, part in networks(pipe).items() if other != name}
+        parts = {other: part for other, part in networks(pipe).items() if other != name and other in components}
+        components |= {other: copy.deepcopy(part).to(dtype) for other, part in parts.items()}
         components[name] = (copy.deepcopy(network) if components[name] is network else components[name]).to(dtype)
     return plain_class(type(pipe))(**components, **flags(pipe))
+
+
+def plain_components(pipe: Any) -> dict[str, Any]:
+    """The parts that the plain diffusers class has too."""
+    accepted = inspect.signature(plain_class(type(pipe)).__init__).parameters
+    return {name: part for name, part in pipe.components.items() if name in accepted}
 
 
 def flags(pipe: Any, but: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 import torch
 
 from mmalign.training.aligned import load_aligned
-from mmalign.training.config import DenoiserConfig
 from mmalign.training.export import ExportFormat, export
 from mmalign.training.loading import load_base, plain_class, single_file
-from mmalign.training.merging import flags, merged
+from mmalign.training.merging import flags, merged, plain_components
+from mmalign.training.run_config import RunConfig
 from mmalign.training.weights import ADAPTER, aligned_network, has_adapter, save_trained
 
 
@@ -28,7 +28,7 @@ class AlignResult:
 class AlignPipeline:
     """Mixed into a diffusers pipeline class: alignment, inversion, and saving that plain diffusers reads."""
 
-    config_class: ClassVar[type[DenoiserConfig]]
+    config_class: ClassVar[type[RunConfig]]
     trainer_class: ClassVar[type]
 
     @classmethod
@@ -45,7 +45,7 @@ class AlignPipeline:
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
         """This pipeline around the components of another one. They are shared, as in diffusers: aligning one aligns both."""
         base = plain_class(type(pipeline))
-        return cls._adopt(base(**pipeline.components | options, **flags(pipeline, options)))
+        return cls._adopt(base(**plain_components(pipeline) | options, **flags(pipeline, options)))
 
     @classmethod
     def _adopt(cls, pipe: Any) -> Self:
@@ -100,11 +100,11 @@ class AlignPipeline:
         with staged(folder) as part:
             if has_adapter(network) and ADAPTER in network.peft_config:  # type: ignore[operator]
                 save_trained(self, network, part)
-            self._write_own(part)
+            self._save_more(part)
             merged(self).save_pretrained(str(part), **options)
 
-    def _write_own(self, folder: Path) -> None:
-        """What of the method's own parts is saved beside the pipeline's, in folders that plain diffusers does not look into."""
+    def _save_more(self, folder: Path) -> None:
+        """Writes what a method has besides a plain pipeline."""
 
     def load_aligned(
         self, path: str | os.PathLike[str], *, adapter_name: str = "aligned", allow_pickle: bool = False
@@ -167,7 +167,7 @@ class AlignPipeline:
             return round_trip(predict, schedule, latents, t, config, generator)
 
 
-def _default_lora(config_class: type[DenoiserConfig]) -> Any:
+def _default_lora(config_class: type[RunConfig]) -> Any:
     return default_lora() if config_class.takes_lora else None
 
 

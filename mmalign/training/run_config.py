@@ -142,6 +142,11 @@ class RunConfig(TrainingArguments):
         warmup = f"{self.warmup_steps:g}" + (" of the steps" if 0 < self.warmup_steps < 1 else " steps")
         return f"{plain(self.lr_scheduler_type)}, warm-up {warmup}"
 
+    @property
+    def trains_negative(self) -> bool:
+        """Whether what is trained is a negative side, to be guided away from, and no aligned model."""
+        return False
+
     def about(self) -> str:
         """What is minimised, in a few words."""
         raise NotImplementedError

@@ -291,7 +291,7 @@ class PPDPipeline(AlignPipeline):
             finally:
                 self._detached = None
 
-    def _write_own(self, folder: Path) -> None:
+    def _save_more(self, folder: Path) -> None:
         if self._detached is not None:
             save_user_attention(self._detached, folder)
 

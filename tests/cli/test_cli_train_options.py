@@ -151,7 +151,7 @@ def test_what_has_no_counterpart_is_refused_with_its_reason(name, capsys):
         (["--run_validation"], "set --validation-steps"),
         (["--use_fsdp"], "sharded training is not supported yet"),
         (["--beat", "3"], "unknown option --beat (did you mean --beta"),
-        (["--preset", "sd3"], "--preset takes one of sd15, sdxl, playground, not 'sd3'"),
+        (["--preset", "sd3"], "--preset takes one of sd15, sdxl, npo-sd15, npo-sdxl, playground, not 'sd3'"),
         (["--neftune-noise-alpha", "5"], "neftune_noise_alpha=5.0 is refused: it perturbs token embeddings"),
         (["--beta", "-1"], "beta must be positive"),
         (["--beta", "car"], "--beta takes a number, not 'car', nor 'auto'"),
