@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from mmalign.pipelines.image.longalign import LongAlignConfig as LongAlignConfig
     from mmalign.pipelines.image.longalign import LongAlignPipeline as LongAlignPipeline
     from mmalign.pipelines.image.longalign import LongAlignTrainer as LongAlignTrainer
+    from mmalign.pipelines.image.ppd import PPDConfig as PPDConfig
+    from mmalign.pipelines.image.ppd import PPDPipeline as PPDPipeline
+    from mmalign.pipelines.image.ppd import PPDTrainer as PPDTrainer
     from mmalign.pipelines.image.self_npo import SelfNPOConfig as SelfNPOConfig
     from mmalign.pipelines.image.self_npo import SelfNPOPipeline as SelfNPOPipeline
     from mmalign.pipelines.image.self_npo import SelfNPOTrainer as SelfNPOTrainer
@@ -39,6 +42,7 @@ _HOME = {
     **{f"DiffusionSFT{part}": "mmalign.pipelines.image.sft" for part in ("Config", "Pipeline", "Trainer")},
     **{f"InPO{part}": "mmalign.pipelines.image.inpo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"LongAlign{part}": "mmalign.pipelines.image.longalign" for part in ("Config", "Pipeline", "Trainer")},
+    **{f"PPD{part}": "mmalign.pipelines.image.ppd" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SelfNPO{part}": "mmalign.pipelines.image.self_npo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SmPO{part}": "mmalign.pipelines.image.smpo" for part in ("Config", "Pipeline", "Trainer")},
 }

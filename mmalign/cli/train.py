@@ -49,9 +49,14 @@ METHODS = {
         "LongAlign",
         "long prompts in segments, trained by a reward that counts style less (arXiv:2410.11817)",
     ),
+    "ppd": (
+        "mmalign.pipelines.image.ppd",
+        "PPD",
+        "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
+    ),
 }
-# Those that learn from pairs, and whose result is drawn with by itself.
-ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign")]
+# Those whose result is drawn with by itself, and compared with its base; PPD without a user draws what the base draws.
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign", "ppd")]
 _PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
@@ -317,12 +322,28 @@ def _resume_from(given: Given) -> str | None:
     raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
 
 
+def adapter_of(given: Given, config_class: Any) -> Any:
+    """`lora_of`, or None for a method that trains a part of its own."""
+    if config_class.takes_lora:
+        return lora_of(given)
+    touched = [*(["full"] if given["full"] else []), *_touched_lora(given)]
+    if touched:
+        raise UsageError(
+            f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
+        )
+    return None
+
+
+def _touched_lora(given: Given) -> list[str]:
+    # A printed configuration states the defaults too.
+    stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
+    return [name for name, default in stated.items() if given[name] != default]
+
+
 def lora_of(given: Given) -> Any:
     """The LoRA that is trained; None with --full."""
     if given["full"]:
-        # A printed configuration states the defaults too.
-        stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
-        touched = [name for name, default in stated.items() if given[name] != default]
+        touched = _touched_lora(given)
         if touched:
             raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
@@ -374,7 +395,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     from mmalign.denoisers.parts import draws_clips
 
     config_class = pipeline_class.config_class
-    lora, quantization = lora_of(given), _base_quantization(given)
+    lora, quantization = adapter_of(given, config_class), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():
@@ -412,6 +433,7 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
+        "user_attention": f'what was learned of users; PPDPipeline takes it: pipe.load_aligned("{folder}")',
         "pipeline": f'the whole pipeline: DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
         "smoothing.json": "the normaliser of the scorer's values",
         "history.json": "everything that was logged",

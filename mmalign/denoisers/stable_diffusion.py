@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.user_attention import told_of_users
 
 
 class StableDiffusionDenoiser(Denoiser):
@@ -40,4 +41,5 @@ class StableDiffusionDenoiser(Denoiser):
             self.schedule.model_timestep(t),
             encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
             return_dict=False,
+            **told_of_users(module, conditioning),
         )[0]

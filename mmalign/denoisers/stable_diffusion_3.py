@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.user_attention import told_of_users
 
 # Tokens that T5 reads in the pipeline.
 T5_LENGTH = 256
@@ -53,4 +54,5 @@ class StableDiffusion3Denoiser(Denoiser):
             encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
             pooled_projections=conditioning.pooled.to(x_t.device, dtype),
             return_dict=False,
+            **told_of_users(module, conditioning),
         )[0]

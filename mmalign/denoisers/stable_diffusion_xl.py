@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.user_attention import told_of_users
 
 EmptyPrompt = Literal["zeros", "encode"]
 
@@ -72,4 +73,5 @@ class StableDiffusionXLDenoiser(Denoiser):
                 "time_ids": conditioning.time_ids.to(x_t.device),
             },
             return_dict=False,
+            **told_of_users(module, conditioning),
         )[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmalign.denoisers.user_attention import FOLDER, load_user_attention
 from mmalign.rewards.checkpoints import read_checkpoint
 from mmalign.training.lora_list import named_weights, read_lora_list
 from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
@@ -48,10 +49,15 @@ def load_aligned(
     """Puts aligned weights onto `pipe`, the base they were trained from, and returns the adapter's name, None for a whole network.
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
-    other parts stay), a network's own folder, and a LoRA of diffusers, peft or kohya; all in safetensors. With `allow_pickle` also
-    state dicts in .bin, .ckpt, .pth and .pt, and LoRAs that are lists without names (`training.lora_list`), as tensors only.
-    ValueError names the first weight that does not fit, before anything is changed.
+    other parts stay), a network's own folder, a folder here with a user attention, and a LoRA of diffusers, peft or kohya; all in
+    safetensors. With `allow_pickle` also state dicts in .bin, .ckpt, .pth and .pt, and LoRAs that are lists without names
+    (`training.lora_list`), as tensors only. ValueError names the first weight that does not fit, before anything is changed.
     """
+    folder = Path(path).expanduser()
+    if (folder / FOLDER).is_dir():
+        network = aligned_network(pipe)[1]
+        load_user_attention(network, folder).to(next(network.parameters()).dtype)
+        return None
     released = read_released(pipe, path, allow_pickle=allow_pickle)
     if released.is_lora:
         add_lora(pipe, released, adapter_name)

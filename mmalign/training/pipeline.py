@@ -87,7 +87,7 @@ class AlignPipeline:
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            peft_config=default_lora() if peft_config == "default" else peft_config,
+            peft_config=_default_lora(self.config_class) if peft_config == "default" else peft_config,
             ref_model=ref_model,
         )
         trained = trainer.train()
@@ -181,6 +181,10 @@ class AlignPipeline:
 
         with evaluating([denoiser.module]):
             return round_trip(predict, schedule, latents, t, config, generator)
+
+
+def _default_lora(config_class: type[RunConfig]) -> Any:
+    return default_lora() if config_class.takes_lora else None
 
 
 def default_lora() -> Any:

@@ -15,7 +15,8 @@ from mmalign.training.optimizers import check_optimizer
 # between a checkpoint and the run that continues it.
 _NOT_THE_RUN = frozenset(
     """
-    train_split eval_split aspect_buckets cache_dir reference_cache scorer validation_prompts validation_steps validation_seed
+    train_split eval_split aspect_buckets cache_dir reference_cache scorer users validation_user validation_prompts validation_steps
+    validation_seed
     validation_inference_steps validation_guidance_scale
     """.split()
 )
@@ -40,6 +41,8 @@ class RunConfig(TrainingArguments):
     """
 
     method: ClassVar[str] = "denoiser"
+    # Whether a LoRA can be trained by it.
+    takes_lora: ClassVar[bool] = True
     # What a row of the training data is called.
     unit: ClassVar[str] = "rows"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -159,6 +162,10 @@ class RunConfig(TrainingArguments):
                 "those of the last step"
             )
         return "\n".join(lines)
+
+    def sampling(self) -> dict[str, Any]:
+        """What the pipeline's call is told for sample pictures, besides what every method has."""
+        return {}
 
     def _schedule(self) -> str:
         warmup = f"{self.warmup_steps:g}" + (" of the steps" if 0 < self.warmup_steps < 1 else " steps")

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,7 @@ class RunTrainer(SavingTrainer):
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
         # Every trained weight of a denoiser gets a gradient in every step.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
-        with made_trainable(self.network, peft_config, args.seed):
+        with self.made_trainable(args, peft_config):
             super().__init__(
                 model=PolicyModule(self.denoiser),
                 args=args,
@@ -162,6 +162,10 @@ class RunTrainer(SavingTrainer):
     def prepare_data(self, data: Any, args: Any, *, like: Any = None) -> RunData:
         """What the user calls a data set as rows with a number, a "row", each; `like`: for evaluation data, the training data."""
         raise NotImplementedError
+
+    def made_trainable(self, args: Any, peft_config: Any) -> AbstractContextManager[None]:
+        """What is trained, put on the network and marked; undone where the block raises."""
+        return made_trainable(self.network, peft_config, args.seed)
 
     @staticmethod
     def collate(items: list[Any]) -> dict[str, Any]:
