@@ -35,7 +35,7 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a model of pictures or clips: smpo, inpo, dpo, sft, or self-npo",
+            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, or ppd",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),
@@ -80,6 +80,12 @@ VERBS = {
             "preference pairs from your own prompts: drawn by a model, judged by a scorer",
             "mmalign make-pairs --model playground --prompts playground --scorer playground --num-prompts 8",
             "mmalign.cli.make_pairs",
+        ),
+        Verb(
+            "embed-users",
+            "who compared the pairs of a data set, as tokens for `train ppd`; --probe: can they be told apart?",
+            "mmalign embed-users --data playground --encoder playground --output users.safetensors",
+            "mmalign.cli.embed_users",
         ),
         Verb(
             "export",

@@ -14,6 +14,7 @@ from mmalign.cli.models import (
     check_negative,
     device_option,
     load_pipeline,
+    long_prompt_option,
     model_options,
     negative_options,
     prompt_options,
@@ -38,6 +39,7 @@ VERB = Command(
     options=[
         *model_options(group=_MODEL, lora=True),
         *negative_options(group=_MODEL),
+        long_prompt_option(group=_MODEL),
         Option(
             name="base",
             help="what it is compared with; with --lora: the same model without it",

@@ -12,6 +12,7 @@ from mmalign.cli.models import (
     check_negative,
     device_option,
     load_pipeline,
+    long_prompt_option,
     model_options,
     negative_options,
     prompt_options,
@@ -19,10 +20,11 @@ from mmalign.cli.models import (
     sampling_of,
     sampling_options,
 )
-from mmalign.cli.options import Command, Given, Option, UsageError, number, switch, whole
+from mmalign.cli.options import Command, Given, Option, UsageError, number, one_of, switch, whole
 from mmalign.files import slug
 
 _MODEL, _WHAT = "the model", "what is drawn"
+_FOR = "for whom (models that PPD trained)"
 _SHEET_ROWS = 32
 # CogVideoX 1.0's own.
 _FRAMES_PER_SECOND = 8.0
@@ -36,6 +38,7 @@ VERB = Command(
     options=[
         *model_options(group=_MODEL, lora=True),
         *negative_options(group=_MODEL),
+        long_prompt_option(group=_MODEL),
         device_option(_MODEL),
         *prompt_options(_WHAT),
         Option(
@@ -56,6 +59,31 @@ VERB = Command(
             group=_WHAT,
         ),
         *sampling_options(seed="of the first picture; the next ones count up"),
+        Option(
+            name="user",
+            help="whom the pictures are for: a name in --users, or several as NAME=WEIGHT",
+            metavar="NAME",
+            many=True,
+            group=_FOR,
+            nullable=True,
+        ),
+        Option(name="users", help="a file of `mmalign embed-users`", metavar="FILE", group=_FOR, nullable=True),
+        Option(
+            name="user_scale",
+            help="how strongly the user acts; none is 1, 0 draws the base's pictures",
+            convert=number,
+            metavar="X",
+            group=_FOR,
+            nullable=True,
+        ),
+        Option(
+            name="user_mix",
+            help="how several users are mixed: their tokens, or what the network predicts for each; none is tokens",
+            convert=one_of("tokens", "scores"),
+            metavar="tokens|scores",
+            group=_FOR,
+            nullable=True,
+        ),
         Option(
             name="num_frames",
             help="frames of a clip; none is the video model's own",
@@ -113,7 +141,12 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.evaluation.generate import generate_batches
     from mmalign.files import write_file, written_aside
 
-    pipe = load_pipeline(given, lora=given["lora"], negative=given["negative"])
+    call = user_of(given)
+    pipe = load_pipeline(given, _personal() if call else None, lora=given["lora"], negative=given["negative"])
+    if call:
+        from mmalign.data.users import UserEmbeddings
+
+        pipe.users = UserEmbeddings.load(given["users"])
     clips, speed = draws_clips(pipe), given["frames_per_second"]
     if speed is not None and (speed <= 0 or not clips):
         raise UsageError("--frames-per-second must be positive, and is for video models")
@@ -127,6 +160,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         [seed for _, seed in pairs],
         **sampling_of(given),
         num_frames=given["num_frames"],
+        call=call,
     ):
         for image in batch:
             with written_aside(files[len(images)]) as part:
@@ -148,3 +182,34 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         if len(pairs) > _SHEET_ROWS * columns:
             print(f"the sheet shows the first {_SHEET_ROWS} of {len(pairs) // columns} prompts")
     return files
+
+
+def user_of(given: Given) -> dict[str, Any]:
+    """What the pipeline's call is told of users; nothing without --user."""
+    words = given["user"]
+    if not words:
+        for name in ("users", "user_scale", "user_mix"):
+            if given[name] is not None:
+                raise UsageError(f"--{name.replace('_', '-')} belongs to --user")
+        return {}
+    if given["users"] is None:
+        raise UsageError("--user is looked up in --users FILE, which `mmalign embed-users` makes")
+    told = {"user_scale": 1.0 if given["user_scale"] is None else given["user_scale"]}
+    if len(words) == 1 and "=" not in words[0] and given["user_mix"] is None:
+        return told | {"user": words[0]}
+    weights = {}
+    for word in words:
+        name, _, weight = word.rpartition("=")
+        if not name:
+            raise UsageError(f"--user {word}: several users are told as NAME=WEIGHT")
+        try:
+            weights[name] = float(weight)
+        except ValueError as error:
+            raise UsageError(f"--user {word}: {weight!r} is no number") from error
+    return told | {"user": weights, "user_mix": given["user_mix"] or "tokens"}
+
+
+def _personal() -> Any:
+    from mmalign import PPDPipeline
+
+    return PPDPipeline

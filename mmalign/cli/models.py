@@ -99,6 +99,18 @@ def negative_options(*, group: str) -> list[Option]:
     ]
 
 
+def long_prompt_option(*, group: str) -> Option:
+    """--long-prompts, for generate and evaluate."""
+    return Option(
+        name="long_prompts",
+        help="read prompts beyond CLIP's 77 tokens sentence by sentence, or naively one after the other; none cuts them",
+        convert=one_of("segments", "concatenate"),
+        metavar="segments|concatenate",
+        group=group,
+        nullable=True,
+    )
+
+
 def device_option(group: str) -> Option:
     """--device, for verbs in which no trainer chooses it."""
     return Option(name="device", help="cpu, cuda, cuda:1, mps; none is the best one here", group=group, nullable=True)
@@ -200,6 +212,7 @@ def load_pipeline(
     """
     import torch
 
+    from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
     from mmalign.training.aligned import load_aligned
     from mmalign.training.loading import load_base, single_file
     from mmalign.training.loading import quantization as quantized
@@ -227,6 +240,11 @@ def load_pipeline(
         raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
+    if pipeline_class is None and load is load_base and (Path(str(name)).expanduser() / SETTINGS).is_file():
+        # It was saved with how it reads prompts, and maybe with T5 behind CLIP.
+        from mmalign import LongAlignPipeline
+
+        load = LongAlignPipeline.from_pretrained
     pipe = load(name, **options)
     if given.values.get("safety_checker") is False and "safety_checker" in pipe.components:
         pipe.register_modules(safety_checker=None)
@@ -243,6 +261,9 @@ def load_pipeline(
     if negative is not None:
         weights = {"alpha": given["negative_alpha"], "beta": given["negative_beta"]}
         pipe.load_negative(negative, **weights, allow_pickle=given["allow_pickle"])
+    if pipeline_class is None and given.values.get("long_prompts") is not None:
+        tail = None if (reader := long_prompts_of(pipe)) is None else reader.tail
+        read_long_prompts(pipe, LongPrompts(layout=given["long_prompts"]), tail)
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))

@@ -13,7 +13,12 @@ from mmalign.cli.models import load_pipeline
 from mmalign.cli.options import Alias, Command, Given, Option, UsageError, config_path, number, read_yaml, switch, whole
 from mmalign.cli.terminal import command, without_options
 
-METHODS = [name for name in train.ALIGNING if name != "sft"]
+_CANNOT = {
+    "sft": "sft compares nothing, so there is nothing to probe",
+    "self-npo": "self-npo compares nothing, so there is nothing to probe",
+    "ppd": "ppd reads its users from the pairs, and the pairs that a probe holds out would be missed there",
+}
+METHODS = [name for name in train.METHODS if name not in _CANNOT]
 _GRID = "the probe"
 _OWN = [
     Option(
@@ -91,9 +96,7 @@ def run(argv: Sequence[str]) -> int:
         print(_HELP.format(methods=", ".join(METHODS)), end="")
         return 0
     if method not in METHODS:
-        raise UsageError(
-            f"{method} compares nothing, so there is nothing to probe; the methods are {', '.join(METHODS)}"
-        )
+        raise UsageError(f"{_CANNOT[method]}; the methods are {', '.join(METHODS)}")
     file = read_yaml(config_path(words))
     module, prefix, _ = train.METHODS[method]
     pipelines = import_module(module)

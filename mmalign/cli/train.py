@@ -44,16 +44,26 @@ METHODS = {
         "SelfNPO",
         "a negative side for guidance, from prompts alone (arXiv:2505.11777)",
     ),
+    "longalign": (
+        "mmalign.pipelines.image.longalign",
+        "LongAlign",
+        "long prompts in segments, trained by a reward that counts style less (arXiv:2410.11817)",
+    ),
+    "ppd": (
+        "mmalign.pipelines.image.ppd",
+        "PPD",
+        "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
+    ),
 }
-# Those whose result is drawn with by itself, and compared with its base.
-ALIGNING = [name for name in METHODS if name != "self-npo"]
+# Those whose result is drawn with by itself, and compared with its base; PPD without a user draws what the base draws.
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign", "ppd")]
 _PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
 )
 _PROMPTS = (
     "prompts: a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption), "
-    '"playground", or the prompts of preference pairs; with --source images the pairs themselves'
+    '"playground", or the prompts of preference pairs; with --source images or --stage supervised the pairs themselves'
 )
 _DATA = "model and data"
 _SCALE_LR = Option(
@@ -82,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
     """Trains, or starts the processes that do."""
     method, words = method_of(list(argv))
     if method is None:
-        lines = [f"  {name:<8} {summary}" for name, (_, _, summary) in METHODS.items()]
+        lines = [f"  {name:<9} {summary}" for name, (_, _, summary) in METHODS.items()]
         print(_HELP.format(methods="\n".join(lines)), end="")
         return 0
     # The file's `env:` block must act before torch is loaded.
@@ -130,7 +140,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help=_PROMPTS if method == "self-npo" else _PAIRS,
+            help=_PAIRS if method in ALIGNING else _PROMPTS,
             required=True,
             group=_DATA,
         ),
@@ -312,12 +322,28 @@ def _resume_from(given: Given) -> str | None:
     raise ValueError(f"no checkpoint {asked}; {folder} holds {', '.join(path.name for path in found) or 'none'}")
 
 
+def adapter_of(given: Given, config_class: Any) -> Any:
+    """`lora_of`, or None for a method that trains a part of its own."""
+    if config_class.takes_lora:
+        return lora_of(given)
+    touched = [*(["full"] if given["full"] else []), *_touched_lora(given)]
+    if touched:
+        raise UsageError(
+            f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
+        )
+    return None
+
+
+def _touched_lora(given: Given) -> list[str]:
+    # A printed configuration states the defaults too.
+    stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
+    return [name for name, default in stated.items() if given[name] != default]
+
+
 def lora_of(given: Given) -> Any:
     """The LoRA that is trained; None with --full."""
     if given["full"]:
-        # A printed configuration states the defaults too.
-        stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
-        touched = [name for name, default in stated.items() if given[name] != default]
+        touched = _touched_lora(given)
         if touched:
             raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
@@ -369,7 +395,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     from mmalign.denoisers.parts import draws_clips
 
     config_class = pipeline_class.config_class
-    lora, quantization = lora_of(given), _base_quantization(given)
+    lora, quantization = adapter_of(given, config_class), _base_quantization(given)
     options = config_options(given, config_class)
     config = config_class(**options)
     if config.world_size != world_size():
@@ -404,11 +430,10 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
 
 def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     """Where everything was saved, and what to type next; `judged`: whether scorers read what the model draws."""
-    from mmalign.data.reward_columns import PREFIX
-
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
+        "user_attention": f'what was learned of users; PPDPipeline takes it: pipe.load_aligned("{folder}")',
         "pipeline": f'the whole pipeline: DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
         "smoothing.json": "the normaliser of the scorer's values",
         "history.json": "everything that was logged",
@@ -423,17 +448,16 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
     if config.trains_negative:
         return "\n".join([*lines, *_next_with_negative(given, folder)])
-    # A reward that the data carry judges no other picture.
-    judge = config.comparison != "human" and not config.scorer.startswith(PREFIX)
-    held = ["--trained-on", config.scorer] if judge else []
+    held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
+    long = [] if config.long_prompts is None else ["--long-prompts", config.long_prompts]
     model = (
         ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
     )
     base = ["--base", given["model"]]
     prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4")]
+    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, *long, "--num-prompts", "4")]
     if judged:
-        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held))
+        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held, *long))
     return "\n".join(lines)
 
 

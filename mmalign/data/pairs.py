@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
@@ -50,6 +51,27 @@ class _PairRows:
         return [read_prompt(self._form, raw) for raw in self._rows.light(REQUIRED[self._form][:1])]
 
 
+class _Opined:
+    """Pairs as other people compared them."""
+
+    def __init__(self, pairs: Any, rows: Sequence[int], opinions: Sequence[tuple[str, float]]) -> None:
+        self._pairs, self._places, self._opinions = pairs, rows, opinions
+
+    def __len__(self) -> int:
+        return len(self._opinions)
+
+    def __getitem__(self, row: int) -> RawPair:
+        user, label = self._opinions[row]
+        return replace(self._pairs[self._places[row]], user_id=user, label=label)
+
+    def row_of(self, row: int) -> int:
+        return self._pairs.row_of(self._places[row])
+
+    def prompts(self) -> list[str | None]:
+        found = self._pairs.prompts()
+        return [found[place] for place in self._places]
+
+
 class PairSource:
     """Preference pairs in their own order. `source[i]` reads and checks row i: a PairRecord, or InvalidRow is raised.
 
@@ -82,7 +104,9 @@ class PairSource:
             rows.select_columns(used_columns(self.form, rows.columns))
         if isinstance(rows, TarRows):
             rows.select_columns(REQUIRED[self.form])
-        self._pairs = (Rankings if self.form in RANKED else _PairRows)(rows, self.form, self._scores)
+        self._pairs: Any = (Rankings if self.form in RANKED else _PairRows)(rows, self.form, self._scores)
+        # Opinions that are not those of the rows, as the fingerprint tells them.
+        self._opined = ""
         total = len(self._pairs)
         self._index: Sequence[int] = range(total if max_rows is None else min(max_rows, total))
 
@@ -111,9 +135,16 @@ class PairSource:
     def fingerprint(self) -> str:
         """sha256 of the content and of what decides which rows are good (see rows.py for its cost and its limits)."""
         chosen = len(self._index) if isinstance(self._index, range) else tuple(self._index)
-        parts = (self._rows.fingerprint(folders=self.num_frames is not None), self.form, chosen, self.max_pixels)
+        parts: tuple[Any, ...] = (
+            self._rows.fingerprint(folders=self.num_frames is not None),
+            self.form,
+            chosen,
+            self.max_pixels,
+        )
         if self.num_frames is not None:
-            return hashlib.sha256(repr((*parts, self.num_frames)).encode()).hexdigest()
+            parts = (*parts, self.num_frames)
+        if self._opined:
+            parts = (*parts, self._opined)
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def prompts(self) -> list[str | None]:
@@ -121,10 +152,31 @@ class PairSource:
         found = self._pairs.prompts()
         return [found[row] for row in self._index[: len(self)]]
 
+    def opinions(self) -> list[tuple[str | None, float] | None]:
+        """Who compared each row and how strongly image_0 was preferred, without decoding a picture; None where it cannot be read."""
+        found: list[tuple[str | None, float] | None] = []
+        for row in self._index[: len(self)]:
+            try:
+                pair = self._pairs[row]
+            except InvalidRow:
+                found.append(None)
+                continue
+            found.append((pair.user_id, pair.label))
+        return found
+
     def select(self, rows: Sequence[int], name: str) -> PairSource:
         """These rows of the source, in this order, as a source of its own that counts them from 0."""
         part = self._copy()
         part.name, part._index = name, [self._index[row] for row in rows]
+        return part
+
+    def judged(self, rows: Sequence[int], opinions: Sequence[tuple[str, float]], name: str) -> PairSource:
+        """These rows of the source, in this order, each with another user and label than its own, as a source of its own."""
+        part = self._copy()
+        part.name, part._index = name, range(len(rows))
+        part._pairs = _Opined(self._pairs, [self._index[row] for row in rows], opinions)
+        told = repr((self._opined, part._pairs._places, list(opinions)))
+        part._opined = hashlib.sha256(told.encode()).hexdigest()
         return part
 
     def as_clips(self, num_frames: int) -> PairSource:

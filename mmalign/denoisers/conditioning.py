@@ -12,12 +12,15 @@ from torch import Tensor
 class Conditioning:
     """Text embeddings (B, L, D); for SDXL also the pooled text (B, P) and time_ids (B, 6).
 
-    time_ids: original height and width, top and left of the crop, target height and width.
+    time_ids: original height and width, top and left of the crop, target height and width. user: the tokens of whom the picture is
+    for (B, U, W), and user_weight (B,): how strongly they act, 0 not at all; for networks with a user attention.
     """
 
     prompt_embeds: Float[Tensor, "B L D"]
     pooled: Float[Tensor, "B P"] | None = None
     time_ids: Float[Tensor, "B 6"] | None = None
+    user: Float[Tensor, "B U W"] | None = None
+    user_weight: Float[Tensor, " B"] | None = None
 
     def __len__(self) -> int:
         return self.prompt_embeds.shape[0]
@@ -41,16 +44,16 @@ class Conditioning:
         for column in zip(*(part._values() for part in parts), strict=True):
             present = [value for value in column if value is not None]
             if present and len(present) != len(parts):
-                raise ValueError("cannot join conditionings of which only some have pooled text or time_ids")
+                raise ValueError("cannot join conditionings of which only some have pooled text, time_ids or a user")
             columns.append(torch.cat(present) if present else None)
         return Conditioning(*columns)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
-        """Moved, and the text cast; time_ids keep their dtype, because bfloat16 cannot hold a size such as 1023."""
+        """Moved, and the text cast; time_ids keep their dtype, because bfloat16 cannot hold a size such as 1023, as users do."""
         return Conditioning(
             self.prompt_embeds.to(device=device, dtype=dtype),
             None if self.pooled is None else self.pooled.to(device=device, dtype=dtype),
-            None if self.time_ids is None else self.time_ids.to(device=device),
+            *(None if value is None else value.to(device=device) for value in self._values()[2:]),
         )
 
     def where(self, mask: Bool[Tensor, " B"], other: "Conditioning") -> "Conditioning":

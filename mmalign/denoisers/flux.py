@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.user_attention import told_of_users
 
 # Tokens that T5 reads in the pipeline.
 T5_LENGTH = 512
@@ -67,6 +68,7 @@ class FluxDenoiser(Denoiser):
             txt_ids=torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=x_t.device, dtype=dtype),
             img_ids=_positions(height // 2, width // 2).to(x_t.device, dtype),
             return_dict=False,
+            **told_of_users(module, conditioning),
         )[0]
         return _picture(output, height, width)
 

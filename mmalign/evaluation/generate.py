@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -63,8 +63,12 @@ def generate_batches(
     num_frames: int | None = None,
     progress: bool = True,
     description: str = "Drawing",
+    call: Mapping[str, Any] | None = None,
 ) -> Generator[list[Any]]:
-    """The pictures of `generate`, batch by batch, so that a caller can store them as they come."""
+    """The pictures of `generate`, batch by batch, so that a caller can store them as they come.
+
+    `call`: what else the pipeline's call is told.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"Every prompt needs a seed, but there are {len(prompts)} prompts and {len(seeds)} seeds.")
     if batch_size < 1:
@@ -89,6 +93,7 @@ def generate_batches(
                 guidance_scale=guidance_scale,
                 output_type="np",
                 **size,
+                **(call or {}),
             )
             _check_shown(output, prompts[rows], seeds[rows])
             drawn = np.asarray(output.frames if clips else output.images)

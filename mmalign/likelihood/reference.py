@@ -1,4 +1,4 @@
-"""The reference model as a strategy: the policy with its adapter off, a frozen copy, or none at all."""
+"""The reference model as a strategy: the policy with its adapter or its user attention off, a frozen copy, or none at all."""
 
 import copy
 import hashlib
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.adapters import adapter_layers
 from mmalign.denoisers.parts import stored
+from mmalign.denoisers.user_attention import detached, user_attention, user_attention_off
 
-ReferenceKind = Literal["adapter", "copy", "none"]
+ReferenceKind = Literal["adapter", "users", "copy", "none"]
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
     """Where the reference's predictions come from; make_reference builds it.
 
-    `module` is the frozen copy, or for "adapter" the policy whose base weights are the reference.
+    `module` is the frozen copy, or for "adapter" and "users" the policy whose other weights are the reference.
     """
 
     kind: ReferenceKind
@@ -30,7 +31,8 @@ class Reference:
     def model(self, policy: nn.Module) -> Iterator[nn.Module]:
         """The module to call, in eval mode and under no_grad; whatever was switched is restored, also on exceptions.
 
-        For "adapter" it is `policy` itself (or a wrapper of it, if that is what is passed) with its adapters off.
+        For "adapter" it is `policy` itself (or a wrapper of it, if that is what is passed) with its adapters off; for "users" it is
+        `policy` with its user attention off, and its adapters, if it has any, as they are.
         """
         if self.module is None:
             raise ValueError("this run has no reference model (kind 'none'): its objective must be reference-free")
@@ -38,7 +40,8 @@ class Reference:
             if self.kind == "copy":
                 yield self.module
                 return
-            with _adapters_off(policy), _eval_mode(policy):
+            switched = user_attention_off if self.kind == "users" else _adapters_off
+            with switched(policy), _eval_mode(policy):
                 yield policy
 
     def fingerprint(self) -> str:
@@ -49,26 +52,38 @@ class Reference:
         if self.module is None:
             return "none"
         digest = hashlib.sha256()
-        for name, tensor in sorted(base_state(self.module).items()):
+        for name, tensor in sorted(self._state(self.module).items()):
             digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
             for part in stored(tensor):
                 flat = part.detach().cpu().contiguous().reshape(-1)
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
+    def _state(self, module: nn.Module) -> dict[str, Tensor]:
+        if self.kind != "users":
+            return base_state(module)
+        with detached(module):
+            return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+
 
 def make_reference(
-    module: nn.Module, ref_model: nn.Module | None = None, *, kind: Literal["auto", "adapter", "copy", "none"] = "auto"
+    module: nn.Module,
+    ref_model: nn.Module | None = None,
+    *,
+    kind: Literal["auto", "adapter", "users", "copy", "none"] = "auto",
 ) -> Reference:
     """Choose the reference for a policy, before training starts.
 
     auto: ref_model, frozen, if given; the policy with its adapter off if it has one (a warm-started adapter is then not
-    part of the reference); else a frozen copy. "none" for reference-free objectives.
+    part of the reference); else a frozen copy. users: the policy with its user attention off. "none" for reference-free objectives.
     """
-    if kind in ("none", "adapter") and ref_model is not None:
+    if kind in ("none", "adapter", "users") and ref_model is not None:
         raise ValueError(f"kind={kind!r} does not use ref_model; leave one of them out")
     if kind == "none":
         return Reference("none", None)
+    if kind == "users":
+        _check_users(module)
+        return Reference("users", module)
     if ref_model is not None:
         _check_separate(module, ref_model)
         return Reference("copy", ref_model.requires_grad_(False).eval())
@@ -107,6 +122,19 @@ def _check_adapters(module: nn.Module) -> None:
         raise ValueError(
             f"{len(trained)} base parameters require gradients ({trained[0]}, …), so that the policy with its "
             "adapters off would drift: freeze them, or use kind='copy'"
+        )
+
+
+def _check_users(module: nn.Module) -> None:
+    branch = user_attention(module)
+    if branch is None:
+        raise ValueError("kind='users' needs a policy with a user attention to switch off: add_user_attention first")
+    own = {id(parameter) for parameter in branch.parameters()}
+    trained = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in own]
+    if trained:
+        raise ValueError(
+            f"{len(trained)} parameters beside the user attention require gradients ({trained[0]}, …), so that the policy without its "
+            "users would drift: freeze them"
         )
 
 

@@ -13,6 +13,8 @@ _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
+    "longalign": ("LongAlign", "2410.11817"),
+    "ppd": ("PPD", "2501.06655"),
     "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
@@ -40,14 +42,15 @@ def write_card(
     settings: dict[str, Any],
     trained: tuple[str, str] | None,
     task: str,
+    users: bool = False,
 ) -> None:
     """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
-    `settings`: of the method.
+    `settings`: of the method. `users`: a user attention was trained, neither of both.
 
     No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
     for what the model does.
     """
-    is_lora = trained is None
+    is_lora = trained is None and not users
     judge = "Whether the clips got better, people must say who do not know which is which."
     if task == "text-to-image":
         judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
@@ -55,7 +58,7 @@ def write_card(
     base, data_name = public_name(base_model), public_name(data.partition("[")[0])
     header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
     if is_hub_id(base_model):
-        header |= {"base_model": base, "base_model_relation": "adapter" if is_lora else "finetune"}
+        header |= {"base_model": base, "base_model_relation": "adapter" if is_lora or users else "finetune"}
     if is_hub_id(data):
         header["datasets"] = [data_name]
     header["tags"] = ["mmalign", args.method, task, "diffusers-training", "diffusers"]
@@ -72,9 +75,9 @@ Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
-{_usage_negative(base) if args.trains_negative else _usage(base, trained)}
+{_usage_of(args, base, trained, users)}
 ```
-
+{_WITHOUT_USERS if users else ""}
 ## Training
 
 {args.describe(args.world_size)}
@@ -94,6 +97,13 @@ These numbers come from the training pairs (`eval_*`: from held-out pairs). {jud
     write_file(folder / "README.md", text)
 
 
+def _usage_of(args: RunConfig, base: str, trained: tuple[str, str] | None, users: bool) -> str:
+    """Python that loads what was trained."""
+    if users:
+        return _usage_of_users(base)
+    return _usage_negative(base) if args.trains_negative else _usage(base, trained)
+
+
 def _usage(base: str, trained: tuple[str, str] | None) -> str:
     """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
     # Plain diffusers does not know the embedded models by name.
@@ -109,6 +119,23 @@ from {package} import {loader}
 
 {name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
 pipe = {loader}.from_pretrained({base!r}, {name}={name})"""
+
+
+_WITHOUT_USERS = """
+Whom a picture is for is read from a few pairs of theirs; no weights change for someone new. Plain diffusers knows nothing of users and
+draws the base's pictures. Embeddings of the people in the training data are not part of this folder.
+"""
+
+
+def _usage_of_users(base: str) -> str:
+    """Python that draws for a user."""
+    return f"""from mmalign import PPDPipeline
+from mmalign.data.users import UserEmbeddings
+
+pipe = PPDPipeline.from_pretrained({base!r})
+pipe.load_aligned(FOLDER)
+pipe.users = UserEmbeddings.load("users.safetensors")  # made by `mmalign embed-users`
+pipe("a prompt", user="one of them").images[0]"""
 
 
 def _usage_negative(base: str) -> str:

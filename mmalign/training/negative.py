@@ -90,7 +90,8 @@ def become_negative(pipe: Any, base: nn.Module | None) -> Negative:
 def unload_negative(pipe: Any) -> None:
     """The pipeline without its negative side."""
     component, network = aligned_network(pipe)
-    pipe.register_modules(**{f"negative_{component}": None})
+    if second_network(pipe) is not None:
+        pipe.register_modules(**{f"negative_{component}": None})
     if NEGATIVE in getattr(network, "peft_config", {}):
         with acting_as_before(network):
             network.delete_adapters(NEGATIVE)  # type: ignore[operator]

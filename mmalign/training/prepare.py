@@ -11,6 +11,7 @@ import torch
 from mmalign.data import (
     EncodedPairs,
     Normalizer,
+    PairSource,
     PreferenceDataset,
     PreferenceItem,
     collate,
@@ -49,9 +50,18 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
     `like`: for evaluation data, the training data, whose normaliser must serve both. The parts of the denoiser's pipeline should stand
     on the training device.
     """
-    if isinstance(data, Prepared):
-        return data
-    source = load_pairs(data, split=args.train_split if like is None else args.eval_split)
+    return data if isinstance(data, Prepared) else prepare_source(opened(data, args, like), denoiser, args, like=like)
+
+
+def opened(data: Any, args: DenoiserConfig, like: Prepared | None) -> PairSource:
+    """The pairs that the user calls `data`, of the split that is meant."""
+    return load_pairs(data, split=args.train_split if like is None else args.eval_split)
+
+
+def prepare_source(
+    source: PairSource, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepared | None = None
+) -> Prepared:
+    """`prepare` of pairs that are open."""
     cache_dir = Path(args.cache_dir) if args.cache_dir else default_cache_dir()
     progress = not args.disable_tqdm
     num_frames = args.num_frames or source.num_frames or denoiser.native_frames

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
@@ -92,6 +93,13 @@ class RunTrainer(SavingTrainer):
             model = load_base(model)
         self.pipe, self.denoiser = model, adapter_for(model)
         self.check_arguments(args, train_dataset, eval_dataset, peft_config)
+        with self._reading_long_prompts(args):
+            self._build(args, train_dataset, eval_dataset, peft_config, ref_model, callbacks)
+
+    def _build(
+        self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any, ref_model: Any, callbacks: Any
+    ) -> None:
+        model = self.pipe
         with on_device(list(networks(model).values()), args.device):
             self._train = self.prepare_data(train_dataset, args)
             self._eval = None if eval_dataset is None else self.prepare_data(eval_dataset, args, like=self._train)
@@ -101,7 +109,7 @@ class RunTrainer(SavingTrainer):
         args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
         # Every trained weight of a denoiser gets a gradient in every step.
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)
-        with made_trainable(self.network, peft_config, args.seed):
+        with self.made_trainable(args, peft_config):
             super().__init__(
                 model=PolicyModule(self.denoiser),
                 args=args,
@@ -125,6 +133,18 @@ class RunTrainer(SavingTrainer):
         self.set_up()
         self._add_our_callbacks()
 
+    @contextmanager
+    def _reading_long_prompts(self, args: Any) -> Iterator[None]:
+        """The pipeline reads long prompts as `args` say, from now on unless the block raises."""
+        before, config = long_prompts_of(self.pipe), args.long_prompt_reading()
+        try:
+            if config is not None:
+                read_long_prompts(self.pipe, config, None if before is None else before.tail)
+            yield
+        except BaseException:
+            read_long_prompts(self.pipe, *((None,) if before is None else (before.config, before.tail)))
+            raise
+
     # What a method says of itself.
 
     def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
@@ -142,6 +162,10 @@ class RunTrainer(SavingTrainer):
     def prepare_data(self, data: Any, args: Any, *, like: Any = None) -> RunData:
         """What the user calls a data set as rows with a number, a "row", each; `like`: for evaluation data, the training data."""
         raise NotImplementedError
+
+    def made_trainable(self, args: Any, peft_config: Any) -> AbstractContextManager[None]:
+        """What is trained, put on the network and marked; undone where the block raises."""
+        return made_trainable(self.network, peft_config, args.seed)
 
     @staticmethod
     def collate(items: list[Any]) -> dict[str, Any]:

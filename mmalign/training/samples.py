@@ -71,6 +71,7 @@ def draw(pipe: Any, args: RunConfig) -> list[Image.Image]:
                 generator=torch.Generator().manual_seed(args.validation_seed + i),
                 num_inference_steps=args.validation_inference_steps,
                 guidance_scale=guidance,
+                **args.sampling(),
                 **({} if args.num_frames is None else {"num_frames": args.num_frames}),
             )
             for i, prompt in enumerate(args.validation_prompts)

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from mmalign.denoisers import Denoiser
+from mmalign.denoisers.user_attention import user_attention
 from mmalign.files import full_disk_explained, staged, write_json
 from mmalign.likelihood.reference import Reference
 from mmalign.training.average import AVERAGE_FOLDER, MovingAverage
@@ -114,6 +115,7 @@ class SavingTrainer(Trainer):
             metrics=self.last_metrics(),
             settings=self.card_settings(),
             trained=None if has_adapter(self.network) else whole,
+            users=user_attention(self.network) is not None,
             task="text-to-image" if self.denoiser.native_frames is None else "text-to-video",
         )
 

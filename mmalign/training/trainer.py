@@ -26,7 +26,6 @@ from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
 from mmalign.training.reuse import Reuse
 from mmalign.training.run_trainer import EVAL_EPOCH, Losses, RunTrainer
 from mmalign.training.sampling import Shuffled, ShuffledByProbability, inclusion_probabilities
-from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
 
@@ -159,7 +158,7 @@ class DenoiserTrainer(RunTrainer):
             self.denoiser.schedule,
             args.inversion(),
             has_reference=self.reference.kind != "none",
-            adapted=has_adapter(self.network),
+            adapted=not all(parameter.requires_grad for parameter in self.network.parameters()),
             recomputes=bool(args.gradient_checkpointing),
             every_landing=args.inversion_landings == "all",
             visits=visits if args.inversion_landings == "in_turn" else None,
@@ -274,7 +273,7 @@ class DenoiserTrainer(RunTrainer):
     def _loss_of(self, measured: Measurement, pairs: Pairs) -> Tensor:
         assert measured.logps is not None
         options = self.args.loss_options()
-        if self._auto_beta:
+        if "beta" in options:
             options["beta"] = self.beta
         if self.args.comparison in ("smoothed", "bradley_terry"):
             options["strength"] = pairs.strength

@@ -1,4 +1,4 @@
-"""The trained weights of a network: which they are, and how they lie on disk: a LoRA in diffusers' file, or the whole network."""
+"""The trained weights of a network: which they are, and how they lie on disk: a LoRA, a user attention, or all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.denoisers.parts import networks
+from mmalign.denoisers.user_attention import (
+    UserAttentionConfig,
+    add_user_attention,
+    load_user_attention,
+    remove_user_attention,
+    save_user_attention,
+    user_attention,
+)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
@@ -18,6 +26,8 @@ _HALF = (torch.float16, torch.bfloat16)
 @contextmanager
 def made_trainable(network: nn.Module, peft_config: Any, seed: int) -> Iterator[None]:
     """Puts a LoRA on the network, or makes all its weights trainable; undone where the block raises."""
+    if user_attention(network) is not None:
+        raise ValueError("the pipeline carries a user attention, which PPD alone trains: load the base anew")
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     if peft_config is not None:
         _check_adapter(network, peft_config)
@@ -30,6 +40,30 @@ def made_trainable(network: nn.Module, peft_config: Any, seed: int) -> Iterator[
     except BaseException:
         if peft_config is not None and has_adapter(network):
             network.unload_lora()  # type: ignore[operator]
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+        raise
+
+
+@contextmanager
+def users_trainable(network: nn.Module, config: UserAttentionConfig, seed: int) -> Iterator[None]:
+    """Puts a user attention on the network, or takes the one that is there, and makes it all that is trained.
+
+    Undone where the block raises; ValueError where there is one of another form.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    branch = user_attention(network)
+    if branch is not None and branch.config != config:
+        raise ValueError(
+            f"the pipeline carries a user attention of {branch.config}, and this run is to train one of {config}"
+        )
+    try:
+        network.requires_grad_(False)
+        (branch or add_user_attention(network, config, seed=seed)).float().requires_grad_(True)
+        yield
+    except BaseException:
+        if branch is None and user_attention(network) is not None:
+            remove_user_attention(network)
         for parameter, flag in before:
             parameter.requires_grad_(flag)
         raise
@@ -81,8 +115,12 @@ def refuse_other_adapters(pipe: Any) -> None:
 
 
 def save_trained(pipe: Any, network: nn.Module, folder: Path) -> None:
-    """Writes what training changed: `pytorch_lora_weights.safetensors`, or the network's own folder."""
+    """Writes what training changed: `user_attention/`, `pytorch_lora_weights.safetensors`, or the network's own folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    branch = user_attention(network)
+    if branch is not None:
+        save_user_attention(branch, folder)
+        return
     name = component_name(pipe, network)
     if not has_adapter(network):
         network.save_pretrained(folder / name)  # type: ignore[operator]
@@ -111,6 +149,9 @@ def load_trained(network: nn.Module, folder: Path) -> None:
     """Reads back what `save_trained` wrote, into a network of the same shape, exactly."""
     from safetensors.torch import load_file
 
+    if user_attention(network) is not None:
+        load_user_attention(network, folder)
+        return
     if not has_adapter(network):
         files = sorted(folder.glob("*/diffusion_pytorch_model*.safetensors"))
         if not files:

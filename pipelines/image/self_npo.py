@@ -105,8 +105,8 @@ class SelfNPOConfig(RunConfig):
         },
         "paper": {"source": "noise", "target_guidance_scale": 1.0, "target_model": "frozen", "norm": "l2"},
         "playground": {
-            "learning_rate": 3e-4, "max_steps": 100, "warmup_steps": 20, "per_device_train_batch_size": 16, "prompt_dropout": 0.1,
-            "target_guidance_scale": 0.0,
+            "learning_rate": 3e-4, "max_steps": 60, "warmup_steps": 20, "per_device_train_batch_size": 16, "prompt_dropout": 0.1,
+            "target_guidance_scale": -4.0,
         },
     }  # fmt: skip
 

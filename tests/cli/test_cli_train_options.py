@@ -10,11 +10,18 @@ from mmalign.cli import aliases, fields, train
 from mmalign.cli.options import UsageError, switch
 from mmalign.pipelines.image.dpo import DiffusionDPOConfig
 from mmalign.pipelines.image.inpo import InPOConfig
+from mmalign.pipelines.image.ppd import PPDConfig
 from mmalign.pipelines.image.sft import DiffusionSFTConfig
 from mmalign.pipelines.image.smpo import SmPOConfig
 from mmalign.training.inherited import REFUSED
 
-CONFIGS = {"smpo": SmPOConfig, "inpo": InPOConfig, "dpo": DiffusionDPOConfig, "sft": DiffusionSFTConfig}
+CONFIGS = {
+    "smpo": SmPOConfig,
+    "inpo": InPOConfig,
+    "dpo": DiffusionDPOConfig,
+    "sft": DiffusionSFTConfig,
+    "ppd": PPDConfig,
+}
 MODEL = ["--model", "m", "--data", "d"]
 
 
