@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mmalign.pipelines.image.inpo import InPOConfig as InPOConfig
     from mmalign.pipelines.image.inpo import InPOPipeline as InPOPipeline
     from mmalign.pipelines.image.inpo import InPOTrainer as InPOTrainer
+    from mmalign.pipelines.image.longalign import LongAlignConfig as LongAlignConfig
+    from mmalign.pipelines.image.longalign import LongAlignPipeline as LongAlignPipeline
+    from mmalign.pipelines.image.longalign import LongAlignTrainer as LongAlignTrainer
     from mmalign.pipelines.image.ppd import PPDConfig as PPDConfig
     from mmalign.pipelines.image.ppd import PPDPipeline as PPDPipeline
     from mmalign.pipelines.image.ppd import PPDTrainer as PPDTrainer
@@ -38,6 +41,7 @@ _HOME = {
     **{f"DiffusionDPO{part}": "mmalign.pipelines.image.dpo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"DiffusionSFT{part}": "mmalign.pipelines.image.sft" for part in ("Config", "Pipeline", "Trainer")},
     **{f"InPO{part}": "mmalign.pipelines.image.inpo" for part in ("Config", "Pipeline", "Trainer")},
+    **{f"LongAlign{part}": "mmalign.pipelines.image.longalign" for part in ("Config", "Pipeline", "Trainer")},
     **{f"PPD{part}": "mmalign.pipelines.image.ppd" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SelfNPO{part}": "mmalign.pipelines.image.self_npo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SmPO{part}": "mmalign.pipelines.image.smpo" for part in ("Config", "Pipeline", "Trainer")},

@@ -14,6 +14,7 @@ from mmalign.cli.models import (
     check_negative,
     device_option,
     load_pipeline,
+    long_prompt_option,
     model_options,
     negative_options,
     prompt_options,
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from mmalign.evaluation import RetentionPlan
 
 _MODEL, _WHAT, _JUDGED, _ALSO = "the two models", "what is drawn", "who judges", "what else is asked and shown"
+# Who judges what is drawn for the playground's own prompts.
+_OWN_SCORERS = {"playground": ["judge-B", "playground"], "playground-scenes": ["scene-judge-B"]}
 VERB = Command(
     prog="mmalign evaluate",
     description="Draws the same prompts and seeds with both models, scores every pair, and writes report.html and report.json.",
@@ -36,6 +39,7 @@ VERB = Command(
     options=[
         *model_options(group=_MODEL, lora=True),
         *negative_options(group=_MODEL),
+        long_prompt_option(group=_MODEL),
         Option(
             name="base",
             help="what it is compared with; with --lora: the same model without it",
@@ -57,8 +61,9 @@ VERB = Command(
         ),
         Option(
             name="scorers",
-            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B. The first that was not trained on "
-            "makes the headline. none is judge-B and playground for the playground's prompts, else pickscore",
+            help=f"{', '.join(SCORERS)}; for the playground's pictures also judge-A, judge-B, for its scenes scene-judge-A, "
+            "scene-judge-B. The first that was not trained on makes the headline. none is the playground's judge B for its prompts "
+            "(and, without scenes, its reward), else pickscore",
             metavar="NAME",
             many=True,
             group=_JUDGED,
@@ -157,7 +162,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--num-samples must be 0 or more, got {given['num_samples']}")
     prompts, plan = read_prompts(given), _retention(given)
     history = _history(given)
-    names = given["scorers"] or (["judge-B", "playground"] if given["prompts"] == "playground" else ["pickscore"])
+    names = given["scorers"] or _OWN_SCORERS.get(given["prompts"], ["pickscore"])
 
     from mmalign.evaluation import evaluate, result_lines, write_report
 
@@ -221,10 +226,10 @@ def _judges(names: Sequence[str], also: Sequence[str], device: str) -> dict[str,
 
 def scorer_named(name: str, device: str) -> Any:
     """A scorer of the playground's judges or of `mmalign.rewards`."""
-    if name in ("judge-A", "judge-B"):
-        from mmalign.playground import judges
+    if name.removeprefix("scene-") in ("judge-A", "judge-B"):
+        from mmalign.playground import judges, scene_judges
 
-        return judges.load("A" if name == "judge-A" else "B")
+        return (scene_judges if name.startswith("scene-") else judges).load("A" if name.endswith("A") else "B")
     from mmalign.rewards import scorer
 
     return scorer(name, device=device)

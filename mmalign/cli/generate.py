@@ -12,6 +12,7 @@ from mmalign.cli.models import (
     check_negative,
     device_option,
     load_pipeline,
+    long_prompt_option,
     model_options,
     negative_options,
     prompt_options,
@@ -37,6 +38,7 @@ VERB = Command(
     options=[
         *model_options(group=_MODEL, lora=True),
         *negative_options(group=_MODEL),
+        long_prompt_option(group=_MODEL),
         device_option(_MODEL),
         *prompt_options(_WHAT),
         Option(

@@ -49,7 +49,7 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
     return [
         Option(
             name="model",
-            help='a Hub id, a diffusers folder, one .safetensors file, or "playground"',
+            help='a Hub id, a diffusers folder, one .safetensors file, "playground" or "playground-scenes"',
             required=True,
             group=group,
         ),
@@ -99,6 +99,18 @@ def negative_options(*, group: str) -> list[Option]:
     ]
 
 
+def long_prompt_option(*, group: str) -> Option:
+    """--long-prompts, for generate and evaluate."""
+    return Option(
+        name="long_prompts",
+        help="read prompts beyond CLIP's 77 tokens sentence by sentence, or naively one after the other; none cuts them",
+        convert=one_of("segments", "concatenate"),
+        metavar="segments|concatenate",
+        group=group,
+        nullable=True,
+    )
+
+
 def device_option(group: str) -> Option:
     """--device, for verbs in which no trainer chooses it."""
     return Option(name="device", help="cpu, cuda, cuda:1, mps; none is the best one here", group=group, nullable=True)
@@ -111,7 +123,7 @@ def sampling_options(*, seed: str = _SEED) -> list[Option]:
         Option(name="num_inference_steps", help="sampling steps", convert=whole, metavar="N", default=25, **common),
         Option(
             name="guidance_scale",
-            help="classifier-free guidance; none is 7.5, or the playground's own with --model playground",
+            help="classifier-free guidance; none is 7.5, or its own with --model playground or playground-scenes",
             convert=number,
             metavar="X",
             nullable=True,
@@ -163,7 +175,7 @@ def prompt_options(group: str, *, default: str | None = None) -> list[Option]:
         Option(
             name="prompts",
             help="prompts from a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption; each "
-            'once), a folder of such, or "playground": its held-out ones',
+            'once), a folder of such, "playground" or "playground-scenes": their held-out ones',
             metavar="FILE",
             default=default,
             group=group,
@@ -200,6 +212,7 @@ def load_pipeline(
     """
     import torch
 
+    from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
     from mmalign.training.aligned import load_aligned
     from mmalign.training.loading import load_base, single_file
     from mmalign.training.loading import quantization as quantized
@@ -227,6 +240,11 @@ def load_pipeline(
         raise UsageError("--base-class belongs to a single .safetensors file; a folder names its own class")
     else:
         load = load_base if pipeline_class is None else pipeline_class.from_pretrained
+    if pipeline_class is None and load is load_base and (Path(str(name)).expanduser() / SETTINGS).is_file():
+        # It was saved with how it reads prompts, and maybe with T5 behind CLIP.
+        from mmalign import LongAlignPipeline
+
+        load = LongAlignPipeline.from_pretrained
     pipe = load(name, **options)
     if given.values.get("safety_checker") is False and "safety_checker" in pipe.components:
         pipe.register_modules(safety_checker=None)
@@ -243,6 +261,9 @@ def load_pipeline(
     if negative is not None:
         weights = {"alpha": given["negative_alpha"], "beta": given["negative_beta"]}
         pipe.load_negative(negative, **weights, allow_pickle=given["allow_pickle"])
+    if pipeline_class is None and given.values.get("long_prompts") is not None:
+        tail = None if (reader := long_prompts_of(pipe)) is None else reader.tail
+        read_long_prompts(pipe, LongPrompts(layout=given["long_prompts"]), tail)
     if quantization is not None:
         return pipe
     return pipe.to(device if device is not None else best_device(given.values.get("device")))
@@ -273,10 +294,10 @@ def guidance_of(given: Given) -> float:
     """The guidance scale: as given, the one the playground's base was measured at, or diffusers' usual 7.5."""
     if given["guidance_scale"] is not None:
         return float(given["guidance_scale"])
-    if given["model"] == "playground":
+    if given["model"] in ("playground", "playground-scenes"):
         from mmalign.playground.paths import CURVES
 
-        measured = CURVES / "base-measured.json"
+        measured = CURVES / ("base-measured.json" if given["model"] == "playground" else "scene-base-measured.json")
         if measured.is_file():
             return float(json.loads(measured.read_text())["guidance_scale"])
     return 7.5
@@ -304,12 +325,12 @@ def read_prompts(given: Given) -> list[str]:
 
 def prompts_of(name: str, split: str | None = None) -> list[str]:
     """The prompts of a file or folder, or the playground's held-out ones."""
-    if name != "playground":
+    if name not in ("playground", "playground-scenes"):
         from mmalign.data.prompts import read_prompts as read_file
 
         return read_file(Path(name).expanduser(), split=split)
     if split is not None:
         raise UsageError("--prompts-split belongs to a folder of prompt files, not to the playground")
-    from mmalign.playground.pairs import prompts
+    from mmalign.playground import pairs, scene_prompts
 
-    return prompts().test
+    return (pairs if name == "playground" else scene_prompts).prompts().test

@@ -44,21 +44,26 @@ METHODS = {
         "SelfNPO",
         "a negative side for guidance, from prompts alone (arXiv:2505.11777)",
     ),
+    "longalign": (
+        "mmalign.pipelines.image.longalign",
+        "LongAlign",
+        "long prompts in segments, trained by a reward that counts style less (arXiv:2410.11817)",
+    ),
     "ppd": (
         "mmalign.pipelines.image.ppd",
         "PPD",
         "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
     ),
 }
-# Those whose result is drawn with by itself, and compared with its base; PPD without a user draws what the base draws.
-ALIGNING = [name for name in METHODS if name not in ("self-npo", "ppd")]
+# Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign", "ppd")]
 _PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
 )
 _PROMPTS = (
     "prompts: a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption), "
-    '"playground", or the prompts of preference pairs; with --source images the pairs themselves'
+    '"playground", or the prompts of preference pairs; with --source images or --stage supervised the pairs themselves'
 )
 _DATA = "model and data"
 _SCALE_LR = Option(
@@ -87,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
     """Trains, or starts the processes that do."""
     method, words = method_of(list(argv))
     if method is None:
-        lines = [f"  {name:<8} {summary}" for name, (_, _, summary) in METHODS.items()]
+        lines = [f"  {name:<9} {summary}" for name, (_, _, summary) in METHODS.items()]
         print(_HELP.format(methods="\n".join(lines)), end="")
         return 0
     # The file's `env:` block must act before torch is loaded.
@@ -135,7 +140,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help=_PROMPTS if method == "self-npo" else _PAIRS,
+            help=_PAIRS if method in ALIGNING else _PROMPTS,
             required=True,
             group=_DATA,
         ),
@@ -425,8 +430,6 @@ def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
 
 def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     """Where everything was saved, and what to type next; `judged`: whether scorers read what the model draws."""
-    from mmalign.data.reward_columns import PREFIX
-
     lines = ["", f"saved in {folder}:"]
     wanted = {
         "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
@@ -445,17 +448,16 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
     if config.trains_negative:
         return "\n".join([*lines, *_next_with_negative(given, folder)])
-    # A reward that the data carry judges no other picture.
-    judge = config.comparison != "human" and not config.scorer.startswith(PREFIX)
-    held = ["--trained-on", config.scorer] if judge else []
+    held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
+    long = [] if config.long_prompts is None else ["--long-prompts", config.long_prompts]
     model = (
         ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
     )
     base = ["--base", given["model"]]
     prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4")]
+    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, *long, "--num-prompts", "4")]
     if judged:
-        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held))
+        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held, *long))
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from mmalign.data.records import summarise
 from mmalign.data.shards import rows_per_shard
 from mmalign.data.storage import default_cache_dir
 from mmalign.denoisers import Denoiser
-from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
+from mmalign.rewards.fingerprints import module_hash, reading_parts, text_hash, tokenizer_hash
 
 _log = logging.getLogger(__name__)
 # Components that neither pictures nor prompts pass through on their way into the cache.
@@ -132,6 +132,7 @@ def _key_parts(
     }
     if source.num_frames is not None:
         parts["num_frames"] = source.num_frames
+    parts |= reading_parts(denoiser.pipe)
     for name, component in sorted(denoiser.pipe.components.items()):
         if component is None or name in _UNUSED or component is denoiser.module:
             continue

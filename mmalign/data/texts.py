@@ -29,7 +29,7 @@ from mmalign.data.shards import ShardedRows, read_shard, rows_per_shard, write_s
 from mmalign.data.storage import REMEDY, default_cache_dir
 from mmalign.denoisers import Conditioning, Denoiser
 from mmalign.files import write_file
-from mmalign.rewards.fingerprints import module_hash, tokenizer_hash
+from mmalign.rewards.fingerprints import module_hash, reading_parts, tokenizer_hash
 
 _FORMAT = 1
 _MANIFEST, _EMPTY = "manifest.json", "empty.safetensors"
@@ -183,6 +183,7 @@ def _parts(source: PromptSource, denoiser: Denoiser, empty: dict[str, Tensor]) -
         "empty_prompt": getattr(denoiser, "empty_prompt", "encode"),
         "empty": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in empty.items()},
     }
+    parts |= reading_parts(denoiser.pipe)
     for name, component in sorted(denoiser.pipe.components.items()):
         if name.startswith("text_encoder") and isinstance(component, nn.Module):
             parts[name] = module_hash(component, name)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mmalign.denoisers.conditioning import Conditioning
+from mmalign.denoisers.long_prompts import long_prompts_of
 from mmalign.denoisers.parts import latent_channels
 from mmalign.denoisers.schedule import Schedule
 
@@ -123,6 +124,10 @@ class Denoiser(ABC):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "B C *F h w"]) -> Float[Tensor, "B 3 *F H W"]:
         """Scaled latents to float32 pixels in [−1, 1] (not clamped)."""
+        return self.decode_with_gradient(latents)
+
+    def decode_with_gradient(self, latents: Float[Tensor, "B C *F h w"]) -> Float[Tensor, "B 3 *F H W"]:
+        """The same with gradient to the latents."""
         vae = self.pipe.vae
         shift, scale = self._latent_affine(latents.float())
         unscaled = latents.float() / scale + shift
@@ -160,6 +165,12 @@ def count_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = 
     limit = tokenizer.model_max_length if limit is None else limit
     lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids]
     return sum(length > limit for length in lengths)
+
+
+def count_truncated_by_clip(pipe: Any, tokenizer: Any, prompts: Sequence[str]) -> int:
+    """The same for a pipeline whose prompts CLIP may read in segments."""
+    reader = long_prompts_of(pipe)
+    return count_truncated(tokenizer, prompts) if reader is None else reader.count_truncated(prompts)
 
 
 @contextmanager

@@ -80,8 +80,8 @@ class CogVideoXDenoiser(Denoiser):
         latents = super().encode_image(pixels, generators)
         return torch.cat([latents[:, :, :1].repeat_interleave(self._repeated, dim=2), latents], dim=2)
 
-    def decode(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B 3 F H W"]:
-        return super().decode(latents[:, :, self._repeated :])
+    def decode_with_gradient(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B 3 F H W"]:
+        return super().decode_with_gradient(latents[:, :, self._repeated :])
 
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C F h w"], t: Int[Tensor, " B"], conditioning: Conditioning

@@ -40,6 +40,19 @@ def evaluating(parts: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """No gradients for its weights; afterwards as before."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def bar_hidden(pipe: Any) -> Iterator[None]:
     """The pipeline without its bar over sampling steps; afterwards the caller's choice stands again."""
     before: dict[str, Any] = dict(vars(pipe).get("_progress_bar_config", {}))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmalign.denoisers.base import Denoiser, count_truncated, module_dtype
+from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.user_attention import told_of_users
 
@@ -30,7 +30,7 @@ class StableDiffusionDenoiser(Denoiser):
         return Conditioning(embeds)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        return count_truncated(self.pipe.tokenizer, prompts)
+        return count_truncated_by_clip(self.pipe, self.pipe.tokenizer, prompts)
 
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning

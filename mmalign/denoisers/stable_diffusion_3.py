@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmalign.denoisers.base import Denoiser, count_truncated, module_dtype
+from mmalign.denoisers.base import Denoiser, count_truncated, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.user_attention import told_of_users
 
@@ -39,9 +39,9 @@ class StableDiffusion3Denoiser(Denoiser):
         return Conditioning(embeds, pooled)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        if self.pipe.text_encoder_3 is None:
-            return count_truncated(self.pipe.tokenizer, prompts)
-        return count_truncated(self.pipe.tokenizer_3, prompts, T5_LENGTH)
+        if self.pipe.text_encoder_3 is not None:
+            prompts = [prompt for prompt in prompts if count_truncated(self.pipe.tokenizer_3, [prompt], T5_LENGTH)]
+        return count_truncated_by_clip(self.pipe, self.pipe.tokenizer, prompts) if prompts else 0
 
     def predict(
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mmalign.denoisers.base import Denoiser, count_truncated, module_dtype
+from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.user_attention import told_of_users
 
@@ -50,7 +50,7 @@ class StableDiffusionXLDenoiser(Denoiser):
         return encoded.where(torch.tensor([bool(prompt) for prompt in prompts]), zeros)
 
     def count_truncated(self, prompts: Sequence[str]) -> int:
-        return count_truncated(self.pipe.tokenizer_2, prompts)
+        return count_truncated_by_clip(self.pipe, self.pipe.tokenizer_2, prompts)
 
     def with_sizes(self, conditioning: Conditioning, sizes: Int[Tensor, "B 6"]) -> Conditioning:
         """Attach (height, width, crop top, crop left, target height, target width), one row an image."""

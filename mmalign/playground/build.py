@@ -1,7 +1,8 @@
 """Builds everything in `assets/` from the photographs: `python -m mmalign.playground.build STEP --work-dir DIR`.
 
-Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs. Each writes its result, its loss curve and what was
-measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours on two CPU cores.
+Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs, scene-base, scene-guidance. Each writes its result,
+its loss curve and what was measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours
+on two CPU cores.
 """
 
 import argparse
@@ -10,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessorPil
 
 from mmalign.files import write_json
-from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward
-from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, STABLE_DIFFUSION
+from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward, scene_base, scene_text
+from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION
+from mmalign.training.loading import load_base, scene_vae
 
 
 def build_photographs(work_dir: Path) -> None:
@@ -83,6 +85,29 @@ def build_pairs(work_dir: Path) -> None:
     write_json(CURVES / "pairs-measured.json", measure.pairs())
 
 
+def build_scene_base(work_dir: Path) -> None:
+    """Trains the scene world's Stable Diffusion, all but its autoencoder, which is the first world's and not stored again."""
+    text_encoder, text_curve = scene_text.train(work_dir / "scene-text.pt")
+    unet = UNet2DConditionModel.from_pretrained(STABLE_DIFFUSION / "unet", torch_dtype=torch.float32)
+    unet.register_to_config(_name_or_path="")
+    pipe, curve = scene_base.train(scene_vae(torch.float32), unet, text_encoder, work_dir)
+
+    def write(folder: Path) -> None:
+        pipe.to(torch.float16).save_pretrained(folder)
+        shutil.rmtree(folder / "vae")
+
+    _replace_folder(SCENES, write)
+    write_json(CURVES / "scene-text.json", text_curve)
+    write_json(CURVES / "scene-base.json", curve)
+
+
+def build_scene_guidance(work_dir: Path) -> None:
+    """Measures the autoencoder on scenes; chooses the guidance scale on training prompts, and measures it on test prompts."""
+    pipe = load_base("playground-scenes")
+    measured = {"autoencoder": measure.scene_autoencoder(pipe.vae)}
+    write_json(CURVES / "scene-base-measured.json", measured | measure.choose_scene_guidance(pipe))
+
+
 STEPS: dict[str, Callable[[Path], None]] = {
     "photographs": build_photographs,
     "autoencoder": build_autoencoder,
@@ -91,6 +116,8 @@ STEPS: dict[str, Callable[[Path], None]] = {
     "base": build_base,
     "guidance": build_guidance,
     "pairs": build_pairs,
+    "scene-base": build_scene_base,
+    "scene-guidance": build_scene_guidance,
 }
 
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from mmalign import rewards
-from mmalign.playground import judges, photographs, world
+from mmalign.playground import judges, photographs, scene_judges, scene_prompts, scenes, world
 from mmalign.playground import pairs as preference_pairs
 from mmalign.playground.paths import CURVES, PAIRS
 
 _TEST_STREAM = 901
 GUIDANCE_SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
+SCENE_GUIDANCE_SCALES = (2.0, 4.0, 6.0)
 
 
 def test_pictures(number: int) -> tuple[torch.Tensor, world.Scenes]:
@@ -126,6 +127,64 @@ def pairs() -> dict[str, Any]:
             agree = ((scores[0] > scores[1]).float() == label)[label != 0.5]
             result[split][f"labels_agree_with_{name}"] = _share(agree)
     return result
+
+
+def scene_autoencoder(vae: AutoencoderKL, number: int = 500) -> dict[str, Any]:
+    """What is left of scenes of test photographs that went through the autoencoder, by judge B; and of those that did not."""
+    data, rows = photographs.load("test"), torch.arange(number)
+    cells = scenes.draw_scenes(data.labels, rows, seed=_TEST_STREAM)
+    pixels = scenes.compose(data, rows, cells)
+    with torch.no_grad():
+        drawn = torch.cat([vae.decode(vae.encode(part * 2 - 1).latent_dist.mean).sample for part in pixels.split(50)])
+    drawn = (drawn / 2 + 0.5).clamp(0, 1)
+    result: dict[str, Any] = {"scenes": number, "mean_absolute_error": round(float((drawn - pixels).abs().mean()), 4)}
+    for name, images in (("composed", pixels), ("through_autoencoder", drawn)):
+        matched = judges.match(judges.load("B").read(scenes.split(images)), cells.captions())
+        result[name] = {
+            "garment": _share(matched.garment),
+            "colour": _share(matched.colour),
+            "background": _share(matched.background),
+        }
+    return result
+
+
+def scene_accuracy(
+    pipe: StableDiffusionPipeline, captions: list[str], guidance_scale: float, seed: int, judge: photographs.Half
+) -> dict[str, Any]:
+    """The share of stated attributes that the pipeline draws; `chance`: that the same pictures show of the next row's caption."""
+    images = preference_pairs.draw(pipe, captions, list(range(seed, seed + len(captions))), guidance_scale)
+    reader = scene_judges.load(judge)
+    shown = reader.read(images, captions)
+    garment, colour, background = (_share(part) for part in shown.stated.unbind(1))
+    return {
+        "share": round(shown.share(), 4),
+        "garment": garment,
+        "colour": colour,
+        "background": background,
+        "by_sentence": [round(share, 4) for share in shown.by_position().tolist()],
+        "chance": round(reader.read(images, captions[1:] + captions[:1]).share(), 4),
+    }
+
+
+def choose_scene_guidance(pipe: StableDiffusionPipeline, number: int = 96) -> dict[str, Any]:
+    """Sweeps guidance on training prompts by judge A's share, and has B measure the best scale on test prompts of every length.
+
+    Long prompts are cut at 77 tokens, as everywhere in Stable Diffusion: what alignment has to make good.
+    """
+    train = scene_prompts.short_prompts("train", number, 2)
+    sweep = {str(scale): scene_accuracy(pipe, train, scale, 30_000, "A") for scale in SCENE_GUIDANCE_SCALES}
+    best = max(sweep, key=lambda scale: sweep[scale]["share"])
+    test = {
+        "one_sentence": scene_prompts.short_prompts("test", 2 * number, 1),
+        "two_sentences": scene_prompts.short_prompts("test", 2 * number, 2),
+        "four_sentences_cut": scene_prompts.prompts().test[: 2 * number],
+    }
+    measured = {name: scene_accuracy(pipe, captions, float(best), 40_000, "B") for name, captions in test.items()}
+    return {
+        "guidance_scale": float(best),
+        "sweep": {"judge": "A", "prompts": number, "by_scale": sweep},
+        "test": {"judge": "B", "prompts": 2 * number, **measured},
+    }
 
 
 def _share(values: torch.Tensor) -> float:

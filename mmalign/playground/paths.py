@@ -5,6 +5,7 @@ from pathlib import Path
 
 ASSETS = Path(str(files("mmalign"))) / "assets"
 STABLE_DIFFUSION = ASSETS / "stable-diffusion"
+SCENES = ASSETS / "stable-diffusion-scenes"
 JUDGES = ASSETS / "judges"
 REWARD_CLIP = ASSETS / "reward-clip"
 PAIRS = ASSETS / "pairs"

@@ -1,8 +1,9 @@
-"""The playground's CLIP tokenizer: byte-level BPE whose merges are learned from the world's own captions."""
+"""The playground's CLIP tokenizers: byte-level BPE whose merges are learned from a world's own captions."""
 
 import json
+from collections.abc import Iterable
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
 from mmalign.playground.photographs import GARMENTS
@@ -21,18 +22,24 @@ def build() -> CLIPTokenizer:
         for t in range(NUM_TEMPLATES)
         if b != c
     ]
+    return learn(captions, vocab_size=700, max_length=MAX_LENGTH)
+
+
+def learn(captions: Iterable[str], *, vocab_size: int, max_length: int) -> CLIPTokenizer:
+    """A tokenizer with merges learned until `vocab_size` pieces (letters counted once) are known: the fewer, the longer a text."""
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=700, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=vocab_size, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
     )
     learner.train_from_iterator(captions, trainer)
     merges = [tuple(merge) for merge in _merges(learner)]
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
 
 
 def _merges(learner: Tokenizer) -> list[list[str]]:

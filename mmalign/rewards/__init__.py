@@ -18,6 +18,8 @@ from mmalign.rewards.aesthetic import AestheticScorer
 from mmalign.rewards.base import NetworkScorer
 from mmalign.rewards.checkpoints import hub_file
 from mmalign.rewards.clip import ClipScorer
+from mmalign.rewards.decomposed import CommonDirection, ReweightedScorer
+from mmalign.rewards.embedding import EmbeddingScorer
 from mmalign.rewards.ensemble import Ensemble, Member, standardised
 from mmalign.rewards.hpsv2 import HPSv2Scorer
 from mmalign.rewards.hpsv3 import HPSv3Scorer
@@ -28,6 +30,8 @@ from mmalign.scorer_names import FROM_FILES, SCORERS
 __all__ = [
     "AestheticScorer",
     "ClipScorer",
+    "CommonDirection",
+    "EmbeddingScorer",
     "Ensemble",
     "HPSv2Scorer",
     "HPSv3Scorer",
@@ -35,13 +39,15 @@ __all__ = [
     "Member",
     "NetworkScorer",
     "PixelScorer",
+    "ReweightedScorer",
     "Scorer",
     "scorer",
     "standardised",
 ]
 
-_PICKSCORE = "yuvalkirstain/PickScore_v1"
-_PICKSCORE_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_PICKSCORE, _DENSCORE = "yuvalkirstain/PickScore_v1", "luping-liu/Denscore"
+# Both were trained from this CLIP; Denscore's own repository holds its weights alone.
+_VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 # Who reads them, and where they are published.
 _FILES: dict[str, tuple[Any, str, str]] = {
@@ -70,7 +76,9 @@ def scorer(
             )
         return ClipScorer.from_pretrained(folder, name=name, **options)
     if name == "pickscore":
-        return ClipScorer.from_pretrained(_PICKSCORE, _PICKSCORE_PROCESSOR, name=name, **options)
+        return ClipScorer.from_pretrained(_PICKSCORE, _VIT_H, name=name, **options)
+    if name == "denscore":
+        return ClipScorer.from_pretrained(_DENSCORE, _VIT_H, name=name, segmented=True, **options)
     if kind == "clip" and source:
         return ClipScorer.from_pretrained(source, name=name, **options)
     if kind in _FILES and (name == kind or source):

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.rewards.base import NetworkScorer, distinct
 from mmalign.rewards.checkpoints import absence_explained
+from mmalign.rewards.embedding import EmbeddingScorer
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
-from mmalign.rewards.pixels import crop_pixels, normalise
+from mmalign.rewards.pixels import crop_pixels, normalise, resize_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,14 +25,24 @@ if TYPE_CHECKING:
 _FORMAT = 1
 
 
-class ClipScorer(NetworkScorer):
+class ClipScorer(EmbeddingScorer):
     """The raw cosine of image and text features of a CLIPModel (arXiv:2103.00020; PickScore: arXiv:2305.01569).
 
     logit_scale: what the model multiplies the cosine by to get logits (about 100 for PickScore).
     """
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any, *, name: str, batch_size: int = 32) -> None:
-        super().__init__(model, name=name, batch_size=batch_size)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        image_processor: Any,
+        *,
+        name: str,
+        batch_size: int = 32,
+        segmented: bool = False,
+        compat_segments: bool = False,
+    ) -> None:
+        super().__init__(model, name=name, batch_size=batch_size, segmented=segmented, compat_segments=compat_segments)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         # A tokenizer without a stated length claims 10³⁰ tokens.
@@ -50,8 +60,12 @@ class ClipScorer(NetworkScorer):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
+        **reading: bool,
     ) -> ClipScorer:
-        """From a folder or Hub id with safetensors weights; `processor` where tokenizer and preprocessing lie elsewhere."""
+        """From a folder or Hub id with safetensors weights; `processor` where tokenizer and preprocessing lie elsewhere.
+
+        reading: `segmented` and `compat_segments`, how prompts are read (`EmbeddingScorer`).
+        """
         from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         if processor is None and processor_revision is not None:
@@ -66,7 +80,7 @@ class ClipScorer(NetworkScorer):
             tokenizer = AutoTokenizer.from_pretrained(source, revision=at)
             images = CLIPImageProcessorPil.from_pretrained(source, revision=at)
         label = name or f"clip:{model}" + (f" with {processor}" if processor else "")
-        return cls(loaded.to(device), tokenizer, images, name=label, batch_size=batch_size)
+        return cls(loaded.to(device), tokenizer, images, name=label, batch_size=batch_size, **reading)
 
     @property
     def logit_scale(self) -> float:
@@ -76,12 +90,15 @@ class ClipScorer(NetworkScorer):
     def fingerprint(self) -> str:
         """sha256 over weights (with their dtype), tokenizer and preprocessing."""
         settings = self.image_processor.to_dict()
-        return text_hash([_FORMAT, module_hash(self.model, self.name), tokenizer_hash(self.tokenizer), settings])
+        weights = module_hash(self.model, self.name)
+        return text_hash([_FORMAT, weights, tokenizer_hash(self.tokenizer), settings, *self._reading()])
 
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts are longer than the text encoder reads."""
-        ids = self.tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
-        return sum(len(row) > self._max_length for row in ids)
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    def num_tokens(self, text: str) -> int:
+        return len(self.tokenizer(text, truncation=False, padding=False, verbose=False).input_ids)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 h w"]:
         return self.image_processor(images=list(images), return_tensors="pt").pixel_values
@@ -90,26 +107,29 @@ class ClipScorer(NetworkScorer):
         from PIL import Image
 
         given = self.image_processor
-        short, crop = dict(given.size).get("shortest_edge"), dict(given.crop_size)
-        steps = (given.do_resize, given.do_center_crop, given.do_rescale, given.do_normalize)
-        square = short is not None and crop["height"] == crop["width"] <= short
-        if not all(steps) or not square or given.resample != Image.Resampling.BICUBIC:
+        size, crop = dict(given.size), dict(given.crop_size)
+        short, fixed = size.get("shortest_edge"), {"height", "width"} <= size.keys()
+        bicubic = given.do_resize and given.resample == Image.Resampling.BICUBIC
+        square = short is not None and given.do_center_crop and crop["height"] == crop["width"] <= short
+        whole = fixed and not given.do_center_crop
+        if not (bicubic and given.do_rescale and given.do_normalize and (square or whole)):
             raise ValueError(
                 f"{self.name}: gradients pass only through CLIP's own preprocessing (bicubic to the shorter side, then a "
-                "square crop); use score(…) instead"
+                "square crop; or bicubic to one size); use score(…) instead"
             )
-        return normalise(
-            crop_pixels(pixels, crop["height"], short=short, rounding=math.floor), given.image_mean, given.image_std
-        )
+        if whole:
+            read = resize_pixels(pixels, size["height"], size["width"])
+        else:
+            read = crop_pixels(pixels, crop["height"], short=short, rounding=math.floor)
+        return normalise(read, given.image_mean, given.image_std)
 
-    def reward(self, inputs: Float[Tensor, "B 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        # Padded to one length, so that a row's numbers do not hang on its neighbours'.
-        different, place = distinct(prompts)
+    def picture_features(self, inputs: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+        return self.model.get_image_features(pixel_values=inputs.to(self.model.dtype)).pooler_output.float()
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
         tokens = self.tokenizer(
-            different, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+            list(texts), padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
         ).to(self.device)
-        seen = self.model.get_image_features(pixel_values=inputs.to(self.model.dtype)).pooler_output.float()
-        read = self.model.get_text_features(
+        return self.model.get_text_features(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
         ).pooler_output.float()
-        return torch.nn.functional.cosine_similarity(seen, read[place.to(self.device)], dim=1)

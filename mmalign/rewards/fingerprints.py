@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmalign.denoisers.long_prompts import long_prompts_of
 from mmalign.denoisers.parts import stored
 
 
@@ -36,6 +37,14 @@ def module_hash(module: nn.Module, name: str = "module") -> str:
             sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     sha.update(text_hash(_adapter_state(module)).encode())
     return sha.hexdigest()
+
+
+def reading_parts(pipe: Any) -> dict[str, Any]:
+    """How a pipeline reads prompts beyond CLIP's 77 positions, with hashes of what it reads them by; empty where it cuts them."""
+    reader = long_prompts_of(pipe)
+    if reader is None:
+        return {}
+    return {"long_prompts": reader.settings} | {name: module_hash(part, name) for name, part in reader.networks.items()}
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

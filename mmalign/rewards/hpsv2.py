@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.rewards.base import NetworkScorer, distinct
 from mmalign.rewards.checkpoints import fitted, read_checkpoint
+from mmalign.rewards.embedding import EmbeddingScorer
 from mmalign.rewards.fingerprints import module_hash, text_hash
 from mmalign.rewards.pixels import normalise, pad_pixels, to_pixels
 
@@ -24,7 +24,7 @@ FILES = {"hpsv2": "HPS_v2_compressed.pt", "hpsv2.1": "HPS_v2.1_compressed.pt"}
 _FORMAT = 1
 
 
-class HPSv2Scorer(NetworkScorer):
+class HPSv2Scorer(EmbeddingScorer):
     """The raw cosine of image and text features of an open_clip CLIP (arXiv:2306.09341); papers print it times 100.
 
     Scores of v2 and v2.1 are of different scales and not to be compared. antialias: the authors' code leaves it to
@@ -32,11 +32,18 @@ class HPSv2Scorer(NetworkScorer):
     """
 
     def __init__(
-        self, model: Any, *, name: str, config: dict[str, Any], antialias: bool = True, batch_size: int = 32
+        self,
+        model: Any,
+        *,
+        name: str,
+        config: dict[str, Any],
+        antialias: bool = True,
+        batch_size: int = 32,
+        segmented: bool = False,
     ) -> None:
         from open_clip import SimpleTokenizer
 
-        super().__init__(model, name=name, batch_size=batch_size)
+        super().__init__(model, name=name, batch_size=batch_size, segmented=segmented)
         self.config = config
         self.antialias = antialias
         self.tokenizer = SimpleTokenizer(context_length=model.context_length)
@@ -52,6 +59,7 @@ class HPSv2Scorer(NetworkScorer):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
+        segmented: bool = False,
     ) -> HPSv2Scorer:
         """From the published file, or its state dict as safetensors. layout: a model that open_clip knows by name."""
         import open_clip
@@ -61,7 +69,14 @@ class HPSv2Scorer(NetworkScorer):
         if config is None:
             raise ValueError(f"open_clip knows no layout {layout!r}; HPSv2's is 'ViT-H-14'")
         model = fitted(lambda: open_clip.CLIP(**config), state, f"HPSv2 ({layout})")
-        return cls(model.to(device, dtype), name=name, config=config, antialias=antialias, batch_size=batch_size)
+        return cls(
+            model.to(device, dtype),
+            name=name,
+            config=config,
+            antialias=antialias,
+            batch_size=batch_size,
+            segmented=segmented,
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -70,10 +85,14 @@ class HPSv2Scorer(NetworkScorer):
     @cached_property
     def fingerprint(self) -> str:
         settings = [self.config, self.antialias, self.tokenizer.encoder, self.tokenizer.context_length]
-        return text_hash([_FORMAT, module_hash(self.model, self.name), settings])
+        return text_hash([_FORMAT, module_hash(self.model, self.name), settings, *self._reading()])
 
-    def count_truncated(self, prompts: Sequence[str]) -> int:
-        return sum(len(self.tokenizer.encode(prompt)) + 2 > self.tokenizer.context_length for prompt in prompts)
+    @property
+    def max_length(self) -> int:
+        return self.tokenizer.context_length
+
+    def num_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text)) + 2
 
     def preprocess(self, images: Sequence[Image.Image]) -> Float[Tensor, "B 3 h w"]:
         # HPSv2 resizes tensors, so that nothing is rounded and both ways are one.
@@ -82,8 +101,8 @@ class HPSv2Scorer(NetworkScorer):
     def preprocess_pixels(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 h w"]:
         return normalise(pad_pixels(pixels, self.model.visual.image_size[0], antialias=self.antialias))
 
-    def reward(self, inputs: Float[Tensor, "B 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        different, place = distinct(prompts)
-        seen = self.model.encode_image(inputs.to(self.model.visual.conv1.weight.dtype)).float()
-        read = self.model.encode_text(self.tokenizer(different).to(self.device)).float()
-        return torch.nn.functional.cosine_similarity(seen, read[place.to(self.device)], dim=1)
+    def picture_features(self, inputs: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B D"]:
+        return self.model.encode_image(inputs.to(self.model.visual.conv1.weight.dtype)).float()
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "B D"]:
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.device)).float()

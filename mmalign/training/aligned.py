@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.user_attention import FOLDER, load_user_attention
 from mmalign.rewards.checkpoints import read_checkpoint
+from mmalign.training.lora_list import named_weights, read_lora_list
 from mmalign.training.weights import LORA_FILE, aligned_network, has_adapter
 
 _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -49,8 +50,8 @@ def load_aligned(
 
     path: a folder here, a Hub id, or one file. Read are a pipeline or a folder with unet/ or transformer/ (that network is taken, the
     other parts stay), a network's own folder, a folder here with a user attention, and a LoRA of diffusers, peft or kohya; all in
-    safetensors. With `allow_pickle` also state dicts in .bin, .ckpt, .pth and .pt, as tensors only. ValueError names the first weight
-    that does not fit, before anything is changed.
+    safetensors. With `allow_pickle` also state dicts in .bin, .ckpt, .pth and .pt, and LoRAs that are lists without names
+    (`training.lora_list`), as tensors only. ValueError names the first weight that does not fit, before anything is changed.
     """
     folder = Path(path).expanduser()
     if (folder / FOLDER).is_dir():
@@ -67,7 +68,11 @@ def load_aligned(
 
 def read_released(pipe: Any, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Released:
     """What `load_aligned` would put onto `pipe`, as tensors."""
-    files = _files(str(path), aligned_network(pipe)[0], allow_pickle)
+    component, network = aligned_network(pipe)
+    files = _files(str(path), component, allow_pickle)
+    if (listed := read_lora_list(files[0])) is not None:
+        weights, _ = named_weights(network, listed)
+        return Released(files[0], {f"{component}.{name}": value for name, value in weights.items()})
     state: dict[str, Tensor] = {}
     for file in files:
         state |= read_checkpoint(file)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.files import write_file
+from mmalign.training.loading import EMBEDDED
 from mmalign.training.run_config import RunConfig
 
 _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
+    "longalign": ("LongAlign", "2410.11817"),
     "ppd": ("PPD", "2501.06655"),
     "self-npo": ("Self-NPO", "2505.11777"),
     "sft": ("supervised fine-tuning on preferred pictures", None),
@@ -104,8 +106,8 @@ def _usage_of(args: RunConfig, base: str, trained: tuple[str, str] | None, users
 
 def _usage(base: str, trained: tuple[str, str] | None) -> str:
     """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
-    # Plain diffusers does not know the embedded model by name.
-    package, loader = ("mmalign", "SmPOPipeline") if base == "playground" else ("diffusers", "DiffusionPipeline")
+    # Plain diffusers does not know the embedded models by name.
+    package, loader = ("mmalign", "SmPOPipeline") if base in EMBEDDED else ("diffusers", "DiffusionPipeline")
     if trained is None:
         return f"""from {package} import {loader}
 

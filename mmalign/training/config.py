@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from mmalign import losses
 from mmalign.data import ComparisonConfig
+from mmalign.data.reward_columns import PREFIX
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.auto_beta import check_auto_beta
 from mmalign.training.config_checks import READ_BY, check_axes, check_losses
@@ -124,6 +125,13 @@ class DenoiserConfig(RunConfig):
         if isinstance(self.beta, str) and self.beta != "auto":
             raise ValueError(f"beta must be a number or 'auto', got {self.beta!r}")
         return float(self.default("beta") if self.beta == "auto" else self.beta)
+
+    @property
+    def trained_on(self) -> str | None:
+        """The scorer of the comparison, if it is not the human label."""
+        # A reward that the data carry judges no other picture.
+        judges = self.comparison != "human" and self.scorer is not None and not self.scorer.startswith(PREFIX)
+        return self.scorer if judges else None
 
     @property
     def is_reference_free(self) -> bool:

@@ -11,6 +11,8 @@ import torch
 from mmalign.training.weights import LORA_FILE
 
 PLAYGROUND = "playground"
+SCENES = "playground-scenes"
+EMBEDDED = {PLAYGROUND: "stable-diffusion", SCENES: "stable-diffusion-scenes"}
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -20,26 +22,53 @@ def plain_class(kind: type) -> Any:
 
 
 def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
-    """A diffusers pipeline from a hub id, a folder, or "playground". Weights must be safetensors unless asked otherwise."""
+    """A diffusers pipeline from a hub id, a folder, or one of EMBEDDED. Weights must be safetensors unless asked otherwise."""
     from diffusers import DiffusionPipeline
 
     options.setdefault("use_safetensors", True)
     name = str(name_or_path)
-    folder = playground_folder() if name == PLAYGROUND else Path(name).expanduser()
-    local = name == PLAYGROUND or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    embedded = name in EMBEDDED
+    folder = playground_folder(name) if embedded else Path(name).expanduser()
+    local = embedded or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if embedded and "torch_dtype" not in options:
+        # Their weights are stored in half precision to keep the package small, and work in single.
+        options.setdefault("dtype", torch.float32)
+    if name == SCENES and "vae" not in options:
+        options["vae"] = scene_vae(options.get("torch_dtype", options.get("dtype")))
     if local:
         check_folder(folder, options)
-    if name == PLAYGROUND and "torch_dtype" not in options:
-        # Its weights are stored in half precision to keep the package small, and work in single.
-        options.setdefault("dtype", torch.float32)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder if local else name, **options)
     except (OSError, ValueError) as error:
         where = str(folder) if local else f"{name!r} is no folder here, and the Hub's model"
         raise ValueError(f"{where} could not be loaded: {' '.join(str(error).split())}") from error
-    if name == PLAYGROUND:
-        pipe.register_to_config(_name_or_path=PLAYGROUND)
+    if embedded:
+        pipe.register_to_config(_name_or_path=name)
+    elif local and "vae" not in options and _of_scenes(folder):
+        _see_cells_alone(pipe.vae)
     return pipe
+
+
+def scene_vae(dtype: torch.dtype | None) -> Any:
+    """The playground's autoencoder, which sees each cell of a scene alone, as it was trained: side by side its norms would mix them."""
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(playground_folder() / "vae", torch_dtype=dtype)
+    _see_cells_alone(vae)
+    return vae
+
+
+def _see_cells_alone(vae: Any) -> None:
+    vae.enable_tiling()
+    vae.tile_overlap_factor = 0
+    # diffusers stores no tiling, but this: by it a saved copy is known again.
+    vae.register_to_config(_name_or_path=SCENES)
+
+
+def _of_scenes(folder: Path) -> bool:
+    """Whether a saved pipeline's autoencoder is `scene_vae`'s."""
+    config = folder / "vae" / "config.json"
+    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("_name_or_path") == SCENES
 
 
 def single_file(link_or_path: str, base: str, **options: Any) -> Any:
@@ -90,11 +119,11 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     )
 
 
-def playground_folder() -> Path:
-    """Where the embedded Stable Diffusion lies."""
+def playground_folder(name: str = PLAYGROUND) -> Path:
+    """Where an embedded Stable Diffusion lies."""
     from importlib.resources import files
 
-    return Path(str(files("mmalign"))) / "assets" / "stable-diffusion"
+    return Path(str(files("mmalign"))) / "assets" / EMBEDDED[name]
 
 
 def check_folder(folder: Path, options: dict[str, Any] | None = None) -> None:

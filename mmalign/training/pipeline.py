@@ -4,10 +4,11 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
+from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
 from mmalign.training.aligned import load_aligned
 from mmalign.training.export import ExportFormat, export
 from mmalign.training.loading import load_base, plain_class, single_file
@@ -33,7 +34,10 @@ class AlignPipeline:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """Loads any supported text-to-image or text-to-video pipeline (hub id, folder, or "playground"), with diffusers' keywords."""
+        """Loads any supported text-to-image or text-to-video pipeline, with diffusers' keywords.
+
+        The name is a hub id, a folder, "playground" or "playground-scenes".
+        """
         return cls._adopt(load_base(pretrained_model_name_or_path, **options))
 
     @classmethod
@@ -45,7 +49,10 @@ class AlignPipeline:
     def from_pipe(cls, pipeline: Any, **options: Any) -> Self:
         """This pipeline around the components of another one. They are shared, as in diffusers: aligning one aligns both."""
         base = plain_class(type(pipeline))
-        return cls._adopt(base(**plain_components(pipeline) | options, **flags(pipeline, options)))
+        made = cls._adopt(base(**plain_components(pipeline) | options, **flags(pipeline, options)))
+        if (reader := long_prompts_of(pipeline)) is not None:
+            read_long_prompts(made, reader.config, reader.tail)
+        return made
 
     @classmethod
     def _adopt(cls, pipe: Any) -> Self:
@@ -102,6 +109,15 @@ class AlignPipeline:
                 save_trained(self, network, part)
             self._save_more(part)
             merged(self).save_pretrained(str(part), **options)
+
+    def read_long_prompts(self, layout: Literal["segments", "concatenate"] | None = "segments", **options: Any) -> None:
+        """From now on prompts beyond CLIP's 77 positions are read in segments (None: cut), in drawing and in training.
+
+        options: fields of `mmalign.denoisers.long_prompts.LongPrompts`. A folder that is saved does not tell it: call it again.
+        """
+        before = long_prompts_of(self)
+        config = None if layout is None else LongPrompts(layout=layout, **options)
+        read_long_prompts(self, config, None if before is None else before.tail)
 
     def _save_more(self, folder: Path) -> None:
         """Writes what a method has besides a plain pipeline."""

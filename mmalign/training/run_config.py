@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from transformers import TrainingArguments
 
+from mmalign.denoisers.long_prompts import LongPrompts
 from mmalign.training.config_checks import check_choices, check_run
 from mmalign.training.inherited import RUN_OPTIONS, refuse_unsupported
 from mmalign.training.optimizers import check_optimizer
@@ -29,6 +30,11 @@ class RunConfig(TrainingArguments):
     train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
     num_frames         frames of a clip, sampled evenly from it; None is the model's own; for video models only
     resolution         pixels of the short side and of the centre crop; None is the model's own
+    long_prompts       "segments": texts beyond CLIP's 77 positions are read sentence by sentence; "concatenate": naively, with every
+                       segment's padding; None leaves it to the pipeline, which cuts them unless told otherwise
+    long_prompts_tokens   embeddings that a prompt may then have
+    long_prompts_pack  short sentences share a segment
+    long_prompts_compat   "longalign": the released splitter, for the released weights
     ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
                        products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
     validation_*       pictures drawn from fixed prompts and seeds every `validation_steps` optimiser steps (0: never)
@@ -42,6 +48,10 @@ class RunConfig(TrainingArguments):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
 
     prompt_dropout: float = 0.2
+    long_prompts: Literal["segments", "concatenate"] | None = None
+    long_prompts_tokens: int = 240
+    long_prompts_pack: bool = False
+    long_prompts_compat: Literal["longalign"] | None = None
     ema_decay: float | None = None
     train_split: str | None = None
     eval_split: str | None = None
@@ -76,6 +86,7 @@ class RunConfig(TrainingArguments):
         check_choices(self)
         check_optimizer(self)
         check_run(self)
+        self.long_prompt_reading()
 
     @property
     def place_model_on_device(self) -> bool:
@@ -90,6 +101,20 @@ class RunConfig(TrainingArguments):
     def default(self, name: str) -> Any:
         """The default of a field of ours in this method's config."""
         return type(self).__dataclass_fields__[name].default
+
+    def long_prompt_reading(self) -> LongPrompts | None:
+        """How long prompts are read; None leaves it to the pipeline."""
+        if self.long_prompts is None:
+            for name in ("long_prompts_tokens", "long_prompts_pack", "long_prompts_compat"):
+                if getattr(self, name) != self.default(name):
+                    raise ValueError(f"{name} has no effect without long_prompts")
+            return None
+        return LongPrompts(
+            layout=self.long_prompts,
+            max_tokens=self.long_prompts_tokens,
+            pack=self.long_prompts_pack,
+            compat=self.long_prompts_compat,
+        )
 
     @property
     def order_seed(self) -> int:
@@ -127,6 +152,10 @@ class RunConfig(TrainingArguments):
             f"{self._schedule()}",
             *self.details(elements),
         ]
+        if self.long_prompts is not None:
+            lines.append(
+                f"prompts are read in {self.long_prompts} up to {self.long_prompts_tokens} tokens: draw with pipe.read_long_prompts(…)"
+            )
         if self.ema_decay is not None:
             lines.append(
                 f"evaluated, drawn and saved: the moving average of the trained weights, decay {self.ema_decay:g} (ema_decay), not "
@@ -141,6 +170,11 @@ class RunConfig(TrainingArguments):
     def _schedule(self) -> str:
         warmup = f"{self.warmup_steps:g}" + (" of the steps" if 0 < self.warmup_steps < 1 else " steps")
         return f"{plain(self.lr_scheduler_type)}, warm-up {warmup}"
+
+    @property
+    def trained_on(self) -> str | None:
+        """The scorer that a run learns from, which then cannot be its judge; None where there is none that scores other pictures."""
+        return None
 
     @property
     def trains_negative(self) -> bool:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.draws import row_generators
 from mmalign.likelihood.reference import Reference, make_reference
@@ -92,6 +93,13 @@ class RunTrainer(SavingTrainer):
             model = load_base(model)
         self.pipe, self.denoiser = model, adapter_for(model)
         self.check_arguments(args, train_dataset, eval_dataset, peft_config)
+        with self._reading_long_prompts(args):
+            self._build(args, train_dataset, eval_dataset, peft_config, ref_model, callbacks)
+
+    def _build(
+        self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any, ref_model: Any, callbacks: Any
+    ) -> None:
+        model = self.pipe
         with on_device(list(networks(model).values()), args.device):
             self._train = self.prepare_data(train_dataset, args)
             self._eval = None if eval_dataset is None else self.prepare_data(eval_dataset, args, like=self._train)
@@ -124,6 +132,18 @@ class RunTrainer(SavingTrainer):
         self._logged_at: tuple[int, float] | None = None
         self.set_up()
         self._add_our_callbacks()
+
+    @contextmanager
+    def _reading_long_prompts(self, args: Any) -> Iterator[None]:
+        """The pipeline reads long prompts as `args` say, from now on unless the block raises."""
+        before, config = long_prompts_of(self.pipe), args.long_prompt_reading()
+        try:
+            if config is not None:
+                read_long_prompts(self.pipe, config, None if before is None else before.tail)
+            yield
+        except BaseException:
+            read_long_prompts(self.pipe, *((None,) if before is None else (before.config, before.tail)))
+            raise
 
     # What a method says of itself.
 

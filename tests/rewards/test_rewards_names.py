@@ -13,7 +13,7 @@ from mmalign.scorer_names import FROM_FILES, SCORERS
 def test_files_are_known_for_the_listed_names() -> None:
     assert tuple(rewards._FILES) == FROM_FILES
     for name in SCORERS:
-        assert name in FROM_FILES or name.partition(":")[0] in ("playground", "pickscore", "clip")
+        assert name in FROM_FILES or name.partition(":")[0] in ("playground", "pickscore", "denscore", "clip")
 
 
 @pytest.mark.parametrize("name", ["beauty", "clip", "clip:", "hpsv3:", "pickscore:own.pt"])

@@ -1,0 +1,89 @@
+"""The scene world's base as it is stored: it shares its autoencoder, and draws what is asked where it is asked."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mmalign
+from mmalign.evaluation import generate
+from mmalign.playground import photographs, scene_base, scene_judges, scene_prompts, scene_text, scenes
+from mmalign.playground.paths import CURVES, SCENES
+from mmalign.training.loading import load_base, playground_folder
+
+
+@cache
+def base() -> Any:
+    return load_base("playground-scenes")
+
+
+def test_the_autoencoder_is_shared_and_sees_each_cell_alone() -> None:
+    from diffusers import AutoencoderKL
+
+    assert not (SCENES / "vae").exists()
+    plain = AutoencoderKL.from_pretrained(playground_folder() / "vae", torch_dtype=torch.float32)
+    rows = torch.arange(2)
+    data = photographs.load("test")
+    pixels = scenes.compose(data, rows, scenes.draw_scenes(data.labels, rows, seed=1)) * 2 - 1
+    with torch.no_grad():
+        alone = plain.encode(scenes.split(pixels)).latent_dist.mean
+        latents = base().vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(latents, scenes.join(alone), atol=1e-5, rtol=1e-5)
+        drawn = base().vae.decode(latents).sample
+        torch.testing.assert_close(drawn, scenes.join(plain.decode(alone).sample), atol=1e-5, rtol=1e-5)
+    # Whole, it would not do: its norms take their measure from all four cells.
+    assert (plain.encode(pixels).latent_dist.mean - latents).abs().mean() > 0.05
+
+
+def test_options_act_on_it_as_on_any_base() -> None:
+    pipe = mmalign.SmPOPipeline.from_pretrained("playground-scenes", dtype=torch.bfloat16)
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16 and base().unet.dtype == torch.float32
+    assert pipe.config._name_or_path == "playground-scenes" and isinstance(pipe, mmalign.SmPOPipeline)
+    other = load_base("playground").vae
+    assert load_base("playground-scenes", vae=other).vae is other and not other.use_tiling
+
+
+def test_a_saved_copy_draws_as_the_base_and_holds_no_path(tmp_path: Path) -> None:
+    mmalign.SmPOPipeline.from_pretrained("playground-scenes").save_pretrained(tmp_path / "copy")
+    assert json.loads((tmp_path / "copy" / "vae" / "config.json").read_text())["_name_or_path"] == "playground-scenes"
+    copy = load_base(tmp_path / "copy")
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(copy.vae.decode(latents).sample, base().vae.decode(latents).sample)
+
+
+def test_its_tokenizer_is_the_one_that_is_built() -> None:
+    captions = scene_prompts.short_prompts("test", 20, 2)
+    assert base().tokenizer(captions).input_ids == scene_text.build_tokenizer()(captions).input_ids
+    assert base().tokenizer.model_max_length == base().text_encoder.config.max_position_embeddings == 77
+
+
+def test_it_draws_what_is_asked_where_it_is_asked() -> None:
+    captions = scene_prompts.short_prompts("test", 12, 2)
+    pictures = generate(base(), captions, range(12), num_inference_steps=12, guidance_scale=4.0, batch_size=12)
+    assert pictures[0].size == (64, 64)
+    judge = scene_judges.load("A")
+    assert judge.read(pictures, captions).share() > 0.6
+    exchanged = [text.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right") for text in captions]
+    assert judge.read(pictures, exchanged).share() < 0.35
+
+
+def test_the_committed_curves_are_those_of_all_stages() -> None:
+    curve = json.loads((CURVES / "scene-base.json").read_text())
+    for number, stage in enumerate(scene_base.STAGES, start=1):
+        steps = [entry["step"] for entry in curve if entry["stage"] == number]
+        assert steps == list(range(stage.curve_every, stage.steps + 1, stage.curve_every))
+    text = json.loads((CURVES / "scene-text.json").read_text())
+    assert text[-1]["step"] == scene_text.STEPS and text[-1]["loss"] < text[0]["loss"] / 2
+    measured = json.loads((CURVES / "scene-base-measured.json").read_text())["test"]
+    for length in ("one_sentence", "two_sentences"):
+        assert measured[length]["share"] > 4 * measured[length]["chance"]
+
+
+def test_fifty_steps_of_its_text_encoder_meet_the_committed_curve() -> None:
+    committed = json.loads((CURVES / "scene-text.json").read_text())[0]
+    _, curve = scene_text.train(stop_after=committed["step"])
+    assert curve[0]["loss"] == pytest.approx(committed["loss"], rel=2e-3)
