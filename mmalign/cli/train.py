@@ -55,7 +55,7 @@ METHODS = {
         "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
     ),
 }
-# Those whose result is drawn with by itself, and compared with its base; PPD without a user draws what the base draws.
+# Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
 ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign", "ppd")]
 _PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
