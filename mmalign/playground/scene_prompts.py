@@ -18,6 +18,7 @@ _STREAM = {"train": 221, "test": 222}
 _SHORT_STREAM = {"train": 231, "test": 232}
 
 
+@cache
 def prompts() -> pairs.Prompts:
     """Captions of four sentences whose third garment is named beyond token 77.
 

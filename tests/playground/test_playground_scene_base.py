@@ -71,6 +71,16 @@ def test_it_draws_what_is_asked_where_it_is_asked() -> None:
     assert judge.read(pictures, exchanged).share() < 0.35
 
 
+def test_the_command_line_knows_its_prompts_and_judges() -> None:
+    from mmalign.cli.evaluate import scorer_named
+    from mmalign.cli.models import prompts_of
+
+    assert prompts_of("playground-scenes") == scene_prompts.prompts().test
+    for name in ("scene-judge-A", "scene-judge-B"):
+        assert scorer_named(name, "cpu").name == name
+    assert scorer_named("judge-A", "cpu").fingerprint == scorer_named("scene-judge-A", "cpu").fingerprint
+
+
 def test_the_committed_curves_are_those_of_all_stages() -> None:
     curve = json.loads((CURVES / "scene-base.json").read_text())
     for number, stage in enumerate(scene_base.STAGES, start=1):
