@@ -7,7 +7,6 @@ or two sentences.
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -142,6 +141,6 @@ def _loss(
     extra = extra + scene_gaze.looking_away(gazes, captions, tokens)
     if "finders" in parts:
         places = scene_gaze.where(askers[0].shape[1]).expand(len(captions), -1)
-        found = [finder(asker).mT for finder, asker in zip(cast(Any, parts["finders"]), askers, strict=True)]
+        found = [finder(asker).mT for finder, asker in zip(parts["finders"].children(), askers, strict=True)]
         extra = extra + torch.stack([F.cross_entropy(guess, places) for guess in found]).mean()
     return (noise_level / signal * error).mean() + EXTRA_WEIGHT * extra
