@@ -2,7 +2,7 @@
 
 import io
 import json
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -105,9 +105,9 @@ def choose_guidance(pipe: StableDiffusionPipeline, number: int = 128) -> dict[st
     }
 
 
-def chosen_guidance() -> float:
-    """The guidance scale that was fixed for the base."""
-    return json.loads((CURVES / "base-measured.json").read_text())["guidance_scale"]
+def chosen_guidance(model: Literal["base", "scene-base"] = "base") -> float:
+    """The guidance scale that was fixed for a world's base."""
+    return json.loads((CURVES / f"{model}-measured.json").read_text())["guidance_scale"]
 
 
 def pairs() -> dict[str, Any]:
