@@ -376,8 +376,8 @@ def is_opened_here(given: Given) -> bool:
     return given["max_rows"] is not None or given["root"] is not None or given["streaming"]
 
 
-def source_of(given: Given) -> Any:
-    """The training data as the trainer takes it."""
+def source_of(given: Given, *, captioned: bool = False) -> Any:
+    """The training data as the trainer takes it; `captioned`: of a method that takes single pictures too."""
     if not is_opened_here(given):
         return given["data"]
     from mmalign.data import load_pairs
@@ -388,6 +388,7 @@ def source_of(given: Given) -> Any:
         root=given["root"],
         max_rows=given["max_rows"],
         streaming=given["streaming"],
+        captioned=captioned,
     )
 
 
@@ -404,7 +405,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
         )
     # The trainer brings each part to its device while it is needed there.
     pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
-    source = source_of(given)
+    source = source_of(given, captioned=not config.needs_pairs)
     if is_opened_here(given):
         options["train_split"] = None
     folder = Path(given["output_dir"])
