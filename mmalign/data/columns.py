@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from mmalign.data.judgements import label_of_chosen, label_of_pickapic, label_of_votes
@@ -145,7 +146,7 @@ def _hpdv3(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str
     return _pair(raw, row, scores, "prompt", ("path1", "path2"), label_of_chosen(raw, row))
 
 
-def _captioned(raw: Mapping[str, Any], row: int, *, prompt: str) -> RawPair:
+def _captioned(prompt: str, raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
     return RawPair(read_text(raw, prompt, row), ("image",), (raw.get("image"),), label=1.0, scores={})
 
 
@@ -172,5 +173,5 @@ _READERS: dict[Form, Callable[[Mapping[str, Any], int, Mapping[str, tuple[str, s
     "canonical": _canonical,
     "hpdv2": _hpdv2,
     "hpdv3": _hpdv3,
-    **{form: lambda raw, row, _, form=form: _captioned(raw, row, prompt=REQUIRED[form][0]) for form in CAPTIONED},
+    **{form: partial(_captioned, REQUIRED[form][0]) for form in CAPTIONED},
 }
