@@ -130,6 +130,14 @@ def sampling_options(*, seed: str = _SEED) -> list[Option]:
             **common,
         ),
         Option(
+            name="true_cfg_scale",
+            help="FLUX, which is told --guidance-scale: guidance by a negative branch, of the empty prompt; there --negative needs it",
+            convert=number,
+            metavar="X",
+            nullable=True,
+            **common,
+        ),
+        Option(
             name="seed",
             help=seed,
             convert=whole,
@@ -305,7 +313,7 @@ def guidance_of(given: Given) -> float:
 
 def sampling_of(given: Given) -> dict[str, Any]:
     """What `sampling_options` gave, as the keywords of everything in `mmalign.evaluation` that draws; the seed apart."""
-    same = {name: given[name] for name in ("num_inference_steps", "batch_size", "height", "width")}
+    same = {name: given[name] for name in ("num_inference_steps", "true_cfg_scale", "batch_size", "height", "width")}
     return same | {"guidance_scale": guidance_of(given)}
 
 

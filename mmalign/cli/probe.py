@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli import launch, train
+from mmalign.cli import launch, probe_negative, train
 from mmalign.cli.models import load_pipeline
 from mmalign.cli.options import Alias, Command, Given, Option, UsageError, config_path, number, read_yaml, switch, whole
 from mmalign.cli.terminal import command, without_options
@@ -75,6 +75,7 @@ METHOD is {methods}.
   mmalign probe smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl --gradient-accumulation-steps 16
 
 Options of a method:  mmalign probe dpo --help
+A negative side:      mmalign probe negative --help
 """
 _EPILOG = """How to read the table (held-out pairs, but for the last two columns):
   accuracy        share of pairs that policy against reference ranks as the label does (mean over the draws), 95 % interval over prompts
@@ -93,6 +94,8 @@ It is a rule of thumb: it sees no picture, and a longer run drifts further than 
 
 def run(argv: Sequence[str]) -> int:
     """Probes, prints the table, the advice and the command; 1 where no learning rate was sound."""
+    if argv[:1] == ["negative"]:
+        return probe_negative.run(argv[1:])
     method, words = train.method_of(list(argv), "probe")
     if method is None:
         print(_HELP.format(methods=", ".join(METHODS)), end="")

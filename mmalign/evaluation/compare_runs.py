@@ -23,6 +23,7 @@ _SETTINGS = (
     "seed",
     "num_inference_steps",
     "guidance_scale",
+    "true_cfg_scale",
     "height",
     "width",
     "scheduler",
@@ -148,7 +149,7 @@ def compare_results(
         settings={
             "num_prompts": len(set(clusters)),
             "num_pictures_per_side": len(clusters),
-            **{name: first.settings[name] for name in _SETTINGS},
+            **{name: first.settings[name] for name in _SETTINGS if name in first.settings},
             "num_resamples": num_resamples,
             "confidence": confidence,
             "allow_different": sorted(allow_different),
@@ -176,8 +177,10 @@ def _check_comparable(
     if [(row.prompt, row.seed) for row in _ordered(first)] != [(row.prompt, row.seed) for row in _ordered(other)]:
         refuse("seeds", "the same prompts were drawn from other seeds, or other numbers of them")
     for key in _SETTINGS:
-        if first.settings[key] != other.settings[key]:
-            refuse(key, f"{first.settings[key]} and {other.settings[key]}")
+        # Not every report has a true guidance to tell.
+        mine, theirs = first.settings.get(key), other.settings.get(key)
+        if mine != theirs:
+            refuse(key, f"{mine} and {theirs}")
     for scorer in first.scorers:
         twin = _scorer(scorer.name, other)
         if twin is not None and twin.fingerprint != scorer.fingerprint:

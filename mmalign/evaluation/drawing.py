@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -30,6 +31,11 @@ class SamplerSettings:
     width: int | None
     scheduler: str
     scheduler_fingerprint: str
+    true_cfg_scale: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        """By name; a true guidance only where there is one, so that what lies in a folder without it is found again."""
+        return {name: value for name, value in asdict(self).items() if name != "true_cfg_scale" or value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +84,7 @@ def draw_side(
     output_dir: str | Path,
     num_inference_steps: int,
     guidance_scale: float,
+    true_cfg_scale: float | None = None,
     num_images_per_prompt: int = 1,
     seed: int = 0,
     batch_size: int = 8,
@@ -103,10 +110,11 @@ def draw_side(
         width=width,
         scheduler=type(pipe.scheduler).__name__,
         scheduler_fingerprint=scheduler_fingerprint(pipe.scheduler),
+        true_cfg_scale=true_cfg_scale,
     )
     model = fingerprint or model_fingerprint(pipe)
     rows, seeds = paired_rows(prompts, num_images_per_prompt, seed)
-    origin = {"model": model, "settings": asdict(settings)}
+    origin = {"model": model, "settings": settings.told()}
     folder = Path(output_dir) / "pictures" / f"{slug(label)}-{text_hash(origin)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "drawn_from.json", json.dumps(origin, indent=2))
@@ -119,6 +127,7 @@ def draw_side(
         [seeds[row] for row in missing],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         batch_size=batch_size,
         height=height,
         width=width,

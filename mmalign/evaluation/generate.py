@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ def generate(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    true_cfg_scale: float | None = None,
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
@@ -31,7 +33,8 @@ def generate(
 ) -> list[Any]:
     """One picture for each (prompt, seed), in order, or of a video pipeline one clip, a tuple of frames.
 
-    `height`, `width` and `num_frames` left out take the pipeline's own; only a video pipeline takes `num_frames`.
+    `height`, `width` and `num_frames` left out take the pipeline's own; only a video pipeline takes `num_frames`. `true_cfg_scale`: for
+    models that were distilled to be told a guidance_scale (FLUX), guidance by a second, negative branch, of the empty prompt.
     """
     pictures: list[Any] = []
     for batch in generate_batches(
@@ -40,6 +43,7 @@ def generate(
         seeds,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        true_cfg_scale=true_cfg_scale,
         batch_size=batch_size,
         height=height,
         width=width,
@@ -57,6 +61,7 @@ def generate_batches(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    true_cfg_scale: float | None = None,
     batch_size: int = 8,
     height: int | None = None,
     width: int | None = None,
@@ -76,6 +81,7 @@ def generate_batches(
     clips = draws_clips(pipe)
     if num_frames is not None and not clips:
         raise ValueError(f"num_frames={num_frames} has no effect: {type(pipe).__name__} draws pictures; leave it out")
+    check_true_guidance(pipe, true_cfg_scale)
     asked = (("height", height), ("width", width), ("num_frames", num_frames))
     size = {name: value for name, value in asked if value is not None}
     with (
@@ -93,12 +99,29 @@ def generate_batches(
                 guidance_scale=guidance_scale,
                 output_type="np",
                 **size,
+                **({} if true_cfg_scale is None else _true_guidance(true_cfg_scale, len(generators))),
                 **(call or {}),
             )
             _check_shown(output, prompts[rows], seeds[rows])
             drawn = np.asarray(output.frames if clips else output.images)
             yield _pictures(drawn, prompts[rows], seeds[rows])
             bar.update(len(generators))
+
+
+def check_true_guidance(pipe: Pipeline, scale: float | None) -> None:
+    """ValueError for a scale that would not act."""
+    if scale is None:
+        return
+    if "true_cfg_scale" not in inspect.signature(type(pipe).__call__).parameters:
+        raise ValueError(
+            f"true_cfg_scale={scale:g} has no effect: {type(pipe).__name__} guides by guidance_scale; leave it out"
+        )
+    if not scale > 1:
+        raise ValueError(f"true_cfg_scale must be above 1, got {scale:g}: leave it out to draw without that branch")
+
+
+def _true_guidance(scale: float, rows: int) -> dict[str, Any]:
+    return {"true_cfg_scale": scale, "negative_prompt": [""] * rows}
 
 
 def _check_shown(output: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:

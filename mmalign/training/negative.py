@@ -137,6 +137,17 @@ def drawing(pipe: Any, negative: Negative, call: inspect.BoundArguments) -> Iter
         yield
 
 
+@contextmanager
+def acting_as_negative(pipe: Any, negative: Negative) -> Iterator[nn.Module]:
+    """A block with the network of the negative branch: the pipeline's own, other weights acting on it, or its second."""
+    network, second = aligned_network(pipe)[1], second_network(pipe)
+    if second is not None:
+        yield second
+        return
+    with blend(network, NEGATIVE, alpha=negative.alpha, beta=negative.beta)():
+        yield network
+
+
 def _switched(
     network: nn.Module, negative: Negative
 ) -> Callable[[Callable[..., Any]], AbstractContextManager[Callable[..., Any]]]:

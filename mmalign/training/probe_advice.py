@@ -196,7 +196,12 @@ def table(readings: list[Reading]) -> str:
         ]
         for r in readings
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows as lines, every column but the last set flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(f"{text:>{width}}" for text, width in zip(row[:-1], widths, strict=False)) for row in rows]
     return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))
 

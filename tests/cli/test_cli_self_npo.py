@@ -41,6 +41,23 @@ def test_a_run_from_prompts_is_drawn_away_from(place: Path, capsys: pytest.Captu
     assert "A negative side of model by Self-NPO" in Path("run/README.md").read_text()
 
 
+def test_flux_is_drawn_away_from_a_negative_side_by_its_true_guidance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("flux", "model")
+    Path("prompts.txt").write_text("a red shirt\na blue bag\n")
+    words = ["--output-dir", "run", "--learning-rate", "0.05", "--lora-r", "2", "--train-batch-size", "2"]
+    assert cli.main([*TRAIN, *words, "--solver-steps", "1", "--resolution", "16"]) == 0
+    small = ["--height", "16", "--width", "16"]
+    plain = picture("plain", *small, "--true-cfg-scale", "8")
+    assert np.abs(picture("guided", *small, "--true-cfg-scale", "8", "--negative", "run") - plain).max() > 0
+    capsys.readouterr()
+    drawing = ["generate", "--model", "model", "--prompt", "x", "--negative", "run", "--output-dir", "none"]
+    assert cli.main([*drawing, *small]) == 2
+    assert "only with true_cfg_scale above 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from mmalign.evaluation import generate
 
@@ -130,3 +131,33 @@ def test_a_clip_depends_on_its_prompt_and_seed_only_and_evaluation_says_what_it_
 def test_a_number_of_frames_is_refused_where_pictures_are_drawn(pipe):
     with pytest.raises(ValueError, match="num_frames=9 has no effect: StableDiffusionPipeline draws pictures"):
         draw(pipe, PROMPTS[:1], [0], num_frames=9)
+
+
+def test_flux_is_guided_by_an_empty_negative_prompt_where_that_is_asked_for(pipe, tmp_path):
+    from tiny import tiny_pipeline
+
+    from mmalign.evaluation.drawing import draw_side
+
+    flux = tiny_pipeline("flux")
+    (guided,) = draw(flux, PROMPTS[:1], [3], true_cfg_scale=4.0)
+    flux.set_progress_bar_config(disable=True)
+    by_hand = flux(
+        PROMPTS[0], negative_prompt="", true_cfg_scale=4.0, guidance_scale=3.0, num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]  # fmt: skip
+    assert difference(guided, by_hand) <= 1 and difference(guided, draw(flux, PROMPTS[:1], [3])[0]) > 1
+    with pytest.raises(ValueError, match="StableDiffusionPipeline guides by guidance_scale"):
+        draw(pipe, PROMPTS[:1], [3], true_cfg_scale=4.0)
+    with pytest.raises(ValueError, match="must be above 1"):
+        draw(flux, PROMPTS[:1], [3], true_cfg_scale=1.0)
+    # Its pictures lie apart from those without it, whose folder is what it always was.
+    common = {
+        "label": "flux",
+        "output_dir": tmp_path,
+        "num_inference_steps": 1,
+        "guidance_scale": 3.0,
+        "progress": False,
+    }
+    sides = [draw_side(flux, PROMPTS[:1], **common, **scale) for scale in ({}, {"true_cfg_scale": 4.0})]
+    assert sides[0].pictures[0].parent != sides[1].pictures[0].parent
+    assert "true_cfg_scale" not in sides[0].settings.told() and sides[1].settings.told()["true_cfg_scale"] == 4.0
