@@ -24,6 +24,7 @@ from mmalign.files import slug, write_file, write_json
 from mmalign.playground import measure, pairs, settings
 
 RESULTS = Path(__file__).parent / "results" / "negative_guidance"
+WORK = Path("build") / "negative_guidance"
 SEEDS = (0, 1, 2)
 GUIDANCE_SCALES = (2.0, 4.0, 6.0)
 PICTURE_SEED, CHOICE_SEED = 9_000_000, 8_000_000
@@ -87,20 +88,9 @@ def choose() -> str:
 
 
 def run(positive: str, negative: str, guidance: float, seed: int, work_dir: Path) -> None:
-    """Draws a cell, with what was trained for another cell of its seed, or is now."""
-    recipe, beta = NEGATIVES.get(negative, ("plain", 1.0))
-    recipes = {"smpo": ("SmPO", {}), **CANDIDATES}
-    sides: list[Path | None] = []
-    for name in (positive, recipe):
-        folder = work_dir / f"seed{seed}" / slug(name) if name in recipes else None
-        if folder is not None and not folder.is_dir():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            train(*recipes[name], part, seed)
-            part.rename(folder)
-        sides.append(folder)
+    """Trains what a cell needs and has not got from another one, draws it, and writes what judge B saw."""
     seen = judged(
-        pipeline(*sides, beta),
+        sides(positive, negative, seed, work_dir),
         pairs.prompts().test,
         first_seed=PICTURE_SEED + 1000 * seed,
         judge="B",
@@ -108,6 +98,22 @@ def run(positive: str, negative: str, guidance: float, seed: int, work_dir: Path
     )
     about = {"positive": positive, "negative": negative, "guidance_scale": guidance, "seed": seed}
     write_json(cell_path(positive, negative, guidance, seed), {**about, **seen})
+
+
+def sides(positive: str, negative: str, seed: int, work_dir: Path) -> Any:
+    """The pipeline of a cell; its LoRAs stay in `work_dir`."""
+    recipe, beta = NEGATIVES.get(negative, ("plain", 1.0))
+    recipes = {"smpo": ("SmPO", {}), **CANDIDATES}
+    folders: list[Path | None] = []
+    for name in (positive, recipe):
+        folder = work_dir / f"seed{seed}" / slug(name) if name in recipes else None
+        if folder is not None and not folder.is_dir():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            train(*recipes[name], part, seed)
+            part.rename(folder)
+        folders.append(folder)
+    return pipeline(*folders, beta)
 
 
 def cells() -> list[tuple[str, str, float]]:
@@ -208,7 +214,7 @@ def main() -> None:
     parser.add_argument("command", choices=["choose", "run", "table"])
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--guidance", type=float, nargs="*", default=GUIDANCE_SCALES, help="of the cells to run")
-    parser.add_argument("--work-dir", type=Path, default=Path("build/negative_guidance"), help="where LoRAs are kept")
+    parser.add_argument("--work-dir", type=Path, default=WORK, help="where LoRAs are kept")
     args = parser.parse_args()
     if args.command == "choose":
         text, file = choose(), "choice.md"
