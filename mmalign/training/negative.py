@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,14 @@ class Negative:
 def load_negative(
     pipe: Any,
     path: str | os.PathLike[str],
+    wanted: Negative,
     *,
-    alpha: float = 1.0,
-    beta: float = 1.0,
     base: Any = None,
     allow_pickle: bool = False,
 ) -> Negative:
     """Puts a negative side onto `pipe`, in any form that `load_aligned` reads, without changing what its other branch draws.
 
+    wanted: its α and β; with those it is returned as it was mixed.
     base: for a whole network on a pipeline that is itself a whole aligned one: what both were trained from (a pipeline, folder or id).
     """
     check_branches(pipe)
@@ -63,15 +63,15 @@ def load_negative(
             raise ValueError(f"base has no effect: {released.file} is a LoRA, which says itself what it adds")
         with acting_as_before(network):
             add_lora(pipe, released, NEGATIVE)
-        return Negative(alpha, beta)
+        return wanted
     positive = acting_adapters(network)
-    if base is None and not positive and alpha != 1:
+    if base is None and not positive and wanted.alpha != 1:
         raise ValueError(
             "alpha has no effect: nothing acts on the base. Load the positive LoRA first, or name the base"
         )
-    second = _mixed(network, released, None if base is None else _network_of(base), alpha=alpha, beta=beta)
+    second = _mixed(network, released, None if base is None else _network_of(base), wanted)
     pipe.register_modules(**{f"negative_{component}": second})
-    return Negative(alpha, beta, positive)
+    return replace(wanted, positive=positive)
 
 
 def become_negative(pipe: Any, base: nn.Module | None) -> Negative:
@@ -182,7 +182,7 @@ def _network_of(base: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _mixed(network: nn.Module, released: Released, base: nn.Module | None, *, alpha: float, beta: float) -> nn.Module:
+def _mixed(network: nn.Module, released: Released, base: nn.Module | None, wanted: Negative) -> nn.Module:
     """A network with θ + α·(θ_pos − θ) + β·(θ_npo − θ), each weight mixed in float32 or better and kept in the network's precision."""
     if is_quantized(network):
         raise ValueError("a quantised network cannot be mixed with another: use a negative LoRA")
@@ -194,18 +194,22 @@ def _mixed(network: nn.Module, released: Released, base: nn.Module | None, *, al
         second.unload_lora()  # type: ignore[operator]
     aligned = {name: value.clone() for name, value in second.state_dict().items()}
     replace_weights(second, released)
-    if (alpha, beta) == (1, 1) and base is None and all(torch.equal(aligned[name], start[name]) for name in aligned):
+    if (
+        (wanted.alpha, wanted.beta) == (1, 1)
+        and base is None
+        and all(torch.equal(aligned[name], start[name]) for name in aligned)
+    ):
         return second.eval().requires_grad_(False)
     for name, value in second.state_dict().items():
         if value.is_floating_point():
-            value.copy_(_sum(start[name].to(value.device), aligned[name], value, alpha, beta))
+            value.copy_(_sum(start[name].to(value.device), aligned[name], value, wanted))
     return second.eval().requires_grad_(False)
 
 
-def _sum(base: Tensor, positive: Tensor, negative: Tensor, alpha: float, beta: float) -> Tensor:
+def _sum(base: Tensor, positive: Tensor, negative: Tensor, wanted: Negative) -> Tensor:
     precision = torch.promote_types(torch.float32, negative.dtype)
     base, positive, negative = (part.to(precision) for part in (base, positive, negative))
-    return base + alpha * (positive - base) + beta * (negative - base)
+    return base + wanted.alpha * (positive - base) + wanted.beta * (negative - base)
 
 
 def _told(adapters: dict[str, float]) -> str:

@@ -1,6 +1,8 @@
 """What every image pipeline of ours adds to the diffusers pipeline it is: `align`, `invert`, and saving for plain diffusers."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,17 +84,23 @@ class AlignPipeline:
         options |= {"output_dir": str(output_dir)}
         preset = preset or ("playground" if train_dataset == "playground" else None)
         args = self.config_class.preset(preset, **options) if preset else self.config_class(**options)
-        trainer = self.trainer_class(
-            model=self,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            peft_config=_default_lora(self.config_class) if peft_config == "default" else peft_config,
-            ref_model=ref_model,
-        )
-        trained = trainer.train()
-        trainer.save_model()
+        with self._being_trained(peft_config):
+            trainer = self.trainer_class(
+                model=self,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                peft_config=_default_lora(self.config_class) if peft_config == "default" else peft_config,
+                ref_model=ref_model,
+            )
+            trained = trainer.train()
+            trainer.save_model()
         return AlignResult(trainer.last_metrics() | trained.metrics, list(trainer.state.log_history), Path(output_dir))
+
+    @contextmanager
+    def _being_trained(self, peft_config: Any) -> Iterator[None]:
+        """A block in which `align` trains: what a method keeps of the pipeline, and makes of what was trained."""
+        yield
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Saves a folder that plain diffusers loads. An active adapter is merged into a copy, and also written as a LoRA file.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.draws import row_generators
@@ -202,9 +204,23 @@ class RunTrainer(SavingTrainer):
         """Forward passes that one batch costs in a run of `steps` optimiser steps."""
         raise NotImplementedError
 
+    def network_inputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Latents and conditioning of a training batch, on which a forward pass of the network is timed."""
+        raise NotImplementedError
+
     def one_forward(self) -> Callable[[], Tensor]:
         """A call that runs the network once on a training batch, to be timed."""
-        raise NotImplementedError
+        data = self._train.dataset
+        items = range(len(data)) if data.buckets is None else self.sampler(self.args)
+        chosen = list(islice(items, self.args.per_device_train_batch_size))
+        x, conditioning = self.network_inputs(self._prepare_inputs(self.collate([data[item] for item in chosen])))
+        t = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+        def forward() -> Tensor:
+            with torch.no_grad(), evaluating([self.network]), self.accelerator.autocast():
+                return self.denoiser.predict(self.network, x, t, conditioning)
+
+        return forward
 
     @property
     def elements(self) -> int | None:
@@ -299,6 +315,11 @@ class RunTrainer(SavingTrainer):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(row_generators(self.args.seed, epoch, rows[:1], "dropout")[0].initial_seed())
             yield
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """Of latents: the network's, or float32 where that is less."""
+        return torch.promote_types(module_dtype(self.network), torch.float32)
 
     @cached_property
     def _has_dropout(self) -> bool:

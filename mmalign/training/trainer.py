@@ -1,9 +1,8 @@
 """The trainer of every method that learns from pairs: one measurement and one loss of `mmalign.losses`."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import TrainerCallback
 from mmalign import losses
 from mmalign.denoisers import adapter_for
 from mmalign.denoisers.base import module_dtype
-from mmalign.denoisers.parts import evaluating, is_quantized
+from mmalign.denoisers.parts import is_quantized
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
 from mmalign.training.auto_beta import AutoBeta
@@ -283,7 +282,6 @@ class DenoiserTrainer(RunTrainer):
 
     def _pairs(self, data: Prepared, inputs: dict[str, Any], epoch: int) -> Pairs:
         device, encoded = self.args.device, data.encoded
-        dtype = torch.float64 if module_dtype(self.network) == torch.float64 else torch.float32
         rows: list[int] = inputs["row"]
         share = self.args.prompt_dropout if epoch >= 0 else 0.0
         dropped = dropped_prompts(rows, seed=self.args.seed, epoch=epoch, share=share)
@@ -291,26 +289,16 @@ class DenoiserTrainer(RunTrainer):
         sides = ("chosen", "rejected") if self.args.needs_pairs else ("chosen",)
         sizes = torch.cat([inputs[f"size_{side}"] for side in sides])
         return Pairs(
-            x0=torch.cat([inputs[side] for side in sides]).to(device, dtype),
+            x0=torch.cat([inputs[side] for side in sides]).to(device, self._precision),
             conditioning=self.denoiser.with_sizes(text.repeat_pair() if len(sides) == 2 else text, sizes),
             rows=rows,
-            strength=inputs["strength"].to(device, dtype),
+            strength=inputs["strength"].to(device, self._precision),
         )
 
-    def one_forward(self) -> Callable[[], Tensor]:
-        """A call that runs the network once on a training batch, to be timed."""
-        size, buckets = self.args.per_device_train_batch_size, self._train.dataset.buckets
-        items = range(len(self._train.dataset)) if buckets is None else self.sampler(self.args)
-        chosen = list(islice(items, size))
-        inputs = self._prepare_inputs(batch_of([self._train.dataset[item] for item in chosen]))
+    def network_inputs(self, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Both sides of a training batch."""
         pairs = self._pairs(self._train, inputs, epoch=0)
-        t = torch.zeros(len(pairs.x0), dtype=torch.long, device=pairs.x0.device)
-
-        def forward() -> Tensor:
-            with torch.no_grad(), evaluating([self.network]), self.accelerator.autocast():
-                return self.denoiser.predict(self.network, pairs.x0, t, pairs.conditioning)
-
-        return forward
+        return pairs.x0, pairs.conditioning
 
     @torch.no_grad()
     def held_out_losses(self, data: Prepared, draw: int = 0) -> Iterator[tuple[Tensor, Measurement, Pairs]]:

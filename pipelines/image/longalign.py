@@ -8,9 +8,9 @@ The second stage draws whole pictures and trains on a few of their steps, one ne
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
@@ -18,12 +18,10 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from mmalign.data import ComparisonConfig
-from mmalign.data.texts import EncodedPrompts, encode_prompts, load_prompts
+from mmalign.data.texts import EncodedPrompts
 from mmalign.denoisers import Conditioning
-from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
-from mmalign.denoisers.parts import evaluating, frozen
+from mmalign.denoisers.parts import frozen
 from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
 from mmalign.likelihood import draws
@@ -36,10 +34,9 @@ from mmalign.training import health
 from mmalign.training.aligned import load_aligned
 from mmalign.training.devices import on_device
 from mmalign.training.pipeline import AlignPipeline
-from mmalign.training.prepare import Prepared, batch_of, prepare
-from mmalign.training.run_config import RunConfig
-from mmalign.training.run_trainer import Losses, RunTrainer
-from mmalign.training.weights import has_adapter
+from mmalign.training.prepare import Prepared
+from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
+from mmalign.training.run_trainer import Losses
 
 DIRECTION, ADAPTER = "common_direction.safetensors", "text_adapter"
 T5_ENCODER, T5_TOKENIZER = "t5_encoder", "t5_tokenizer"
@@ -52,7 +49,7 @@ _OF_REWARD = (
 
 
 @dataclass
-class LongAlignConfig(RunConfig):
+class LongAlignConfig(PromptConfig):
     """Defaults of LongAlign's reward stage; see `RunConfig` for the options of every run. The presets are the released launchers'.
 
     stage              "supervised": pictures with long captions, the preferred sides of pairs; "reward": prompts alone
@@ -73,10 +70,6 @@ class LongAlignConfig(RunConfig):
     """
 
     method: ClassVar[str] = "longalign"
-    unit: ClassVar[str] = "prompts"
-    # Of pairs that serve as pictures: their sides are told apart by their labels, and all have one shape.
-    comparison: ClassVar[str] = "human"
-    aspect_buckets: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15-supervised": {
             "stage": "supervised", "learning_rate": 3e-5, "warmup_steps": 2000, "max_steps": 28750, "max_grad_norm": 0.3, "bf16": True,
@@ -146,9 +139,10 @@ class LongAlignConfig(RunConfig):
         """The reward, in the stage that has one."""
         return self.scorer if self.stage == "reward" else None
 
-    def comparison_config(self) -> ComparisonConfig:
-        """The preferred side is the one that people preferred."""
-        return ComparisonConfig()
+    @property
+    def reads_pictures(self) -> bool:
+        """In the stage that has no reward."""
+        return self.stage == "supervised"
 
     def about(self) -> str:
         """Which stage, and of which reward."""
@@ -158,7 +152,7 @@ class LongAlignConfig(RunConfig):
         return f"reward {self.scorer} at omega {self.omega:g}{segments}; {self.rollout()}"
 
 
-class LongAlignTrainer(RunTrainer):
+class LongAlignTrainer(PromptTrainer):
     """Trains one of LongAlign's stages; arguments as in `DenoiserTrainer`.
 
     train_dataset: for stage "reward" prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads); for "supervised"
@@ -190,20 +184,6 @@ class LongAlignTrainer(RunTrainer):
             raise ValueError("the reward stage trains in one process: start one, and raise gradient_accumulation_steps")
         if getattr(peft_config, "lora_dropout", 0):
             raise ValueError("lora_dropout must be 0 in the reward stage: what is rewarded would not be what is drawn")
-
-    def prepare_data(self, data: Any, args: LongAlignConfig, *, like: Any = None) -> Any:
-        """Encoded prompts or, with pictures, encoded pairs."""
-        if args.stage == "supervised":
-            return prepare(data, self.denoiser, cast(Any, args), like=like)
-        if isinstance(data, EncodedPrompts):
-            return data
-        source = load_prompts(data, split=args.train_split if like is None else args.eval_split)
-        return encode_prompts(source, self.denoiser, cache_dir=args.cache_dir, progress=not args.disable_tqdm)
-
-    @staticmethod
-    def collate(items: list[Any]) -> dict[str, Any]:
-        """Pairs as a batch, or the rows of prompts."""
-        return batch_of(items) if "chosen" in items[0] else {"row": [item["row"] for item in items]}
 
     def set_up(self) -> None:
         """The reward with its common direction, or the adapter that is trained beside the network."""
@@ -269,8 +249,10 @@ class LongAlignTrainer(RunTrainer):
 
     def _rewarded(self, model: nn.Module, rows: list[int], epoch: int, data: EncodedPrompts) -> Losses:
         args, schedule = self.args, self._schedule
-        text, empty, shape = self._drawn_for(rows, data)
-        start = draw_start(args.seed, epoch, rows, shape, self._rollout, dtype=self._dtype, device=args.device)
+        nothing, text, empty = self._rows({"row": rows}, data)
+        start = draw_start(
+            args.seed, epoch, rows, nothing.shape[1:], self._rollout, dtype=self._precision, device=args.device
+        )
         prompts, told = [data.prompts[row] for row in rows], dict[str, Tensor]()
 
         def predict(x: Tensor, t: Tensor, row: Tensor, conditioned: bool) -> Tensor:
@@ -303,7 +285,7 @@ class LongAlignTrainer(RunTrainer):
         """`reward_crop` of each side, at a place drawn for each row; the middle in evaluation."""
         sides = [max(1, round(side * self.args.reward_crop)) for side in pixels.shape[2:]]
         spare = [whole - kept for whole, kept in zip(pixels.shape[2:], sides, strict=True)]
-        generators = draws.row_generators(self.args.seed, epoch, rows, "crop")
+        generators = self._drawn(rows, epoch, "crop")
         places = [
             [room // 2] * len(rows) if epoch < 0 else draws.randint(generators, 0, room + 1).tolist() for room in spare
         ]
@@ -315,76 +297,38 @@ class LongAlignTrainer(RunTrainer):
         )
 
     def _denoising(self, model: nn.Module, inputs: dict[str, Any], epoch: int, data: Prepared) -> Losses:
-        args, rows = self.args, inputs["row"]
-        x0 = inputs["chosen"].to(args.device, self._dtype)
-        noise = draws.randn(draws.row_generators(args.seed, epoch, rows, "noise"), x0.shape[1:], x0.dtype, x0.device)
-        drawn = draw_timesteps(self._schedule, draws.row_generators(args.seed, epoch, rows, "timestep"))
-        point = forward_points(self._schedule, x0, drawn.to(args.device), noise)
+        rows = inputs["row"]
+        drawn = draw_timesteps(self._schedule, self._drawn(rows, epoch, "timestep"))
         with self._dropout_keyed(rows, epoch):
-            text = self._captions(inputs, epoch, data)
-            output = model(point.x_t, point.timestep, self.denoiser.with_sizes(text, inputs["size_chosen"]))
+            x0, text = self._captioned(inputs, epoch, data)
+            noise = draws.randn(self._drawn(rows, epoch, "noise"), x0.shape[1:], x0.dtype, x0.device)
+            point = forward_points(self._schedule, x0, drawn.to(x0.device), noise)
+            output = model(point.x_t, point.timestep, text)
         loss = prediction_error(output, point.x_t, point.target, point.timestep, self._schedule)
         values, times = {"loss": loss.detach()}, self._schedule.num_timesteps
         return Losses(loss, rows, health.plain_panel(values, {"loss_by_time": loss.detach()}, point.timestep, times))
 
-    def _captions(self, inputs: dict[str, Any], epoch: int, data: Prepared) -> Conditioning:
-        """The captions, some of them dropped, through the adapter as it is now."""
-        args, index = self.args, torch.tensor(inputs["prompt_index"])
-        share = args.prompt_dropout if epoch >= 0 else 0.0
-        dropped = draws.rand(draws.row_generators(args.seed, epoch, inputs["row"], "prompt dropout")) < share
-        encoded = data.encoded
-        text = encoded.conditioning(index).where(~dropped, encoded.empty).to(args.device)
-        tail = self._trained_tail
+    def _captioned(self, inputs: dict[str, Any], epoch: int, data: Prepared) -> tuple[Tensor, Conditioning]:
+        """The pictures' latents, and their captions, some of them dropped, through the adapter as it is now."""
+        x0, text, empty = self._rows(inputs, data)
+        dropped, tail = self._dropped(inputs["row"], epoch), self._trained_tail
+        text = text.where(~dropped, empty)
         if tail is None:
-            return text
-        texts = ["" if gone else encoded.prompts[place] for place, gone in zip(index, dropped.tolist(), strict=True)]
+            return x0, text
+        pairs = zip(inputs["prompt_index"], dropped.tolist(), strict=True)
+        texts = ["" if gone else data.encoded.prompts[place] for place, gone in pairs]
         clip = text.prompt_embeds[:, : -tail.max_tokens]
-        return Conditioning(torch.cat([clip, tail(texts).to(clip)], dim=1))
-
-    def _drawn_for(
-        self, rows: Sequence[int], data: EncodedPrompts
-    ) -> tuple[Conditioning, Conditioning, tuple[int, ...]]:
-        """The prompts, the empty prompt beside the same sizes, a row each, and the shape of a latent."""
-        args, number = self.args, len(rows)
-        height, width = (args.resolution, args.resolution) if args.resolution else self.denoiser.native_size
-        sizes = torch.tensor([[height, width, 0, 0, height, width]] * number)
-        text = data.conditioning(torch.tensor(rows))
-        empty = text.where(torch.zeros(number, dtype=torch.bool), data.empty)
-        told = (self.denoiser.with_sizes(part.to(args.device), sizes) for part in (text, empty))
-        return *told, self.denoiser.latent_shape(height, width)  # type: ignore[return-value]
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float64 if module_dtype(self.network) == torch.float64 else torch.float32
+        return x0, replace(text, prompt_embeds=torch.cat([clip, tail(texts).to(clip)], dim=1))
 
     # What is told and kept.
 
     def forward_passes(self, steps: int) -> float:
         """Of the sampler, and of the trained steps again with their backward; VAE and scorer come on top."""
-        student = (2.0 if has_adapter(self.network) else 3.0) + bool(self.args.gradient_checkpointing)
         if self.args.stage == "supervised":
-            return student
+            return self._trained_passes
         branches = 1 if self._rollout.guidance_scale == 1 else 2
         trained = 1 if self._rollout.grad_cond_only else branches
-        return self._rollout.num_steps * branches + self._rollout.grad_steps * trained * student
-
-    def one_forward(self) -> Callable[[], Tensor]:
-        """A call that runs the network once on a training batch, to be timed."""
-        size = min(self.args.per_device_train_batch_size, len(self._train.dataset))
-        inputs = self._prepare_inputs(self.collate([self._train.dataset[item] for item in range(size)]))
-        if self.args.stage == "supervised":
-            x = inputs["chosen"].to(self.args.device, self._dtype)
-            text = self.denoiser.with_sizes(self._captions(inputs, -1, self._train), inputs["size_chosen"])
-        else:
-            text, _, shape = self._drawn_for(inputs["row"], self._train)
-            x = torch.zeros(size, *shape, device=self.args.device, dtype=self._dtype)
-        t = torch.zeros(size, dtype=torch.long, device=x.device)
-
-        def forward() -> Tensor:
-            with torch.no_grad(), evaluating([self.network]), self.accelerator.autocast():
-                return self.denoiser.predict(self.network, x, t, text)
-
-        return forward
+        return self._rollout.num_steps * branches + self._rollout.grad_steps * trained * self._trained_passes
 
     def card_settings(self) -> dict[str, Any]:
         """The stage, and what of the reward and its pictures decides what is learnt."""

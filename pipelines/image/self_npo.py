@@ -9,21 +9,18 @@ arXiv:2505.11245), of Diffusion-DPO on swapped pairs (`DiffusionDPOConfig(swap_p
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from mmalign.data import ComparisonConfig
-from mmalign.data.texts import EncodedPrompts, encode_prompts, load_prompts
 from mmalign.denoisers import Conditioning
-from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.parts import evaluating
 from mmalign.files import write_file
 from mmalign.likelihood import draws
@@ -44,11 +41,10 @@ from mmalign.training.negative import (
     save_negative,
     unload_negative,
 )
-from mmalign.training.pipeline import AlignPipeline, AlignResult
-from mmalign.training.prepare import Prepared, batch_of, prepare
-from mmalign.training.run_config import RunConfig
-from mmalign.training.run_trainer import Losses, RunTrainer
-from mmalign.training.weights import aligned_network, has_adapter, load_trained, save_trained
+from mmalign.training.pipeline import AlignPipeline
+from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
+from mmalign.training.run_trainer import Losses
+from mmalign.training.weights import aligned_network, load_trained, save_trained
 
 # Beside a saved pipeline.
 _CARD = """---
@@ -71,7 +67,7 @@ pipe = SelfNPOPipeline.from_pretrained(FOLDER)
 
 
 @dataclass
-class SelfNPOConfig(RunConfig):
+class SelfNPOConfig(PromptConfig):
     """Defaults of Self-NPO; see `RunConfig` for the options of every run.
 
     The presets "sd15" and "sdxl" are the released launchers' (full weights, pictures, one GPU), "paper" is what the equations say.
@@ -89,10 +85,6 @@ class SelfNPOConfig(RunConfig):
     """
 
     method: ClassVar[str] = "self-npo"
-    unit: ClassVar[str] = "prompts"
-    # Of pairs that serve as pictures: their sides are told apart by their labels, and all have one shape.
-    comparison: ClassVar[str] = "human"
-    aspect_buckets: ClassVar[bool] = False
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "sd15": {
             "source": "images", "target_guidance_scale": 0.0, "target_model": "ema", "learning_rate": 1e-6, "weight_decay": 1e-3,
@@ -141,9 +133,10 @@ class SelfNPOConfig(RunConfig):
             source=self.source,
         )
 
-    def comparison_config(self) -> ComparisonConfig:
-        """The preferred side is the one that people preferred."""
-        return ComparisonConfig()
+    @property
+    def reads_pictures(self) -> bool:
+        """Where paths start at them."""
+        return self.source == "images"
 
     def about(self) -> str:
         """Where paths start, and what is compared."""
@@ -153,7 +146,7 @@ class SelfNPOConfig(RunConfig):
         )
 
 
-class SelfNPOTrainer(RunTrainer):
+class SelfNPOTrainer(PromptTrainer):
     """Trains a network on its own truncated predictions; arguments as in `DenoiserTrainer`.
 
     train_dataset: prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads); with source "images" pairs, of which
@@ -163,20 +156,6 @@ class SelfNPOTrainer(RunTrainer):
     config_class = SelfNPOConfig
     args: SelfNPOConfig
     _following: FollowingReference | None = None
-
-    def prepare_data(self, data: Any, args: SelfNPOConfig, *, like: Any = None) -> Any:
-        """Encoded prompts or, for paths from pictures, encoded pairs."""
-        if args.source == "images":
-            return prepare(data, self.denoiser, cast(Any, args), like=like)
-        if isinstance(data, EncodedPrompts):
-            return data
-        source = load_prompts(data, split=args.train_split if like is None else args.eval_split)
-        return encode_prompts(source, self.denoiser, cache_dir=args.cache_dir, progress=not args.disable_tqdm)
-
-    @staticmethod
-    def collate(items: list[Any]) -> dict[str, Any]:
-        """Pairs as a batch, or the rows of prompts."""
-        return batch_of(items) if "chosen" in items[0] else {"row": [item["row"] for item in items]}
 
     def make_reference(self, ref_model: Any) -> Reference:
         """The network with its adapter off or a frozen copy; none where a copy of the trained weights follows."""
@@ -204,31 +183,15 @@ class SelfNPOTrainer(RunTrainer):
         stops = draw_stops(self.denoiser.schedule, args.truncated(), draws.row_generators(0, 0, range(256), "stops"))
         moves = (stops[:, 1:] != stops[:, :-1]).sum(1).double().mean().item()
         branches = 1 if args.target_guidance_scale in (0, 1) else 2
-        student = (2.0 if has_adapter(self.network) else 3.0) + bool(args.gradient_checkpointing)
-        return (moves + 1) * branches + student
-
-    def one_forward(self) -> Callable[[], Tensor]:
-        """A call that runs the network once on a training batch, to be timed."""
-        size = min(self.args.per_device_train_batch_size, len(self._train.dataset))
-        inputs = self._prepare_inputs(self.collate([self._train.dataset[item] for item in range(size)]))
-        x, conditioning, _ = self._rows(inputs, self._train)
-        t = torch.zeros(len(x), dtype=torch.long, device=x.device)
-
-        def forward() -> Tensor:
-            with torch.no_grad(), evaluating([self.network]), self.accelerator.autocast():
-                return self.denoiser.predict(self.network, x, t, conditioning)
-
-        return forward
+        return (moves + 1) * branches + self._trained_passes
 
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Any) -> Losses:
         """ρ(f_θ(x_s, s, c) − x̂_0) of each row."""
         rows: list[int] = inputs["row"]
         x0, conditioning, empty = self._rows(inputs, data)
         point = self._point(x0, rows, epoch, conditioning, empty)
-        share = self.args.prompt_dropout if epoch >= 0 else 0.0
-        dropped = draws.rand(self._drawn(rows, epoch, "prompt dropout")) < share
         with self._dropout_keyed(rows, epoch):
-            output = model(point.x_s, point.timestep, conditioning.where(~dropped, empty))
+            output = model(point.x_s, point.timestep, conditioning.where(~self._dropped(rows, epoch), empty))
         found = self._schedule.to_data(output, point.x_s, point.timestep)
         loss = data_error(found, point.target, self.args.norm)
         return Losses(loss, rows, self._panel(loss.detach(), point))
@@ -256,9 +219,6 @@ class SelfNPOTrainer(RunTrainer):
                 noise=self._drawn(rows, epoch, "renoise"),
             )
 
-    def _drawn(self, rows: list[int], epoch: int, purpose: str) -> list[torch.Generator]:
-        return draws.row_generators(self.args.seed, epoch, rows, purpose)
-
     @contextmanager
     def _teacher(self) -> Iterator[nn.Module]:
         """The network whose predictions are targets, in eval mode and without gradients."""
@@ -268,24 +228,6 @@ class SelfNPOTrainer(RunTrainer):
             return
         with self._following.in_place(), evaluating([self.network]), torch.no_grad():
             yield self.network
-
-    def _rows(self, inputs: dict[str, Any], data: Any) -> tuple[Tensor, Conditioning, Conditioning]:
-        """Clean latents (zeros without pictures), the prompts, and the empty prompt beside the same sizes, a row each."""
-        args, device = self.args, self.args.device
-        dtype = torch.float64 if module_dtype(self.network) == torch.float64 else torch.float32
-        height, width = (args.resolution, args.resolution) if args.resolution else self.denoiser.native_size
-        if isinstance(data, Prepared):
-            x0, sizes = inputs["chosen"].to(device, dtype), inputs["size_chosen"]
-            source, index = data.encoded, torch.tensor(inputs["prompt_index"])
-        else:
-            frames = args.num_frames or self.denoiser.native_frames
-            source, index = data, torch.tensor(inputs["row"])
-            x0 = torch.zeros(len(index), *self.denoiser.latent_shape(height, width, frames), device=device, dtype=dtype)
-            sizes = torch.tensor([[height, width, 0, 0, height, width]] * len(index))
-        text = source.conditioning(index)
-        empty = text.where(torch.zeros(len(index), dtype=torch.bool), source.empty)
-        with_sizes = self.denoiser.with_sizes
-        return x0, with_sizes(text.to(device), sizes), with_sizes(empty.to(device), sizes)
 
     def _panel(self, loss: Tensor, point: TruncatedPoint) -> dict[str, tuple[float, float]]:
         values = {
@@ -312,6 +254,7 @@ class SelfNPOTrainer(RunTrainer):
 class SelfNPOPipeline(AlignPipeline):
     """A pipeline of any family whose negative branch has a side of its own: `align` trains one, `load_negative` loads one.
 
+    With peft_config None `align` makes it a second network. What the pipeline draws with stays as it was.
     `guidance_scale` and everything else mean what they mean without it, and a step costs what it costs without it. At a guidance
     scale of 1 or less there is no negative branch, and it is never run.
     """
@@ -352,35 +295,14 @@ class SelfNPOPipeline(AlignPipeline):
             pipe.load_negative(folder / NEGATIVE)
         return pipe
 
-    def align(
-        self,
-        train_dataset: Any,
-        *,
-        output_dir: str | os.PathLike[str],
-        eval_dataset: Any = None,
-        peft_config: Any = "default",
-        ref_model: Any = None,
-        preset: str | None = None,
-        **options: Any,
-    ) -> AlignResult:
-        """Trains a negative side for this pipeline, and has it in its negative branch; what it draws with stays as it was.
-
-        Arguments as in `AlignPipeline.align`; with peft_config None the negative side is a second network.
-        """
+    @contextmanager
+    def _being_trained(self, peft_config: Any) -> Iterator[None]:
+        """What was trained becomes the negative side; what the pipeline draws with stays as it was."""
         if has_negative(self):
             raise ValueError("the pipeline has a negative side already: unload_negative() first")
         base = copy.deepcopy(aligned_network(self)[1]) if peft_config is None else None
-        result = super().align(
-            train_dataset,
-            output_dir=output_dir,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            ref_model=ref_model,
-            preset=preset,
-            **options,
-        )
+        yield
         self.negative = become_negative(self, base)
-        return result
 
     def load_negative(
         self,
@@ -401,7 +323,7 @@ class SelfNPOPipeline(AlignPipeline):
         base: with a whole network on a pipeline whose whole network was aligned: what both were trained from.
         allow_pickle: also read state dicts in .bin, .ckpt, .pth and .pt, as tensors only.
         """
-        self.negative = load_negative(self, path, alpha=alpha, beta=beta, base=base, allow_pickle=allow_pickle)
+        self.negative = load_negative(self, path, Negative(alpha, beta), base=base, allow_pickle=allow_pickle)
 
     def set_negative(self, *, alpha: float = 1.0, beta: float = 1.0) -> None:
         """Other weights for a negative LoRA; ValueError for a whole network, which is mixed when it is loaded."""

@@ -185,8 +185,8 @@ def test_dropped_captions_are_the_empty_prompt_for_both_encoders(tmp_path: Path)
     trainer = run(tmp_path, pipe=pipe, stage="supervised", data=pairs(), prompt_dropout=1.0)
     inputs = trainer.collate([trainer._train.dataset[item] for item in (0, 3)])
     with torch.no_grad():
-        text = trainer._captions(inputs, 0, trainer._train).prompt_embeds
-        kept = trainer._captions(inputs, -1, trainer._train).prompt_embeds
+        text = trainer._captioned(inputs, 0, trainer._train)[1].prompt_embeds
+        kept = trainer._captioned(inputs, -1, trainer._train)[1].prompt_embeds
         _, empty = pipe.encode_prompt([""], "cpu", 1, True)
     torch.testing.assert_close(text, empty.expand_as(text), rtol=0, atol=1e-5)
     assert not torch.allclose(kept, text)
