@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mmalign import losses as losses
+    from mmalign.pipelines.image.diffusion_npo import DiffusionNPOConfig as DiffusionNPOConfig
+    from mmalign.pipelines.image.diffusion_npo import DiffusionNPOPipeline as DiffusionNPOPipeline
+    from mmalign.pipelines.image.diffusion_npo import DiffusionNPOTrainer as DiffusionNPOTrainer
     from mmalign.pipelines.image.dpo import DiffusionDPOConfig as DiffusionDPOConfig
     from mmalign.pipelines.image.dpo import DiffusionDPOPipeline as DiffusionDPOPipeline
     from mmalign.pipelines.image.dpo import DiffusionDPOTrainer as DiffusionDPOTrainer
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     **{f"DiffusionDPO{part}": "mmalign.pipelines.image.dpo" for part in ("Config", "Pipeline", "Trainer")},
+    **{f"DiffusionNPO{part}": "mmalign.pipelines.image.diffusion_npo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"DiffusionSFT{part}": "mmalign.pipelines.image.sft" for part in ("Config", "Pipeline", "Trainer")},
     **{f"InPO{part}": "mmalign.pipelines.image.inpo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"LongAlign{part}": "mmalign.pipelines.image.longalign" for part in ("Config", "Pipeline", "Trainer")},

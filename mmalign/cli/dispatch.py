@@ -35,7 +35,7 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, longalign, or ppd",
+            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),

@@ -89,7 +89,7 @@ def negative_options(*, group: str) -> list[Option]:
     return [
         Option(
             name="negative",
-            help="what runs in the negative branch, from self-npo or from DPO on swapped pairs; forms as of --lora",
+            help="what runs in the negative branch, from self-npo, diffusion-npo or DPO on swapped pairs; forms as of --lora",
             metavar="DIR",
             group=group,
             nullable=True,

@@ -16,6 +16,7 @@ from mmalign.cli.terminal import command, without_options
 _CANNOT = {
     "sft": "sft compares nothing, so there is nothing to probe",
     "self-npo": "self-npo compares nothing, so there is nothing to probe",
+    "diffusion-npo": "diffusion-npo compares nothing, so there is nothing to probe",
     "longalign": "longalign compares nothing, so there is nothing to probe",
     "ppd": "ppd reads its users from the pairs, and the pairs that a probe holds out would be missed there",
 }

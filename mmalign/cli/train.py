@@ -44,6 +44,11 @@ METHODS = {
         "SelfNPO",
         "a negative side for guidance, from prompts alone (arXiv:2505.11777)",
     ),
+    "diffusion-npo": (
+        "mmalign.pipelines.image.diffusion_npo",
+        "DiffusionNPO",
+        "a negative side for guidance, by what a reward dislikes (arXiv:2505.11245)",
+    ),
     "longalign": (
         "mmalign.pipelines.image.longalign",
         "LongAlign",
@@ -56,14 +61,15 @@ METHODS = {
     ),
 }
 # Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
-ALIGNING = [name for name in METHODS if name not in ("self-npo", "longalign", "ppd")]
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd")]
 _PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
 )
 _PROMPTS = (
     "prompts: a file (.txt one a line, .json, .jsonl, .csv, .tsv or .parquet with a column prompt or caption), "
-    '"playground", or the prompts of preference pairs; with --source images or --stage supervised the pairs themselves'
+    '"playground", or the prompts of preference pairs; with --source images or --stage supervised pictures with captions: a folder of '
+    "x.png and x.txt, metadata.jsonl, or pairs, of which the preferred side is used"
 )
 _DATA = "model and data"
 _SCALE_LR = Option(
@@ -92,7 +98,7 @@ def run(argv: Sequence[str]) -> int:
     """Trains, or starts the processes that do."""
     method, words = method_of(list(argv))
     if method is None:
-        lines = [f"  {name:<9} {summary}" for name, (_, _, summary) in METHODS.items()]
+        lines = [f"  {name:<14}{summary}" for name, (_, _, summary) in METHODS.items()]
         print(_HELP.format(methods="\n".join(lines)), end="")
         return 0
     # The file's `env:` block must act before torch is loaded.
@@ -376,8 +382,8 @@ def is_opened_here(given: Given) -> bool:
     return given["max_rows"] is not None or given["root"] is not None or given["streaming"]
 
 
-def source_of(given: Given) -> Any:
-    """The training data as the trainer takes it."""
+def source_of(given: Given, *, captioned: bool = False) -> Any:
+    """The training data as the trainer takes it; `captioned`: of a method that takes single pictures too."""
     if not is_opened_here(given):
         return given["data"]
     from mmalign.data import load_pairs
@@ -388,6 +394,7 @@ def source_of(given: Given) -> Any:
         root=given["root"],
         max_rows=given["max_rows"],
         streaming=given["streaming"],
+        captioned=captioned,
     )
 
 
@@ -404,7 +411,7 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
         )
     # The trainer brings each part to its device while it is needed there.
     pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
-    source = source_of(given)
+    source = source_of(given, captioned=not config.needs_pairs)
     if is_opened_here(given):
         options["train_split"] = None
     folder = Path(given["output_dir"])
@@ -446,9 +453,9 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
         )
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
-    if config.trains_negative:
-        return "\n".join([*lines, *_next_with_negative(given, folder)])
     held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
+    if config.trains_negative:
+        return "\n".join([*lines, *_next_with_negative(given, folder, held)])
     long = [] if config.long_prompts is None else ["--long-prompts", config.long_prompts]
     model = (
         ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
@@ -461,12 +468,12 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     return "\n".join(lines)
 
 
-def _next_with_negative(given: Given, folder: Path) -> list[str]:
+def _next_with_negative(given: Given, folder: Path, held: list[str]) -> list[str]:
     model = ["--model", given["model"], "--negative", str(folder)]
     prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
     return [
         "",
         "next (--lora adds what aligned the positive side):",
         "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"),
-        "  " + command("mmalign", "evaluate", *model, *prompts),
+        "  " + command("mmalign", "evaluate", *model, *prompts, *held),
     ]

@@ -1,4 +1,4 @@
-"""`mmalign validate-data`: every pair read as training would, its problems by row, and a sheet to look at."""
+"""`mmalign validate-data`: every pair or captioned picture read as training would, its problems by row, and a sheet to look at."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VERB = Command(
     prog="mmalign validate-data",
     description=(
         "Reads every row as training would. Prints pairs, ties and kinds of problems, and writes bad_rows.jsonl and "
-        f"contact_sheet.png ({_SHOWN_PAIRS} pairs, evenly spaced)."
+        f"contact_sheet.png ({_SHOWN_PAIRS} pairs or captioned pictures, evenly spaced)."
     ),
     example="mmalign validate-data my-pairs/ --output-dir validation",
     options=[
@@ -84,6 +84,7 @@ def run(argv: Sequence[str]) -> int:
         max_rows=given["max_rows"],
         streaming=given["streaming"],
         num_frames=given["num_frames"],
+        captioned=True,
     )
     options = {name: given[name] for name in ("resolution", "aspect_buckets", "workers")}
     report = validate_pairs(source, **options)
@@ -120,12 +121,12 @@ def summary(source: PairSource, report: DataReport) -> str:
         rows = f"{source.num_table_rows} {what} → {report.num_rows} pairs"
     lines = [
         f"{source.name}: {rows}, {source.form} columns",
-        f"usable:   {usable} pairs of {report.num_prompts} prompts{users}; {ties} of them ties",
+        f"usable:   {usable} {source.unit}s of {report.num_prompts} prompts{users}{_ties(source, ties)}",
         f"left out: {len(report.bad_rows)} rows",
     ]
     if report.told.pairs > usable:
         told = report.told
-        lines.insert(1, f"told:     {told.pairs} pairs of {told.prompts} prompts; {told.ties} of them ties")
+        lines.insert(1, f"told:     {told.pairs} {source.unit}s of {told.prompts} prompts{_ties(source, told.ties)}")
     if not usable and all("no such file" in bad.reason for bad in report.bad_rows):
         lines.append("no picture was found: name the folder that the paths in the data start from with --root")
     problems = report.problems
@@ -135,6 +136,10 @@ def summary(source: PairSource, report: DataReport) -> str:
     if len(problems) > _SHOWN_KINDS:
         lines.append(f"          and {len(problems) - _SHOWN_KINDS} more kinds, all in {_BAD_ROWS}")
     return "\n".join(lines)
+
+
+def _ties(source: PairSource, number: int) -> str:
+    return f"; {number} of them ties" if source.sides == 2 else ""
 
 
 def _contact_sheet(source: PairSource, report: DataReport) -> Any:
@@ -148,8 +153,10 @@ def _contact_sheet(source: PairSource, report: DataReport) -> Any:
     pictures, captions = [], []
     for at in range(number):
         record = source[report.usable[at * len(report.usable) // number]]
-        sides = [glance(record.image_0), glance(record.image_1)]
+        sides = [glance(side) for side in record.sides]
         pictures.append(sides if record.label >= 0.5 else sides[::-1])
         told = "tie" if record.label == 0.5 else f"{max(record.label, 1 - record.label):.0%}"
-        captions.append(f"row {record.row} ({told}): {' '.join(record.prompt.split())}")
-    return side_by_side(pictures, captions, ["preferred", "other"], rows_per_line=min(2, number))
+        where = f"row {record.row} ({told})" if source.sides == 2 else f"row {record.row}"
+        captions.append(f"{where}: {' '.join(record.prompt.split())}")
+    titles = ["preferred", "other"] if source.sides == 2 else ["picture"]
+    return side_by_side(pictures, captions, titles, rows_per_line=min(4 // source.sides, number))

@@ -68,7 +68,7 @@ def bucket_of(record: PairRecord, buckets: Sequence[Bucket]) -> Bucket:
     if len(buckets) == 1:
         return buckets[0]
     try:
-        return nearest(buckets, (record.image_0, record.image_1))
+        return nearest(buckets, record.sides)
     except BadImage as error:
         raise bad(record.row, " and ".join(record.fields), str(error)) from error
 

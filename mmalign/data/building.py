@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A good row: pixels in [−1, 1], the six numbers of each picture's size and crop, and what belongs to the pair."""
+    """A good row of S sides: pixels in [−1, 1], the six numbers of each picture's size and crop, and what belongs to the row."""
 
     row: int
     prompt: str
@@ -60,8 +60,8 @@ class _Prepared:
     scores: dict[str, tuple[float, float]]
     user_id: str | None
     shape: Bucket
-    pixels: Float[Tensor, "2 3 *F H W"]
-    sizes: Int[Tensor, "2 6"]
+    pixels: Float[Tensor, "S 3 *F H W"]
+    sizes: Int[Tensor, "S 6"]
 
 
 def build(job: Job, key: str, parts: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
         for path in latents:
             path.unlink()
         summary = summarise([BadRow(*bad) for bad in bad_rows], len(job.source))
-        raise ValueError(f"{job.source.name} has no usable pair; {summary}")
+        raise ValueError(f"{job.source.name} has no usable {job.source.unit}; {summary}")
     distinct = list(dict.fromkeys(texts))
     _write_index(job, latents, texts, distinct)
     prompts = _prompt_shards(job, distinct)
@@ -108,7 +108,9 @@ def _fill(job: Job, key: str, parts: dict[str, Any]) -> None:
 
 
 def _latent_shards(job: Job) -> list[Path]:
-    with tqdm(total=len(job.source), desc="Encoding pairs", unit="pair", disable=not job.progress) as bar:
+    with tqdm(
+        total=len(job.source), desc=f"Encoding {job.source.unit}s", unit=job.source.unit, disable=not job.progress
+    ) as bar:
 
         def write(path: Path, start: int, stop: int) -> None:
             write_shard(path, *_encode_rows(job, start, stop, bar))
@@ -180,7 +182,9 @@ def _encode_rows(job: Job, start: int, stop: int, bar: tqdm) -> tuple[dict[str, 
         "latents": torch.stack([latents[item.row] for item in good]) if good else _no_latents(job),
         "rows": torch.tensor([item.row for item in good], dtype=torch.long),
         "labels": torch.tensor([item.label for item in good], dtype=torch.float32),
-        "sizes": torch.stack([item.sizes for item in good]) if good else torch.zeros(0, 2, 6, dtype=torch.long),
+        "sizes": torch.stack([item.sizes for item in good])
+        if good
+        else torch.zeros(0, job.source.sides, 6, dtype=torch.long),
     }
     nothing = (float("nan"), float("nan"))
     for name in job.source.score_names:
@@ -203,7 +207,7 @@ def _prepare(job: Job, row: int) -> _Prepared | BadRow:
     except InvalidRow as error:
         return error.bad_row
     pixels, sizes = [], []
-    for field, image in zip(record.fields, (record.image_0, record.image_1), strict=True):
+    for field, image in zip(record.fields, record.sides, strict=True):
         try:
             cropped, size = fitted(image, shape.height, shape.width)
         except BadImage as error:
@@ -221,16 +225,16 @@ def _without_pixels(item: _Prepared) -> _Prepared:
 def _no_latents(job: Job) -> Tensor:
     channels, *inner = job.shapes[0].latent
     shape = inner if len(job.shapes) == 1 else [most_elements(job.shapes)]
-    return torch.zeros(0, 2, channels, *shape, dtype=job.dtype)
+    return torch.zeros(0, job.source.sides, channels, *shape, dtype=job.dtype)
 
 
-def _encode_images(job: Job, items: Sequence[_Prepared]) -> dict[int, Float[Tensor, "2 C ..."]]:
-    """Row → latents, (2, C, *F, h, w); where pairs differ in shape, flat and filled up to the largest: (2, C, P)."""
+def _encode_images(job: Job, items: Sequence[_Prepared]) -> dict[int, Float[Tensor, "S C ..."]]:
+    """Row → latents, (S, C, *F, h, w); where rows differ in shape, flat and filled up to the largest: (S, C, P)."""
     pixels = torch.stack([item.pixels for item in items]).flatten(0, 1)
     generators = None
     if job.mode == "sample":
-        generators = [_generator(job.seed, item.row, side) for item in items for side in (0, 1)]
-    latents = job.denoiser.encode_image(pixels, generators).unflatten(0, (-1, 2)).to("cpu", job.dtype)
+        generators = [_generator(job.seed, item.row, side) for item in items for side in range(job.source.sides)]
+    latents = job.denoiser.encode_image(pixels, generators).unflatten(0, (-1, job.source.sides)).to("cpu", job.dtype)
     if len(job.shapes) > 1:
         flat = latents.flatten(3)
         latents = functional.pad(flat, (0, most_elements(job.shapes) - flat.shape[-1]))

@@ -1,9 +1,10 @@
-"""The forms of preference data that are understood, and a row that is a pair as a RawPair."""
+"""The forms of data that are understood, of preferences and of captioned pictures, and a row that is no ranking as a RawPair."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from mmalign.data.judgements import label_of_chosen, label_of_pickapic, label_of_votes
@@ -11,7 +12,10 @@ from mmalign.data.messages import plain_prompt, plain_row
 from mmalign.data.raw import RawPair, bad, given, read_number, read_text, read_user, what
 from mmalign.data.records import InvalidRow
 
-Form = Literal["pickapic", "canonical", "hpdv2", "hpdv3", "hpdv2 rankings", "imagereward rankings", "imagereward"]
+Form = Literal[
+    "pickapic", "canonical", "hpdv2", "hpdv3", "hpdv2 rankings", "imagereward rankings", "imagereward",
+    "captioned", "captioned by text", "captioned by caption",
+]  # fmt: skip
 REQUIRED: dict[Form, tuple[str, ...]] = {
     "pickapic": ("caption", "jpg_0", "jpg_1", "label_0"),
     "canonical": ("prompt", "chosen", "rejected"),
@@ -20,7 +24,12 @@ REQUIRED: dict[Form, tuple[str, ...]] = {
     "hpdv2 rankings": ("prompt", "image_path", "rank"),
     "imagereward rankings": ("prompt", "generations", "ranking"),
     "imagereward": ("prompt", "prompt_id", "image", "rank"),
+    "captioned": ("prompt", "image"),
+    "captioned by text": ("text", "image"),
+    "captioned by caption": ("caption", "image"),
 }
+# One picture a row, which nobody compared.
+CAPTIONED: tuple[Form, ...] = ("captioned", "captioned by text", "captioned by caption")
 RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _OPTIONAL: dict[Form, tuple[str, ...]] = {
     "pickapic": ("label_1", "has_label", "user_id"),
@@ -39,17 +48,27 @@ _OPTIONAL: dict[Form, tuple[str, ...]] = {
     "hpdv2 rankings": ("user_id",),
     "imagereward rankings": ("user_id",),
     "imagereward": RATINGS,
+    "captioned": (),
+    "captioned by text": (),
+    "captioned by caption": (),
 }
+TAKE_CAPTIONED = "sft, self-npo with source='images' and longalign with stage='supervised' learn from them"
 _SCORE = re.compile(r"(?=.*score)(.+)_[01]")
 
 
-def recognise(columns: Collection[str]) -> Form:
-    """Which form a table with these columns has."""
-    found = [form for form, names in REQUIRED.items() if set(names) <= set(columns)]
+def recognise(columns: Collection[str], *, captioned: bool = False) -> Form:
+    """Which form a table with these columns has; `captioned`: also single pictures, where they are no preference data."""
+    fitting = [form for form, names in REQUIRED.items() if set(names) <= set(columns)]
+    found = [form for form in fitting if form not in CAPTIONED]
+    if captioned and not found:
+        found = fitting
     if len(found) == 1:
         return found[0]
     trouble = "both forms at once, drop the columns of one" if found else "not preference data of images"
-    known = "; ".join(f"({', '.join(names)}) as in {form}" for form, names in REQUIRED.items())
+    if fitting and not found:
+        trouble = f"single pictures with captions, which compare nothing: {TAKE_CAPTIONED}"
+    forms = [form for form in REQUIRED if captioned or form not in CAPTIONED]
+    known = "; ".join(f"({', '.join(REQUIRED[form])}) as in {form}" for form in forms)
     raise ValueError(f"columns {', '.join(sorted(map(str, columns))) or '(none)'}: {trouble}. Expected one of {known}")
 
 
@@ -127,6 +146,10 @@ def _hpdv3(raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str
     return _pair(raw, row, scores, "prompt", ("path1", "path2"), label_of_chosen(raw, row))
 
 
+def _captioned(prompt: str, raw: Mapping[str, Any], row: int, scores: Mapping[str, tuple[str, str]]) -> RawPair:
+    return RawPair(read_text(raw, prompt, row), ("image",), (raw.get("image"),), label=1.0, scores={})
+
+
 def _pair(
     raw: Mapping[str, Any],
     row: int,
@@ -150,4 +173,5 @@ _READERS: dict[Form, Callable[[Mapping[str, Any], int, Mapping[str, tuple[str, s
     "canonical": _canonical,
     "hpdv2": _hpdv2,
     "hpdv3": _hpdv3,
+    **{form: partial(_captioned, REQUIRED[form][0]) for form in CAPTIONED},
 }

@@ -1,7 +1,7 @@
-"""PreferenceDataset: encoded pairs with their winners, one item a pair, as a trainer's data loader wants them."""
+"""PreferenceDataset: encoded pairs with their winners, one item a pair or captioned picture, as a trainer's data loader wants them."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -13,15 +13,18 @@ from mmalign.data.encoded import EncodedPairs
 
 
 class PreferenceItem(TypedDict):
-    """One pair. row: its number in the source, which keys every random draw. size_*: six numbers, see EncodedPairs."""
+    """One pair, or a captioned picture, the chosen of no other. row: its number in the source, which keys every random draw.
+
+    size_*: six numbers, see EncodedPairs.
+    """
 
     row: int
     chosen: Float[Tensor, "C *F h w"]
-    rejected: Float[Tensor, "C *F h w"]
+    rejected: NotRequired[Float[Tensor, "C *F h w"]]
     prompt_index: int
     strength: float
     size_chosen: Int[Tensor, "6"]
-    size_rejected: Int[Tensor, "6"]
+    size_rejected: NotRequired[Int[Tensor, "6"]]
 
 
 class PreferenceBatch(TypedDict):
@@ -29,11 +32,11 @@ class PreferenceBatch(TypedDict):
 
     row: Int[Tensor, " B"]
     chosen: Float[Tensor, "B C *F h w"]
-    rejected: Float[Tensor, "B C *F h w"]
+    rejected: NotRequired[Float[Tensor, "B C *F h w"]]
     prompt_index: Int[Tensor, " B"]
     strength: Float[Tensor, " B"]
     size_chosen: Int[Tensor, "B 6"]
-    size_rejected: Int[Tensor, "B 6"]
+    size_rejected: NotRequired[Int[Tensor, "B 6"]]
 
 
 class PreferenceDataset(Dataset[PreferenceItem]):
@@ -63,25 +66,28 @@ class PreferenceDataset(Dataset[PreferenceItem]):
             raise IndexError(f"pair {item} of {len(self)}")
         first = int(self.compared.first[item])
         sides = self.encoded.latents(pair)[0]
-        return PreferenceItem(
+        found = PreferenceItem(
             row=int(self.encoded.rows[pair]),
             chosen=sides[first],
-            rejected=sides[1 - first],
             prompt_index=int(self.encoded.prompt_index[pair]),
             strength=float(self.compared.strength[item]),
             size_chosen=self.encoded.sizes(pair, first)[0],
-            size_rejected=self.encoded.sizes(pair, 1 - first)[0],
         )
+        if len(sides) == 2:
+            found["rejected"], found["size_rejected"] = sides[1 - first], self.encoded.sizes(pair, 1 - first)[0]
+        return found
 
 
 def collate(items: Sequence[PreferenceItem]) -> PreferenceBatch:
     """Stack items into a batch of tensors."""
-    return PreferenceBatch(
+    batch = PreferenceBatch(
         row=torch.tensor([item["row"] for item in items]),
         chosen=torch.stack([item["chosen"] for item in items]),
-        rejected=torch.stack([item["rejected"] for item in items]),
         prompt_index=torch.tensor([item["prompt_index"] for item in items]),
         strength=torch.tensor([item["strength"] for item in items], dtype=torch.float32),
         size_chosen=torch.stack([item["size_chosen"] for item in items]),
-        size_rejected=torch.stack([item["size_rejected"] for item in items]),
     )
+    if "rejected" in items[0]:
+        batch["rejected"] = torch.stack([item["rejected"] for item in items])
+        batch["size_rejected"] = torch.stack([item["size_rejected"] for item in items])
+    return batch

@@ -54,6 +54,8 @@ def key_of(parts: Mapping[str, Any]) -> str:
 class EncodedPairs:
     """N pairs as scaled latents, with their text, sizes, labels and scores; the tensors stay on disk until asked for.
 
+    Of captioned pictures S = 1 side is there, of pairs 2.
+
     rows (N,): their numbers in the source. labels (N,): how strongly image_0 is preferred. scores: score column → (N, 2),
     NaN where a row has none. prompts: the distinct prompts, prompt_index (N,) says which one is a pair's.
     num_truncated_prompts: how many of the distinct prompts are longer than the text encoder reads. bucket (N,): which of
@@ -119,8 +121,8 @@ class EncodedPairs:
         """sha256 of everything the contents depend on."""
         return self.manifest.key
 
-    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n 2 C *F h w"]:
-        """Scaled latents of (image_0, image_1) of pairs `index`, on the CPU, in the dtype they are stored in.
+    def latents(self, index: Int[Tensor, " n"]) -> Float[Tensor, "n S C *F h w"]:
+        """Scaled latents of (image_0, image_1), or of the one picture, of rows `index`, on the CPU, in the dtype they are stored in.
 
         With aspect buckets the pairs must be of one bucket.
         """

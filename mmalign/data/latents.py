@@ -86,7 +86,7 @@ def encode_pairs(
                 mode=latent_mode,
                 seed=seed,
                 shard_rows=shard_rows
-                or rows_per_shard(2 * shapes[0].latent[0] * most_elements(shapes) * dtype.itemsize),
+                or rows_per_shard(source.sides * shapes[0].latent[0] * most_elements(shapes) * dtype.itemsize),
                 workers=workers,
                 progress=progress,
             )

@@ -3,12 +3,14 @@
 0001_chosen.png, 0001_rejected.png, 0001.txt     or     0001.png, 0001-rejectedlabel.png, 0001.txt
 `-` and `_` mean the same, any picture's ending will do, subfolders count, and the text file is the prompt. Every file with
 a picture's or a text's ending belongs to some row: what lacks its counterpart is a bad row, not a file passed over.
+
+Where no picture is marked as rejected, 0001.png and 0001.txt are a picture and its caption.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,32 @@ def holds_pairs(folder: Path) -> bool:
     return any(side == "rejected" for _, side, _ in _files(folder))
 
 
+def holds_pictures(folder: Path) -> bool:
+    """Whether there is a picture in the folder."""
+    return any(side != "prompt" for _, side, _ in _files(folder))
+
+
 def named_pairs(folder: Path) -> ListRows:
     """A row for every name, in alphabetical order; its paths are relative to the folder."""
+    return _named(folder, _files(folder), ("chosen", "rejected"))
+
+
+def named_pictures(folder: Path) -> ListRows:
+    """The same of pictures with captions."""
+    whole = ((path.relative_to(folder).with_suffix("").as_posix(), side, path) for _, side, path in _files(folder))
+    return _named(
+        folder, ((key, "prompt" if side == "prompt" else "image", path) for key, side, path in whole), ("image",)
+    )
+
+
+def _named(folder: Path, files: Iterable[tuple[str, str, Path]], sides: tuple[str, ...]) -> ListRows:
     groups: dict[str, dict[str, list[Path]]] = {}
-    for key, side, path in _files(folder):
-        groups.setdefault(key, {"chosen": [], "rejected": [], "prompt": []})[side].append(path)
+    for key, side, path in files:
+        groups.setdefault(key, {name: [] for name in (*sides, "prompt")})[side].append(path)
     items: list[Mapping[str, Any]] = []
     unreadable: dict[int, tuple[str, str]] = {}
     for row, (key, found) in enumerate(sorted(groups.items())):
-        item: dict[str, Any] = {"prompt": None, "chosen": None, "rejected": None}
+        item: dict[str, Any] = dict.fromkeys(("prompt", *sides))
         for field, paths in found.items():
             if len(paths) != 1:
                 there = ", ".join(repr(path.name) for path in paths) or "none"

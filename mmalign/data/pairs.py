@@ -1,4 +1,4 @@
-"""load_pairs: any supported source of image preferences as a PairSource, read and checked row by row."""
+"""load_pairs: any supported source of image preferences, or of captioned pictures, as a PairSource, read and checked row by row."""
 
 from __future__ import annotations
 
@@ -13,9 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.clips import PictureOrClip, frames_of, read_clip
-from mmalign.data.columns import REQUIRED, Form, read_pair, read_prompt, recognise, score_columns, used_columns
+from mmalign.data.columns import (
+    CAPTIONED,
+    REQUIRED,
+    TAKE_CAPTIONED,
+    Form,
+    read_pair,
+    read_prompt,
+    recognise,
+    score_columns,
+    used_columns,
+)
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
-from mmalign.data.named import holds_pairs, named_pairs
+from mmalign.data.named import holds_pairs, holds_pictures, named_pairs, named_pictures
 from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import EndOfSource, InvalidRow, PairRecord
@@ -75,7 +85,8 @@ class _Opined:
 class PairSource:
     """Preference pairs in their own order. `source[i]` reads and checks row i: a PairRecord, or InvalidRow is raised.
 
-    Where the source holds rankings of several pictures, a row is one pair of a ranking (see rankings.py).
+    Where the source holds rankings of several pictures, a row is one pair of a ranking (see rankings.py). With `captioned` it may also
+    hold single pictures with captions, which nobody compared: a row is then one picture, and its record has one side.
     """
 
     def __init__(
@@ -86,13 +97,14 @@ class PairSource:
         max_rows: int | None = None,
         max_pixels: int = MAX_PIXELS,
         num_frames: int | None = None,
+        captioned: bool = False,
     ) -> None:
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows must be at least 1, got {max_rows}")
         self.name = name
-        self.form = recognise(rows.columns)
+        self.form = recognise(rows.columns, captioned=captioned)
         self.max_pixels, self.num_frames = max_pixels, num_frames
         self._rows = rows
         self._scores = score_columns(self.form, rows.columns)
@@ -116,6 +128,16 @@ class PairSource:
 
     def __repr__(self) -> str:
         return f"PairSource({self.name!r}, {len(self)} rows, {self.form} columns)"
+
+    @property
+    def sides(self) -> int:
+        """Pictures or clips in a row: 2, or 1 where they have captions and are not compared."""
+        return 1 if self.form in CAPTIONED else 2
+
+    @property
+    def unit(self) -> str:
+        """What a row is called."""
+        return "picture" if self.form in CAPTIONED else "pair"
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -204,13 +226,14 @@ class PairSource:
 
     def opened(self, pair: RawPair, row: int) -> PairRecord:
         """The same with its pictures; InvalidRow where they cannot be used."""
-        first, second = pair.pictures
-        if isinstance(first, str | Path) and first and first == second:
+        first, *others = pair.pictures
+        if isinstance(first, str | Path) and first and first in others:
             raise bad(row, pair.fields[1], f"the same file as {pair.fields[0]} ({str(first)[:80]!r})")
-        images = [self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True)]
-        if _alike(*images):
+        image, *rest = (self._open(value, field, row) for value, field in zip(pair.pictures, pair.fields, strict=True))
+        other = rest[0] if rest else None
+        if other is not None and _alike(image, other):
             raise bad(row, pair.fields[1], f"the same picture as {pair.fields[0]}")
-        return PairRecord(row, pair.prompt, images[0], images[1], pair.label, pair.fields, pair.scores, pair.user_id)
+        return PairRecord(row, pair.prompt, image, other, pair.label, pair.fields, pair.scores, pair.user_id)
 
     def _open(self, value: Any, field: str, row: int) -> Any:
         read = to_rgb if self.num_frames is None else partial(read_clip, num_frames=self.num_frames)
@@ -239,6 +262,7 @@ def load_pairs(
     max_pixels: int = MAX_PIXELS,
     streaming: bool = False,
     num_frames: int | None = None,
+    captioned: bool = False,
 ) -> PairSource:
     """Open a source of preference pairs; nothing is decoded yet.
 
@@ -250,10 +274,12 @@ def load_pairs(
     max_rows: only the first so many. max_pixels: larger pictures make a bad row. streaming: read a Hub data set as it comes,
     without storing it (see streams.py); where its card does not tell its length, max_rows must, as for any IterableDataset.
     num_frames: read every side as a clip of so many frames (see clips.py); a run with a video model asks for it by itself.
+    captioned: also single pictures with captions, for what compares nothing: columns (image, prompt), caption or text; metadata.jsonl
+    with file_name; a folder of x.png with x.txt; shards of x.png with x.txt. Other callers refuse them.
     """
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    options = {"max_rows": max_rows, "max_pixels": max_pixels, "num_frames": num_frames}
+    options = {"max_rows": max_rows, "max_pixels": max_pixels, "num_frames": num_frames, "captioned": captioned}
     asked = {"streaming": streaming or None}
     folder = None if root is None else Path(root).expanduser()
     if isinstance(source, PairSource):
@@ -271,7 +297,7 @@ def load_pairs(
         rows: Rows = _playground(split or "train")
     elif local.exists():
         _refuse("a local path, which is read in place", revision=revision, **asked)
-        rows = _local(local, split, folder)
+        rows = _local(local, split, folder, captioned)
     elif (shards := tar_files(name)) is not None:
         _refuse("tar files", split=split, revision=revision, root=root, **asked)
         rows = TarRows(shards)
@@ -316,7 +342,7 @@ def _playground(split: str) -> Rows:
     return ParquetRows([folder / f"{split}.parquet"], folder)
 
 
-def _local(path: Path, split: str | None, root: Path | None) -> Rows:
+def _local(path: Path, split: str | None, root: Path | None, captioned: bool) -> Rows:
     """What lies at a path that exists; only a save_to_disk DatasetDict and split-named parquet files know splits."""
     if path.is_dir() and (path / "metadata.jsonl").is_file():
         _refuse("a folder with metadata.jsonl", root=root)
@@ -342,6 +368,11 @@ def _local(path: Path, split: str | None, root: Path | None) -> Rows:
     if not found and (tars := sorted(path.rglob("*.tar"))):
         _refuse("a folder of tar files", root=root)
         return TarRows(files_of_split(tars, split, path))
+    if not found and path.is_dir() and holds_pictures(path):
+        if not captioned:
+            raise ValueError(f"{path} holds pictures, none of them named as rejected: {TAKE_CAPTIONED}")
+        _refuse("a folder of pictures", split=split, root=root)
+        return named_pictures(path)
     if not found:
         raise ValueError(
             f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "

@@ -12,11 +12,11 @@ from mmalign.data.records import BadRow, InvalidRow
 
 @dataclass(frozen=True, slots=True)
 class RawPair:
-    """prompt, label, scores and user_id as in PairRecord; `fields` say where the two pictures stand in the source."""
+    """prompt, label, scores and user_id as in PairRecord; `fields` say where its pictures stand in the source."""
 
     prompt: str
-    fields: tuple[str, str]
-    pictures: tuple[Any, Any]
+    fields: tuple[str, ...]
+    pictures: tuple[Any, ...]
     label: float
     scores: dict[str, tuple[float, float]]
     user_id: str | None = None

@@ -11,21 +11,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PairRecord:
-    """Two pictures, or two clips, of one prompt, in the data set's own order.
+    """Two pictures, or two clips, of one prompt, in the data set's own order; image_1 is None where there is one with its caption.
 
     label in [0, 1]: how strongly image_0 is preferred (1 image_0, 0 image_1, 0.5 a tie, between: a share of votes).
     Images are RGB, upright (EXIF), 8 bits a channel; of a source that is read as clips, each is a tuple of frames.
-    fields: where the two stand in the source. scores: a column's name → (score of image_0, of image_1).
+    fields: where they stand in the source. scores: a column's name → (score of image_0, of image_1).
     """
 
     row: int
     prompt: str
     image_0: PictureOrClip
-    image_1: PictureOrClip
+    image_1: PictureOrClip | None
     label: float
-    fields: tuple[str, str]
+    fields: tuple[str, ...]
     scores: dict[str, tuple[float, float]] = field(default_factory=dict)
     user_id: str | None = None
+
+    @property
+    def sides(self) -> tuple[PictureOrClip, ...]:
+        """The pictures or clips that there are."""
+        return (self.image_0,) if self.image_1 is None else (self.image_0, self.image_1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,8 @@ class ListRows:
 def json_rows(file: Path, root: Path) -> ListRows:
     """A .jsonl file, one JSON object a line (blank lines are no rows), or a .json file with a list of them.
 
-    Paths are relative to `root`, inside it; `chosen_file_name` is `chosen`, as in the Hub's folders of pictures.
+    Paths are relative to `root`, inside it; `chosen_file_name` is `chosen` and `file_name` is `image`, as in the Hub's folders of
+    pictures.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -99,7 +100,11 @@ def json_rows(file: Path, root: Path) -> ListRows:
 
 
 def _without_suffix(item: dict[str, Any]) -> dict[str, Any]:
-    return {name.removesuffix("_file_name"): value for name, value in item.items()} | item
+    return {_plain(name): value for name, value in item.items()} | item
+
+
+def _plain(name: str) -> str:
+    return "image" if name == "file_name" else name.removesuffix("_file_name")
 
 
 def _json_items(file: Path, text: str) -> Iterator[tuple[str, Any]]:

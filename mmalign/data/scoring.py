@@ -43,6 +43,8 @@ def score_pairs(
 
     if batch_size < 1 or workers < 1:
         raise ValueError(f"batch_size and workers must be at least 1, got {batch_size} and {workers}")
+    if source.sides != 2:
+        raise ValueError(f"{source.name} holds single pictures: pairs of them are scored")
     root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     root.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(f"scores/{_FORMAT}/{source.fingerprint}/{scorer.fingerprint}".encode()).hexdigest()
@@ -110,7 +112,7 @@ def _read(source: PairSource, row: int) -> PairRecord | BadRow:
 def _score_batch(scorer: Scorer, records: list[PairRecord], scores: Tensor) -> None:
     if not records:
         return
-    sides = [(record.prompt, side) for record in records for side in (record.image_0, record.image_1)]
+    sides = [(record.prompt, side) for record in records for side in record.sides]
     images = [frame for _, side in sides for frame in frames_of(side)]
     prompts = [prompt for prompt, side in sides for _ in frames_of(side)]
     answer = scorer.score(images, prompts)

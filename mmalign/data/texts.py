@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from mmalign.data.encoded import key_of
-from mmalign.data.pairs import PairSource, load_pairs
+from mmalign.data.pairs import load_pairs
 from mmalign.data.prompts import ENDINGS, read_prompts
 from mmalign.data.shards import ShardedRows, read_shard, rows_per_shard, write_shard
 from mmalign.data.storage import REMEDY, default_cache_dir
@@ -50,7 +50,7 @@ def load_prompts(source: Any, *, split: str | None = None) -> PromptSource:
     elif isinstance(source, str | Path) and str(source).lower().endswith(ENDINGS):
         name, texts = str(source), read_prompts(Path(source).expanduser(), split=split)
     else:
-        pairs = source if isinstance(source, PairSource) else load_pairs(source, split=split)
+        pairs = load_pairs(source, split=split, captioned=True)
         name, texts = pairs.name, [text for text in pairs.prompts() if text]
     distinct = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not distinct:

@@ -140,7 +140,7 @@ class UserEmbeddings:
 
 def pair_key(record: PairRecord) -> str:
     """sha256 of a pair's prompt and pictures, whichever side they stand on."""
-    sides = sorted(_content(side) for side in (record.image_0, record.image_1))
+    sides = sorted(_content(side) for side in record.sides)
     return hashlib.sha256("/".join([*sides, record.prompt]).encode()).hexdigest()
 
 
@@ -148,7 +148,7 @@ def shot_of(record: PairRecord) -> Shot:
     """A pair as an encoder reads it; ValueError for a tie."""
     if record.label == 0.5:
         raise ValueError(f"row {record.row} is a tie, which says nothing of a user: leave it out")
-    first, second = (frames_of(side)[0] for side in (record.image_0, record.image_1))
+    first, second = (frames_of(side)[0] for side in record.sides)
     return Shot(record.prompt, *((first, second) if record.label > 0.5 else (second, first)))
 
 

@@ -83,12 +83,12 @@ def validate_pairs(
         told = None
         try:
             raw = source.raw(row)
-            told = replace(raw, pictures=(None, None))
+            told = replace(raw, pictures=())
             record = source.opened(raw, row)
             shape = bucket_of(record, shapes)
         except InvalidRow as error:
             return told, error.bad_row
-        for field, image in zip(record.fields, (record.image_0, record.image_1), strict=True):
+        for field, image in zip(record.fields, record.sides, strict=True):
             try:
                 covering_size(frames_of(image)[0], shape.height, shape.width)
             except BadImage as error:
@@ -96,7 +96,7 @@ def validate_pairs(
         return told, None
 
     found = in_order(check, range(len(source)), workers)
-    with tqdm(found, total=len(source), desc="Checking pairs", unit="pair", disable=not progress) as bar:
+    with tqdm(found, total=len(source), desc=f"Checking {source.unit}s", unit=source.unit, disable=not progress) as bar:
         seen = list(bar)
     good = _counts([told for told, bad in seen if told is not None and bad is None])
     return DataReport(

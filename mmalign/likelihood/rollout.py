@@ -37,6 +37,7 @@ class RolloutConfig:
     grad_steps       K: every (N/K)th step from a random offset; K = N trains all
     guidance_scale   classifier-free guidance, inside the gradient; 1 draws without
     grad_cond_only   no gradient through the empty prompt's branch
+    grad_uncond_only   none through the prompt's: another network may predict there
     solver           "ode": DDIM or Euler; "renoise": LCM, x̂_0 at every step and fresh noise
     weights          "raw": the true gradient; "normalised": every trained step of a row counts the same, in sum as the raw ones do
     """
@@ -45,6 +46,7 @@ class RolloutConfig:
     grad_steps: int = 5
     guidance_scale: float = 7.5
     grad_cond_only: bool = False
+    grad_uncond_only: bool = False
     solver: Literal["ode", "renoise"] = "ode"
     weights: Literal["raw", "normalised"] = "raw"
 
@@ -57,6 +59,10 @@ class RolloutConfig:
             or self.num_steps % self.grad_steps > 0,
             "guidance_scale must be at least 1": not self.guidance_scale >= 1,
             "grad_cond_only has no effect at guidance_scale 1": self.grad_cond_only and self.guidance_scale == 1,
+            "grad_uncond_only needs a guidance_scale above 1: without it there is no such branch": self.grad_uncond_only
+            and self.guidance_scale == 1,
+            "grad_cond_only and grad_uncond_only leave nothing to train: give one of them": self.grad_cond_only
+            and self.grad_uncond_only,
         }
         for message, violated in problems.items():
             if violated:
@@ -163,7 +169,7 @@ def exact_losses(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
 
     # Guidance is linear too, so that its branches need not stand in memory together.
-    branches = [(k, *branch) for k in range(config.grad_steps) for branch in _branches(config)]
+    branches = [(k, *branch) for k in range(config.grad_steps) for branch in trained_branches(config)]
 
     def replay(place: int, outer: Tensor) -> Tensor:
         k, conditioned, share = branches[place]
@@ -175,9 +181,11 @@ def exact_losses(
     return _StepByStep.apply(losses.detach(), replay, len(branches), *trained)
 
 
-def _branches(config: RolloutConfig) -> list[tuple[bool, float]]:
+def trained_branches(config: RolloutConfig) -> list[tuple[bool, float]]:
     """(conditioned, its share of the guided direction) of every branch with a gradient."""
     bound, free = (True, config.guidance_scale), (False, 1 - config.guidance_scale)
+    if config.grad_uncond_only:
+        return [free]
     return [bound] if config.guidance_scale == 1 or config.grad_cond_only else [bound, free]
 
 
@@ -267,9 +275,13 @@ def _drawn(
 def _guided(predict: Predict, schedule: Schedule, x: Tensor, t: Tensor, config: RolloutConfig) -> Tensor:
     """The direction at (x, t) under guidance."""
     rows, scale = torch.arange(len(x), device=x.device), config.guidance_scale
+    trained = {conditioned for conditioned, _ in trained_branches(config)}
+
+    def branch(conditioned: bool) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and conditioned in trained):
+            return schedule.to_direction(predict(x, t, rows, conditioned), x, t)
+
     if scale == 1:
-        return schedule.to_direction(predict(x, t, rows, True), x, t)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not config.grad_cond_only):
-        free = schedule.to_direction(predict(x, t, rows, False), x, t)
-    bound = schedule.to_direction(predict(x, t, rows, True), x, t)
-    return free + scale * (bound - free)
+        return branch(True)
+    free = branch(False)
+    return free + scale * (branch(True) - free)

@@ -12,6 +12,7 @@ from mmalign.training.run_config import RunConfig
 _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
     "inpo": ("DDIM-InPO", "2503.18454"),
+    "diffusion-npo": ("Diffusion-NPO", "2505.11245"),
     "dpo": ("Diffusion-DPO", "2311.12908"),
     "longalign": ("LongAlign", "2410.11817"),
     "ppd": ("PPD", "2501.06655"),

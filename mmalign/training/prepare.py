@@ -21,6 +21,7 @@ from mmalign.data import (
     load_pairs,
     score_pairs,
 )
+from mmalign.data.columns import TAKE_CAPTIONED
 from mmalign.data.reward_columns import PREFIX, RewardColumn
 from mmalign.denoisers import Denoiser
 from mmalign.rewards import Scorer, scorer
@@ -54,8 +55,16 @@ def prepare(data: Any, denoiser: Denoiser, args: DenoiserConfig, *, like: Prepar
 
 
 def opened(data: Any, args: DenoiserConfig, like: Prepared | None) -> PairSource:
-    """The pairs that the user calls `data`, of the split that is meant."""
-    return load_pairs(data, split=args.train_split if like is None else args.eval_split)
+    """The pairs that the user calls `data`, of the split that is meant; single pictures too, where nothing is compared."""
+    split = args.train_split if like is None else args.eval_split
+    source = load_pairs(data, split=split, captioned=not args.needs_pairs)
+    if source.sides == 1 and args.needs_pairs:
+        raise ValueError(f"{source.name} holds single pictures: {TAKE_CAPTIONED}")
+    if source.sides == 1 and args.comparison != "human":
+        raise ValueError(
+            f"comparison={args.comparison!r} compares two pictures, and {source.name} has one a row: leave it out"
+        )
+    return source
 
 
 def prepare_source(
@@ -95,9 +104,9 @@ def prepare_source(
     compared = compare(encoded.labels, scores, args.comparison_config(**fitted))
     if encoded.num_truncated_prompts:
         logger.warning("%d prompts are longer than the text encoder reads and were cut", encoded.num_truncated_prompts)
-    logger.info("%s: %s", source.name, compared)
+    logger.info("%s: %s", source.name, compared if source.sides == 2 else f"{len(compared)} pictures")
     if not len(compared):
-        raise ValueError(f"no usable pair in {source.name}: {len(encoded.bad_rows)} bad rows; {compared}")
+        raise ValueError(f"no usable {source.unit} in {source.name}: {len(encoded.bad_rows)} bad rows; {compared}")
     digest = hashlib.sha256(encoded.key.encode())
     for column in (compared.kept, compared.first):
         digest.update(column.contiguous().numpy().tobytes())

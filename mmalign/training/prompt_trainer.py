@@ -1,4 +1,5 @@
-"""The trainer under methods that compare nothing: rows are prompts, or captioned pictures, which are the preferred sides of pairs."""
+"""The trainer under methods that compare nothing: rows are prompts, or pictures with captions, as they are or as the
+preferred sides of pairs."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -24,6 +25,7 @@ class PromptConfig(RunConfig):
 
     unit: ClassVar[str] = "prompts"
     # Of pairs that serve as pictures: their sides are told apart by their labels, and all have one shape.
+    needs_pairs: ClassVar[bool] = False
     comparison: ClassVar[str] = "human"
     aspect_buckets: ClassVar[bool] = False
 
@@ -38,13 +40,15 @@ class PromptConfig(RunConfig):
 
 
 class PromptTrainer(RunTrainer):
-    """Trains on prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads), or on the preferred sides of pairs."""
+    """Trains on prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads), or on pictures with captions, which the
+    preferred sides of pairs are too.
+    """
 
     config_class: type[PromptConfig] = PromptConfig
     args: PromptConfig
 
     def prepare_data(self, data: Any, args: PromptConfig, *, like: Any = None) -> Any:
-        """Encoded prompts or, with pictures, encoded pairs."""
+        """Encoded prompts or, with captions, encoded pictures."""
         if args.reads_pictures:
             return prepare(data, self.denoiser, cast(Any, args), like=like)
         if isinstance(data, EncodedPrompts):

@@ -18,53 +18,39 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from mmalign.data.texts import EncodedPrompts
 from mmalign.denoisers import Conditioning
 from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_of, read_long_prompts
-from mmalign.denoisers.parts import frozen
 from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
 from mmalign.likelihood import draws
 from mmalign.likelihood.denoising import forward_points, prediction_error
 from mmalign.likelihood.grids import draw_timesteps
-from mmalign.likelihood.rollout import RolloutConfig, draw_start, exact_losses, graph_losses
-from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer, scorer
+from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer
 from mmalign.rewards.decomposed import FEWEST_CAPTIONS, embedding_of
 from mmalign.training import health
 from mmalign.training.aligned import load_aligned
 from mmalign.training.devices import on_device
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.prepare import Prepared
-from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
+from mmalign.training.reward_trainer import OF_REWARD, RewardConfig, RewardTrainer
 from mmalign.training.run_trainer import Losses
 
 DIRECTION, ADAPTER = "common_direction.safetensors", "text_adapter"
 T5_ENCODER, T5_TOKENIZER = "t5_encoder", "t5_tokenizer"
 # What the authors released, in the order in which it acts.
 _RELEASED_ADAPTER, _RELEASED_LORAS = "s28750_adapter", ("s28750_lora_vis.pt", "sd15-reward-3750.pt")
-_OF_REWARD = (
-    "scorer segment_reward omega direction rollout_steps grad_steps rollout_guidance_scale grad_cond_only rollout_solver step_weights "
-    "gradient reward_crop"
-).split()
+_OF_REWARD = (*OF_REWARD, "segment_reward", "omega", "direction")
 
 
 @dataclass
-class LongAlignConfig(PromptConfig):
-    """Defaults of LongAlign's reward stage; see `RunConfig` for the options of every run. The presets are the released launchers'.
+class LongAlignConfig(RewardConfig):
+    """Defaults of LongAlign's reward stage; see `RewardConfig` for the options of any. The presets are the released launchers'.
 
-    stage              "supervised": pictures with long captions, the preferred sides of pairs; "reward": prompts alone
-    scorer             the reward, a name that `mmalign.rewards.scorer` knows; with omega below 1 a cosine of two embeddings
-    segment_reward     the reward reads prompts in segments, and is the mean of their scores
-    omega              ω, how much the text-irrelevant part of the reward counts: 1 is the plain reward, 0 leaves it out
+    stage              "supervised": pictures with long captions, or the preferred sides of pairs; "reward": prompts alone
+    segment_reward     the reward reads prompts in segments, and is the mean of their scores; it is then a cosine of two embeddings
+    omega              ω, how much the text-irrelevant part of the reward counts: 1 is the plain reward, 0 leaves it out; below 1 the
+                       reward is a cosine of two embeddings
     direction          V, a file that `CommonDirection.save` wrote; none estimates it from the training prompts
-    rollout_steps      denoising steps of a picture in training
-    grad_steps         how many of them, evenly spaced from a random offset, get a gradient
-    rollout_guidance_scale   guidance of these pictures, inside the gradient; 1 is none
-    grad_cond_only     no gradient through the empty prompt's branch
-    rollout_solver     "ode": DDIM, for flow models Euler; "renoise": LCM, for distilled networks
-    step_weights       "raw": the true gradient, in which early steps count most; "normalised": the same weight for every trained step
-    gradient           "exact": step by step, memory of one network call; "graph": through the whole sampler, as published
-    reward_crop        share of the side that is kept of a picture, cropped anew at random each time, so that nothing depends on blocks
     train_adapter      supervised: train the text adapter too, where the pipeline has one
     prompt_dropout     supervised: share of captions that become empty
     """
@@ -90,16 +76,7 @@ class LongAlignConfig(PromptConfig):
     segment_reward: bool = True
     omega: float = 0.3
     direction: str | None = None
-    rollout_steps: int = 50
-    grad_steps: int = 5
-    rollout_guidance_scale: float = 7.5
-    grad_cond_only: bool = False
-    rollout_solver: Literal["ode", "renoise"] = "ode"
-    step_weights: Literal["raw", "normalised"] = "raw"
-    gradient: Literal["exact", "graph"] = "exact"
-    reward_crop: float = 504 / 512
     train_adapter: bool = True
-    prompt_dropout: float = 0.0
     long_prompts: Literal["segments", "concatenate"] | None = "segments"
 
     def __post_init__(self) -> None:
@@ -109,30 +86,15 @@ class LongAlignConfig(PromptConfig):
             if unread:
                 raise ValueError(f"{unread[0]} has no effect with stage='supervised', which has no reward")
             return
-        self.rollout()
+        self.check_reward()
         problems = {
             "omega must lie in 0 … 1": not 0 <= self.omega <= 1,
             "direction has no effect with omega=1": self.omega == 1 and self.direction is not None,
-            "reward_crop must be above 0 and at most 1": not 0 < self.reward_crop <= 1,
-            "prompt_dropout has no effect with stage='reward': a reward needs the prompt": self.prompt_dropout != 0,
             "train_adapter=False has no effect with stage='reward', which trains the network alone": not self.train_adapter,
-            "gradient='graph' needs step_weights='raw': others are no gradient of a sampler": self.gradient == "graph"
-            and self.step_weights != "raw",
         }
         for message, violated in problems.items():
             if violated:
                 raise ValueError(message)
-
-    def rollout(self) -> RolloutConfig:
-        """How pictures are drawn in training."""
-        return RolloutConfig(
-            num_steps=self.rollout_steps,
-            grad_steps=self.grad_steps,
-            guidance_scale=self.rollout_guidance_scale,
-            grad_cond_only=self.grad_cond_only,
-            solver=self.rollout_solver,
-            weights=self.step_weights,
-        )
 
     @property
     def trained_on(self) -> str | None:
@@ -152,18 +114,15 @@ class LongAlignConfig(PromptConfig):
         return f"reward {self.scorer} at omega {self.omega:g}{segments}; {self.rollout()}"
 
 
-class LongAlignTrainer(PromptTrainer):
+class LongAlignTrainer(RewardTrainer):
     """Trains one of LongAlign's stages; arguments as in `DenoiserTrainer`.
 
     train_dataset: for stage "reward" prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads); for "supervised"
-    pairs, of which the preferred side is used.
+    pictures with captions, or pairs, of which the preferred side is used.
     """
 
     config_class = LongAlignConfig
     args: LongAlignConfig
-    # Encoded prompts or, in stage "supervised", encoded pairs.
-    _train: Any
-    _reward: NetworkScorer | None = None
 
     def check_arguments(self, args: LongAlignConfig, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
         """ValueError for what cannot work, before anything is read or moved."""
@@ -177,30 +136,24 @@ class LongAlignTrainer(PromptTrainer):
                 raise ValueError(
                     "train_adapter=False has no effect: the pipeline has no text adapter (load_text_adapter)"
                 )
-            return
-        if self.denoiser.native_frames is not None:
-            raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} draws clips")
-        if args.world_size > 1:
-            raise ValueError("the reward stage trains in one process: start one, and raise gradient_accumulation_steps")
-        if getattr(peft_config, "lora_dropout", 0):
-            raise ValueError("lora_dropout must be 0 in the reward stage: what is rewarded would not be what is drawn")
 
     def set_up(self) -> None:
-        """The reward with its common direction, or the adapter that is trained beside the network."""
-        args = self.args
-        if args.stage == "reward":
-            self._rollout = args.rollout()
-            reward = scorer(args.scorer, device=args.device)
-            if args.segment_reward:
-                embedding_of(reward).in_segments()
-            if args.omega < 1:
-                direction = self._direction(reward) if args.direction is None else CommonDirection.load(args.direction)
-                reward = ReweightedScorer(reward, direction, omega=args.omega)
-            self._reward = reward
-        elif self._trained_tail is not None:
+        """The reward, or the adapter that is trained beside the network."""
+        super().set_up()
+        if self._trained_tail is not None:
             # The optimiser sees what the trained module holds.
-            self._trained_tail.adapter.requires_grad_(True).to(args.device)
+            self._trained_tail.adapter.requires_grad_(True).to(self.args.device)
             self.model.adapter = self._trained_tail.adapter
+
+    def make_reward(self) -> NetworkScorer:
+        """The scorer, reading in segments, its text-irrelevant part counting less."""
+        args, reward = self.args, super().make_reward()
+        if args.segment_reward:
+            embedding_of(reward).in_segments()
+        if args.omega == 1:
+            return reward
+        direction = self._direction(reward) if args.direction is None else CommonDirection.load(args.direction)
+        return ReweightedScorer(reward, direction, omega=args.omega)
 
     def _direction(self, reward: NetworkScorer) -> CommonDirection:
         prompts = self._train.prompts
@@ -223,78 +176,24 @@ class LongAlignTrainer(PromptTrainer):
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        """Beside the network what the reward needs is on the device, frozen: VAE and scorer; or T5 and its adapter."""
-        with super()._at_work():
-            if self._reward is not None:
-                with on_device([self.pipe.vae, self._reward.model], self.args.device), frozen(self.pipe.vae):
-                    yield
-                return
-            tail = [] if self._trained_tail is None else list(self._trained_tail.networks.values())
-            with on_device(tail, self.args.device):
-                if self._trained_tail is not None:
-                    self._trained_tail.adapter.train()
-                try:
-                    yield
-                finally:
-                    for part in tail:
-                        part.eval()
+        """Beside the network what the reward needs is on the device, or T5 and its adapter."""
+        tail = [] if self._trained_tail is None else list(self._trained_tail.networks.values())
+        with super()._at_work(), on_device(tail, self.args.device):
+            if self._trained_tail is not None:
+                self._trained_tail.adapter.train()
+            try:
+                yield
+            finally:
+                for part in tail:
+                    part.eval()
 
     # One batch.
 
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Any) -> Losses:
         """½ (1 − R_ω) of a picture drawn for each prompt, or the denoising error of each picture."""
-        if self.args.stage == "supervised":
-            return self._denoising(model, inputs, epoch, data)
-        return self._rewarded(model, inputs["row"], epoch, data)
-
-    def _rewarded(self, model: nn.Module, rows: list[int], epoch: int, data: EncodedPrompts) -> Losses:
-        args, schedule = self.args, self._schedule
-        nothing, text, empty = self._rows({"row": rows}, data)
-        start = draw_start(
-            args.seed, epoch, rows, nothing.shape[1:], self._rollout, dtype=self._precision, device=args.device
-        )
-        prompts, told = [data.prompts[row] for row in rows], dict[str, Tensor]()
-
-        def predict(x: Tensor, t: Tensor, row: Tensor, conditioned: bool) -> Tensor:
-            with self.accelerator.autocast():
-                return model(x, t, (text if conditioned else empty)[row])
-
-        def score(x0: Tensor) -> Tensor:
-            pixels = (self.denoiser.decode_with_gradient(x0) / 2 + 0.5).clamp(0, 1)
-            told.update(self._rewards(self._cropped(pixels, rows, epoch), prompts))
-            return (1 - told["reward"].to(x0)) / 2
-
-        if args.gradient == "graph":
-            losses = graph_losses(predict, schedule, start, self._rollout, score)
-        else:
-            trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
-            losses = exact_losses(predict, schedule, start, self._rollout, score, trained)
-        values = {"loss": losses, **told}
-        return Losses(losses, rows, {name: (float(value.detach().sum()), len(rows)) for name, value in values.items()})
-
-    def _rewards(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """The reward (B,) with gradient, and its two parts where it has them."""
-        reward = self._reward
-        assert reward is not None
-        if not isinstance(reward, ReweightedScorer):
-            return {"reward": reward.score_pixels(pixels, prompts)}
-        relevant, style = reward.parts(reward.preprocess_pixels(pixels.to(reward.device)), prompts)
-        return {"reward": relevant + reward.omega * style, "reward/text": relevant, "reward/style": style}
-
-    def _cropped(self, pixels: Tensor, rows: list[int], epoch: int) -> Tensor:
-        """`reward_crop` of each side, at a place drawn for each row; the middle in evaluation."""
-        sides = [max(1, round(side * self.args.reward_crop)) for side in pixels.shape[2:]]
-        spare = [whole - kept for whole, kept in zip(pixels.shape[2:], sides, strict=True)]
-        generators = self._drawn(rows, epoch, "crop")
-        places = [
-            [room // 2] * len(rows) if epoch < 0 else draws.randint(generators, 0, room + 1).tolist() for room in spare
-        ]
-        return torch.stack(
-            [
-                picture[:, top : top + sides[0], left : left + sides[1]]
-                for picture, top, left in zip(pixels, *places, strict=True)
-            ]
-        )
+        if self.args.stage == "reward":
+            return super().row_losses(model, inputs, epoch=epoch, data=data)
+        return self._denoising(model, inputs, epoch, data)
 
     def _denoising(self, model: nn.Module, inputs: dict[str, Any], epoch: int, data: Prepared) -> Losses:
         rows = inputs["row"]
@@ -323,17 +222,15 @@ class LongAlignTrainer(PromptTrainer):
     # What is told and kept.
 
     def forward_passes(self, steps: int) -> float:
-        """Of the sampler, and of the trained steps again with their backward; VAE and scorer come on top."""
-        if self.args.stage == "supervised":
-            return self._trained_passes
-        branches = 1 if self._rollout.guidance_scale == 1 else 2
-        trained = 1 if self._rollout.grad_cond_only else branches
-        return self._rollout.num_steps * branches + self._rollout.grad_steps * trained * self._trained_passes
+        """Of the reward stage, or of one trained call."""
+        return super().forward_passes(steps) if self.args.stage == "reward" else self._trained_passes
 
     def card_settings(self) -> dict[str, Any]:
         """The stage, and what of the reward and its pictures decides what is learnt."""
-        names = _OF_REWARD if self.args.stage == "reward" else ["train_adapter"]
-        return {"stage": self.args.stage} | {name: getattr(self.args, name) for name in names if name != "direction"}
+        args = self.args
+        if args.stage == "supervised":
+            return {"stage": args.stage, "train_adapter": args.train_adapter}
+        return super().card_settings() | {name: getattr(args, name) for name in ("stage", "segment_reward", "omega")}
 
     def _write(self, folder: Path) -> None:
         super()._write(folder)

@@ -2,19 +2,15 @@
 
     ε = ε_neg(x, c⁻) + g · (ε_pos(x, c) − ε_neg(x, c⁻)),   θ_neg = θ + α·(θ_pos − θ) + β·(θ_npo − θ)
 
-θ_npo comes of truncated diffusion fine-tuning (`mmalign.likelihood.truncated`) or, in Diffusion-NPO (Wang et al., ICLR 2025,
-arXiv:2505.11245), of Diffusion-DPO on swapped pairs (`DiffusionDPOConfig(swap_pairs=True)`); either is loaded and drawn with here.
+θ_npo comes of truncated diffusion fine-tuning (`mmalign.likelihood.truncated`). That of Diffusion-NPO (diffusion_npo.py, or
+`DiffusionDPOConfig(swap_pairs=True)`) is loaded and drawn with alike.
 """
 
-import copy
-import inspect
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,48 +18,15 @@ from transformers import TrainerCallback
 
 from mmalign.denoisers import Conditioning
 from mmalign.denoisers.parts import evaluating
-from mmalign.files import write_file
 from mmalign.likelihood import draws
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.truncated import TruncatedConfig, TruncatedPoint, data_error, draw_stops, truncated_point
 from mmalign.training import health
-from mmalign.training.card import is_hub_id
 from mmalign.training.following import REFERENCE_FOLDER, FollowingReference
-from mmalign.training.loading import plain_class
-from mmalign.training.negative import (
-    COMPONENTS,
-    NEGATIVE,
-    Negative,
-    become_negative,
-    drawing,
-    has_negative,
-    load_negative,
-    save_negative,
-    unload_negative,
-)
-from mmalign.training.pipeline import AlignPipeline
+from mmalign.training.negative_pipeline import NegativePipeline
 from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
 from mmalign.training.run_trainer import Losses
-from mmalign.training.weights import aligned_network, load_trained, save_trained
-
-# Beside a saved pipeline.
-_CARD = """---
-library_name: diffusers
-tags:
-- mmalign
-- self-npo
----
-# A pipeline with a negative side
-
-Plain diffusers loads this folder, and draws with plain guidance. What runs in the negative branch lies in `negative/`, as it acts
-beside the merged weights, and mmalign draws with both:
-
-```python
-from mmalign import SelfNPOPipeline
-
-pipe = SelfNPOPipeline.from_pretrained(FOLDER)
-```
-"""
+from mmalign.training.weights import load_trained, save_trained
 
 
 @dataclass
@@ -73,7 +36,7 @@ class SelfNPOConfig(PromptConfig):
     The presets "sd15" and "sdxl" are the released launchers' (full weights, pictures, one GPU), "paper" is what the equations say.
 
     source                 "noise": paths start from pure noise, and prompts are all that is needed; "images": from pictures with
-                           captions, the preferred sides of pairs
+                           captions, or the preferred sides of pairs
     solver_steps           moves of the solver before the target is taken
     grid_points            times at which paths start (images) or end (noise)
     target_guidance_scale  guidance of the targets, as `guidance_scale` means it: 1 is the prompt's prediction (the paper), 0 the empty
@@ -149,8 +112,8 @@ class SelfNPOConfig(PromptConfig):
 class SelfNPOTrainer(PromptTrainer):
     """Trains a network on its own truncated predictions; arguments as in `DenoiserTrainer`.
 
-    train_dataset: prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads); with source "images" pairs, of which
-    the preferred side is used.
+    train_dataset: prompts (a list, a prompt file, or the prompts of whatever `load_pairs` reads); with source "images" pictures with
+    captions, or pairs, of which the preferred side is used.
     """
 
     config_class = SelfNPOConfig
@@ -251,99 +214,8 @@ class SelfNPOTrainer(PromptTrainer):
                 load_trained(self.network, Path(resume_from_checkpoint) / REFERENCE_FOLDER)
 
 
-class SelfNPOPipeline(AlignPipeline):
-    """A pipeline of any family whose negative branch has a side of its own: `align` trains one, `load_negative` loads one.
-
-    With peft_config None `align` makes it a second network. What the pipeline draws with stays as it was.
-    `guidance_scale` and everything else mean what they mean without it, and a step costs what it costs without it. At a guidance
-    scale of 1 or less there is no negative branch, and it is never run.
-    """
+class SelfNPOPipeline(NegativePipeline):
+    """A pipeline of any family whose negative branch has a side of its own, which `align` trains by Self-NPO."""
 
     config_class = SelfNPOConfig
     trainer_class = SelfNPOTrainer
-    negative = Negative()
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        plain = plain_class(cls)
-        if plain is cls:
-            return
-
-        # Of the plain class's signature, by which a pipeline's kind is told.
-        @wraps(plain.__call__)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not has_negative(self):
-                return plain.__call__(self, *args, **kwargs)
-            bound = inspect.signature(plain.__call__).bind(self, *args, **kwargs)
-            bound.apply_defaults()
-            with drawing(self, self.negative, bound):
-                return plain.__call__(self, *args, **kwargs)
-
-        cls.__call__ = call  # type: ignore[method-assign]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Self:
-        """As `AlignPipeline.from_pretrained`; the negative side that `save_pretrained` left there is loaded too."""
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **options)
-        folder = Path(pretrained_model_name_or_path).expanduser()
-        if is_hub_id(str(pretrained_model_name_or_path)):
-            from huggingface_hub import snapshot_download
-
-            wanted = [f"{NEGATIVE}/*", f"{NEGATIVE}/*/*"]
-            folder = Path(snapshot_download(str(folder), revision=options.get("revision"), allow_patterns=wanted))
-        if (folder / NEGATIVE).is_dir():
-            pipe.load_negative(folder / NEGATIVE)
-        return pipe
-
-    @contextmanager
-    def _being_trained(self, peft_config: Any) -> Iterator[None]:
-        """What was trained becomes the negative side; what the pipeline draws with stays as it was."""
-        if has_negative(self):
-            raise ValueError("the pipeline has a negative side already: unload_negative() first")
-        base = copy.deepcopy(aligned_network(self)[1]) if peft_config is None else None
-        yield
-        self.negative = become_negative(self, base)
-
-    def load_negative(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        base: Any = None,
-        allow_pickle: bool = False,
-    ) -> None:
-        """Loads a negative side: a LoRA (diffusers, peft, kohya) or a whole network, from a folder, a file or the Hub.
-
-        A LoRA shares the pipeline's network. A whole network becomes a second one, `negative_unet` or `negative_transformer`; load what
-        aligned the positive side before it.
-
-        alpha: how much of the positive side's own alignment the negative branch keeps; 0 is the base's.
-        beta: how much of the negative offset it takes; 0 with alpha 1 is plain guidance.
-        base: with a whole network on a pipeline whose whole network was aligned: what both were trained from.
-        allow_pickle: also read state dicts in .bin, .ckpt, .pth and .pt, as tensors only.
-        """
-        self.negative = load_negative(self, path, Negative(alpha, beta), base=base, allow_pickle=allow_pickle)
-
-    def set_negative(self, *, alpha: float = 1.0, beta: float = 1.0) -> None:
-        """Other weights for a negative LoRA; ValueError for a whole network, which is mixed when it is loaded."""
-        if not has_negative(self) or self.negative.positive is not None:
-            raise ValueError("alpha and beta are set of a negative LoRA: load one, or pass them to load_negative")
-        self.negative = Negative(alpha, beta)
-
-    def unload_negative(self) -> None:
-        """Back to plain guidance."""
-        unload_negative(self)
-        self.negative = Negative()
-
-    def _save_more(self, folder: Path) -> None:
-        if has_negative(self):
-            save_negative(self, self.negative, folder / NEGATIVE)
-            write_file(folder / "README.md", _CARD)
-
-    @classmethod
-    def _get_signature_keys(cls, obj: Any) -> tuple[list[str], list[str]]:
-        """As in diffusers, with the second network, so that it is moved and offloaded with the others."""
-        expected, optional = super()._get_signature_keys(obj)  # type: ignore[misc]
-        held = [] if isinstance(obj, type) else [name for name in COMPONENTS if name in obj.config]
-        return sorted({*expected, *held}), optional

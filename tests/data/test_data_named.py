@@ -58,5 +58,5 @@ def test_a_text_is_read_from_inside_the_folder_only(tmp_path: Path, write: Write
 
 def test_a_folder_without_a_rejected_picture_is_no_source(tmp_path: Path, write: Write) -> None:
     write("a_chosen.png", "a.png", "a.txt")
-    with pytest.raises(ValueError, match="nor pictures named in pairs"):
+    with pytest.raises(ValueError, match="none of them named as rejected"):
         load_pairs(tmp_path)

@@ -57,6 +57,7 @@ def gradients(network: torch.nn.Module, losses: Tensor) -> list[Tensor]:
 CASES = [
     RolloutConfig(num_steps=6, grad_steps=3),
     RolloutConfig(num_steps=6, grad_steps=2, grad_cond_only=True, guidance_scale=3),
+    RolloutConfig(num_steps=6, grad_steps=3, grad_uncond_only=True, guidance_scale=5),
     RolloutConfig(num_steps=4, grad_steps=4, guidance_scale=1),
     RolloutConfig(num_steps=4, grad_steps=4, guidance_scale=1, solver="renoise"),
     RolloutConfig(num_steps=4, grad_steps=2, guidance_scale=2, solver="renoise"),
@@ -166,10 +167,35 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     assert float(weight.grad) == pytest.approx(-2.25)
 
 
+@pytest.mark.parametrize("losses_of", [exact_losses, graph_losses])
+@pytest.mark.parametrize("scale", [1.5, 5.0, 12.0])
+def test_the_empty_prompt_s_own_network_learns_one_minus_g_of_what_it_would_alone(losses_of: Any, scale: float) -> None:
+    """Euler from σ = 1 to 0 with constant velocities: x̂_0 = x_T − n − g·(p − n), so that ∂(Σ x̂_0)/∂n = −(1 − g) a number."""
+    schedule = Schedule("flow", torch.tensor([0.5, 0.0]).double(), torch.tensor([0.5, 1.0]).double())
+    negative, positive = (torch.nn.Parameter(torch.tensor(value).double()) for value in (0.3, -0.2))
+    start = Start(torch.ones(1, 3).double(), torch.zeros(1, dtype=torch.long))
+
+    def gradient(config: RolloutConfig, alone: bool) -> float:
+        negative.grad = positive.grad = None
+
+        def predict(x: Tensor, t: Tensor, row: Tensor, conditioned: bool) -> Tensor:
+            return (positive if conditioned and not alone else negative) * torch.ones_like(x)
+
+        parameters = {"parameters": [negative, positive]} if losses_of is exact_losses else {}
+        losses_of(predict, schedule, start, config, lambda x0: x0.sum(1), **parameters).sum().backward()
+        assert positive.grad is None
+        return float(negative.grad)
+
+    alone = gradient(RolloutConfig(num_steps=2, grad_steps=2, guidance_scale=1), True)
+    guided = gradient(RolloutConfig(num_steps=2, grad_steps=2, guidance_scale=scale, grad_uncond_only=True), False)
+    assert alone == pytest.approx(-3) and guided == pytest.approx((1 - scale) * alone) and guided * alone < 0
+
+
 def test_senseless_settings_are_refused() -> None:
     for wrong in (
         {"solver": "x"}, {"weights": "x"}, {"grad_steps": 3}, {"grad_steps": 0}, {"guidance_scale": 0.5},
-        {"guidance_scale": 1, "grad_cond_only": True},
+        {"guidance_scale": 1, "grad_cond_only": True}, {"guidance_scale": 1, "grad_uncond_only": True},
+        {"grad_cond_only": True, "grad_uncond_only": True},
     ):  # fmt: skip
         with pytest.raises(ValueError):
             RolloutConfig(**wrong)

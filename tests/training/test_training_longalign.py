@@ -20,9 +20,11 @@ PROMPTS = [f"A {one} {two}. It lies on {three}." for one in WORDS[:5] for two in
 
 @pytest.fixture(autouse=True)
 def tiny_reward(monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> None:
-    import mmalign.pipelines.image.longalign as longalign
+    import mmalign.training.reward_trainer as reward_trainer
 
-    monkeypatch.setattr(longalign, "scorer", lambda name, **options: ClipScorer.from_pretrained(clip_folder, name=name))
+    monkeypatch.setattr(
+        reward_trainer, "scorer", lambda name, **options: ClipScorer.from_pretrained(clip_folder, name=name)
+    )
 
 
 def pipeline(kind: str = "sd", tail: bool = False) -> Any:
