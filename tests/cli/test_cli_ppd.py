@@ -20,7 +20,7 @@ def test_embed_users_writes_a_file_that_tells_users_and_pairs(tmp_path, capsys):
     assert "2 users, 4 groups of 3 pairs" in capsys.readouterr().out
     users = UserEmbeddings.load(path)
     assert len(users) == 2 and users.tokens.shape == (4, 3, 96)
-    assert users.made_by["encoder"] == "clip-difference" and users.made_by["data"] == "playground"
+    assert users.made_by["encoder"] == "clip-patch-difference" and users.made_by["data"] == "playground"
     assert cli.main(["embed-users", *words, "--user", "me", "--output", str(path)]) == 0
     assert list(UserEmbeddings.load(path).of_user) == ["me"]
 

@@ -174,7 +174,7 @@ def test_scorers_as_users_compare_every_pair_each_in_their_own_way(tmp_path, mon
 
 def test_a_clip_like_scorer_reads_the_users_when_training_starts(tmp_path):
     data = run(tmp_path, users="playground", user_shots=2)._train
-    assert data.users.made_by["encoder"] == "clip-difference"
+    assert data.users.made_by["encoder"] == "clip-patch-difference"
     assert {user: len(groups) for user, groups in data.users.of_user.items()} == {"ann": 2, "bob": 2}
     keys = {record.row: pair_key(record) for record in load_pairs(rows())}
     assert sorted(data.groups) == list(range(8))
