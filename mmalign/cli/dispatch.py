@@ -88,6 +88,12 @@ VERBS = {
             "mmalign.cli.embed_users",
         ),
         Verb(
+            "probe-users",
+            "can the users of a file be told apart? a classifier on their groups, beside chance",
+            "mmalign probe-users --users users.safetensors",
+            "mmalign.cli.probe_users",
+        ),
+        Verb(
             "export",
             "an aligned model as other tools load it: diffusers, peft, kohya, ComfyUI, or merged",
             "mmalign export runs/smpo --format kohya --output aligned.safetensors",

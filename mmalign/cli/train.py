@@ -453,6 +453,8 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
         )
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
+    if (folder / "user_attention").exists():
+        return "\n".join([*lines, *_next_for_users(given, folder, config)])
     held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
     if config.trains_negative:
         return "\n".join([*lines, *_next_with_negative(given, folder, held)])
@@ -466,6 +468,25 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     if judged:
         lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held, *long))
     return "\n".join(lines)
+
+
+def _next_for_users(given: Given, folder: Path, config: Any) -> list[str]:
+    """Drawing for somebody: of the file that was trained with, of the scorers, or of users who were read when training started."""
+    from mmalign.data.users import SCORERS_FILE
+
+    lines = ["", "next (NAME is one of the users):"]
+    users = config.users or str(folder / SCORERS_FILE)
+    if not users.endswith(".safetensors"):
+        read = ["--data", given["data"], "--encoder", users, "--shots", str(config.user_shots)]
+        if given["root"] is not None:
+            read += ["--root", given["root"]]
+        lines.append("  " + command("mmalign", "embed-users", *read))
+        users = "users.safetensors"
+    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
+    model = ["--model", given["model"], "--lora", str(folder), "--users", users, "--user", "NAME"]
+    lines.append("  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"))
+    lines.append("  " + command("mmalign", "evaluate", *model, *prompts))
+    return lines
 
 
 def _next_with_negative(given: Given, folder: Path, held: list[str]) -> list[str]:
