@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,18 @@ class PolicyModule(nn.Module):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.network = denoiser.module
-        self._predict = denoiser.predict
+        self._predict, self._stays_in_eval = denoiser.predict, denoiser.has_own_dropout
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """The raw output of the network, as `Denoiser.predict`."""
         return self._predict(self.network, x_t, t, conditioning)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; a network with dropout of its own stays in eval mode, so that it is compared and not its noise."""
+        super().train(mode)
+        if self._stays_in_eval:
+            self.network.eval()
+        return self
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """diffusers' own verb; it takes no options, and `inherited.py` refuses any."""
