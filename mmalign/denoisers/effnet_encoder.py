@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmalign.files import absence_explained
+
 FILE = "effnet_encoder.safetensors"
 # Where it was published, beside the decoder; the prior lies in a repository of its own.
 REPOSITORY = "stabilityai/stable-cascade"
@@ -60,7 +62,11 @@ def find_encoder(name: str) -> Path:
     if name and not folder.exists() and name.count("/") == 1:
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(REPOSITORY, FILE))
+        remedy = (
+            f"run `hf download {name} --local-dir FOLDER`, then the same for {REPOSITORY} {FILE}, and name that folder"
+        )
+        with absence_explained(remedy):
+            return Path(hf_hub_download(REPOSITORY, FILE))
     places = [folder / FILE, folder / "decoder" / FILE] if name else []
     found = next((place for place in places if place.is_file()), None)
     if found is None:

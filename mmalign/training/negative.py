@@ -154,7 +154,9 @@ def check_branches(pipe: Any) -> None:
     """ValueError for a pipeline that is no family of ours, or draws without a negative branch."""
     network = adapter_for(pipe).module
     if type(network).__name__ in CONDITIONAL_FIRST:
-        raise ValueError(f"a negative side is not supported for {type(network).__name__}, which runs the prompt's half first")
+        raise ValueError(
+            f"a negative side is not supported for {type(network).__name__}, which runs the prompt's half first"
+        )
     if is_quantized(network) and second_network(pipe) is not None:
         raise ValueError("a quantised network cannot be mixed with another: use a negative LoRA")
     if network.config.get("time_cond_proj_dim") is not None:  # type: ignore[union-attr, operator]
