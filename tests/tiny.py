@@ -368,6 +368,35 @@ def cascade_network(**options: Any) -> Any:
     return StableCascadeUNet(**settings | options)
 
 
+def cascade_decoder(seed: int = 0) -> Any:
+    """What makes pictures of 128×128 from latents (16, 3, 3) of "cascade"."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableCascadeDecoderPipeline(
+            decoder=_started(
+                cascade_network(
+                    in_channels=4,
+                    out_channels=4,
+                    patch_size=2,
+                    effnet_in_channels=16,
+                    pixel_mapper_in_channels=3,
+                    timestep_conditioning_type=("sca",),
+                )
+            ),
+            tokenizer=tokenizer,
+            text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+            scheduler=DDPMWuerstchenScheduler(),
+            vqgan=PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16).eval(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def effnet_encoder(seed: int = 0) -> Any:
     """The encoder of "cascade", as large as the published one, its statistics those of random pictures."""
     from mmalign.denoisers.effnet_encoder import EffNetEncoder

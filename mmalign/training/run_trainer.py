@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign.denoisers import Denoiser, adapter_for
+from mmalign.denoisers.cascade_decoder import check_draws
 from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.draws import row_generators
@@ -157,6 +158,8 @@ class RunTrainer(SavingTrainer):
     def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
         """ValueError for what cannot work, before anything is read or moved."""
         refuse_offloading(self.pipe)
+        if args.validation_steps:
+            check_draws(self.pipe)
         if peft_config is None and is_quantized(self.network):
             raise ValueError(
                 "quantised weights cannot be trained: pass a peft_config, or load the pipeline unquantised"
