@@ -78,6 +78,11 @@ class PPDConfig(DenoiserConfig):
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 768, "fp16": True,
             "gradient_checkpointing": True,
         },
+        "cascade": {
+            "beta": 5000.0, "beta_elements": 65536, "learning_rate": 1e-5, "num_train_epochs": 1,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 768, "bf16": True,
+            "gradient_checkpointing": True, "user_projection": 2048,
+        },
         "playground": {**PLAYGROUND, "users": "playground"},
     }  # fmt: skip
 
