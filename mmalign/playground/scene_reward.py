@@ -4,6 +4,7 @@
 trained on them by its segments it becomes a Denscore, which also knows what raters like whatever was asked.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from mmalign.playground import judges, photographs, raters, scenes, tokenizer, world
+from mmalign.playground import judges, photographs, raters, scene_text, scenes, tokenizer, world
 from mmalign.playground.fit import FitConfig, fit
 
 FIT = FitConfig(steps=1_500, batch_size=64, learning_rate=1e-3, warmup=100, weight_decay=1e-2, ema=0.99, seed=31)
 STREAM, PAIR_STREAM = 241, 242
 MAX_LENGTH = 32
+EXTRA_WEIGHT = 0.3
 _CHANGES = ("garment", "colour", "background", "place")
 
 
@@ -45,10 +47,16 @@ def build(vocabulary: CLIPTokenizer, seed: int = 0) -> CLIPModel:
 def train(
     checkpoint: Path | None = None, *, stop_after: int | None = None
 ) -> tuple[CLIPModel, CLIPTokenizer, list[dict[str, float]]]:
-    """Contrastive, two sentences of each scene: against the batch's other scenes, and against themselves with one thing changed."""
+    """Contrastive, two sentences of each scene: against the batch's other scenes, and against themselves with one thing changed.
+
+    Beside it, linear maps read what every cell shows from a picture's embedding, and what a sentence says from the sentence's: so each
+    side learns by itself what the two are to agree on. They are not kept.
+    """
     data = photographs.load("train").half("A")
     vocabulary = build_tokenizer()
     model = build(vocabulary)
+    width, shown = model.config.projection_dim, scene_text.ATTRIBUTES[1:]
+    seer, reader = nn.Linear(width, len(scenes.PLACES) * sum(shown)), nn.Linear(width, sum(scene_text.ATTRIBUTES))
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         rows = torch.arange(step * FIT.batch_size, (step + 1) * FIT.batch_size)
@@ -62,11 +70,17 @@ def train(
         seen, read = _embedded(model, vocabulary, pixels, texts + changed)
         true, false = read.chunk(2)
         scale = model.logit_scale.exp()
-        logits, same = scale * seen @ true.T, _shown(cells, chosen)
+        logits, same = scale * seen @ true.T, _fits(cells, chosen)
         gap = scale * (seen.repeat_interleave(2, 0) * (true - false)).sum(1)
-        return 0.5 * (_soft(logits, same) + _soft(logits.T, same.T)) + F.softplus(-gap).mean()
+        told_of = torch.stack([cells.garment, cells.colour, cells.background], 1)
+        cell_guesses = scale * seer(seen).view(-1, sum(shown))
+        text_guesses = scale * reader(true)
+        said = torch.cat([(chosen % 4)[:, None], told_of[chosen]], 1)
+        extra = _guessed(cell_guesses, told_of, shown) + _guessed(text_guesses, said, scene_text.ATTRIBUTES)
+        return 0.5 * (_soft(logits, same) + _soft(logits.T, same.T)) + F.softplus(-gap).mean() + EXTRA_WEIGHT * extra
 
-    curve = fit(model, loss_of, FIT, checkpoint=checkpoint, stop_after=stop_after, name="scene reward")
+    parts = nn.ModuleList([model, seer, reader])
+    curve = fit(parts, loss_of, FIT, checkpoint=checkpoint, stop_after=stop_after, name="scene reward")
     return model, vocabulary, curve
 
 
@@ -156,10 +170,16 @@ def _embedded(model: CLIPModel, vocabulary: CLIPTokenizer, pixels: Tensor, texts
     return F.normalize(seen, dim=1), F.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=1)
 
 
-def _shown(cells: world.Scenes, chosen: Int[Tensor, " N"]) -> Float[Tensor, "B N"]:
+def _fits(cells: world.Scenes, chosen: Int[Tensor, " N"]) -> Float[Tensor, "B N"]:
     """Whether what a chosen cell shows is shown by scene i at the same place."""
     shown = torch.stack([cells.garment, cells.colour, cells.background], 1).unflatten(0, (-1, 4))
     return (shown[:, chosen % 4] == shown.flatten(0, 1)[chosen][None]).all(-1).float()
+
+
+def _guessed(guesses: Float[Tensor, "N K"], truth: Int[Tensor, "N A"], sizes: Sequence[int]) -> Tensor:
+    """Cross-entropies of A attributes, whose guesses stand side by side, summed."""
+    parts = zip(guesses.split(list(sizes), 1), truth.unbind(1), strict=True)
+    return torch.stack([F.cross_entropy(guess, true) for guess, true in parts]).sum()
 
 
 def _soft(logits: Tensor, same: Tensor) -> Tensor:
