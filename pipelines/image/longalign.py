@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from mmalign.data import ComparisonConfig
@@ -186,8 +187,6 @@ class LongAlignTrainer(RunTrainer):
             return
         if self.denoiser.native_frames is not None:
             raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} draws clips")
-        if args.world_size > 1:
-            raise ValueError("the reward stage trains in one process: start one, and raise gradient_accumulation_steps")
         if getattr(peft_config, "lora_dropout", 0):
             raise ValueError("lora_dropout must be 0 in the reward stage: what is rewarded would not be what is drawn")
 
@@ -223,13 +222,16 @@ class LongAlignTrainer(RunTrainer):
             self.model.adapter = self._trained_tail.adapter
 
     def _direction(self, reward: NetworkScorer) -> CommonDirection:
+        """V of all training prompts, estimated by one process for all."""
         prompts = self._train.prompts
         if len(prompts) < FEWEST_CAPTIONS:
             raise ValueError(
                 f"{len(prompts)} prompts are too few for a common direction ({FEWEST_CAPTIONS} at least): pass direction=, "
                 "a file that CommonDirection.estimate(…).save(…) wrote, or omega=1"
             )
-        return CommonDirection.estimate(reward, prompts)
+        found = [CommonDirection.estimate(reward, prompts) if self.accelerator.is_main_process else None]
+        (direction,) = broadcast_object_list(found)
+        return direction
 
     @cached_property
     def _trained_tail(self) -> T5Tail | None:

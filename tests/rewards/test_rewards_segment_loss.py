@@ -52,6 +52,7 @@ def test_the_loss_is_a_divergence_and_its_gradient_what_the_label_lacks(a: float
     logits = torch.tensor([[a, b]], dtype=torch.float64, requires_grad=True)
     loss = pair_losses(logits, torch.tensor([label], dtype=torch.float64))
     loss.sum().backward()
+    loss = loss.detach()
     chosen = 1 / (1 + math.exp(b - a))
     expected = sum(
         w * (math.log(w) - math.log(p)) for w, p in ((label, chosen), (1 - label, 1 / (1 + math.exp(a - b)))) if w
