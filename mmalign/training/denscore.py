@@ -1,7 +1,7 @@
 """Trains a CLIP to compare pictures of long prompts segment by segment: Denscore, LongAlign's reward (arXiv:2410.11817).
 
-    DenscoreTrainer(model="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", args=DenscoreConfig("denscore"), train_dataset="pairs/").train()
-    scorer("clip:denscore").in_segments()
+    DenscoreTrainer(model="laion/CLIP-ViT-H-14-laion2B-s32B-b79K", args=DenscoreConfig("denscore"), train_dataset="pairs/")
+    scorer("denscore:denscore")      # the folder that `save_model` wrote
 
 The loss is `mmalign.rewards.segment_loss`, each pair weighted by one over how many its prompt has.
 """
@@ -27,7 +27,10 @@ logger = logging.getLogger("mmalign")
 
 @dataclass
 class DenscoreConfig(TrainingArguments):
-    """Defaults of PickScore, whose recipe Denscore's training is said to follow; its own numbers were not published."""
+    """Defaults of PickScore, whose recipe Denscore's training is said to follow; its own numbers were not published.
+
+    train_split, eval_split   which split of a Hub data set or of "playground"; "train" unless given
+    """
 
     method: ClassVar[str] = "denscore"
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -55,8 +58,8 @@ class DenscoreConfig(TrainingArguments):
 
 
 class DenscoreTrainer(Trainer):
-    """`model`: a CLIP's folder or Hub id, or a `ClipScorer`; data as in `load_pairs`. `save_model` writes a folder that reads segments
-    well: `scorer("clip:FOLDER").in_segments()`."""
+    """`model`: a CLIP's folder or Hub id, or a `ClipScorer`; data as in `load_pairs`. `save_model` writes a folder for
+    `scorer("denscore:FOLDER")`."""
 
     config_class = DenscoreConfig
     args: DenscoreConfig

@@ -34,7 +34,8 @@ def rows(number: int = 12) -> list[dict[str, Any]]:
 def run(clip_folder: Path, folder: Path, data: Any = None, **options: Any) -> DenscoreTrainer:
     given: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
-        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none", "learning_rate": 3e-3, "warmup_steps": 0,
+        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "report_to": "none",
+        "learning_rate": 3e-3, "warmup_steps": 0,
     }  # fmt: skip
     args = DenscoreConfig(**given | options)
     return DenscoreTrainer(model=str(clip_folder), args=args, train_dataset=rows() if data is None else data)
