@@ -62,7 +62,7 @@ METHODS = {
 }
 # Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
 ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd")]
-_PAIRS = (
+PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
 )
@@ -146,7 +146,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help=_PAIRS if method in ALIGNING else _PROMPTS,
+            help=PAIRS if method in ALIGNING else _PROMPTS,
             required=True,
             group=_DATA,
         ),
@@ -281,7 +281,7 @@ def config_options(given: Given, config_class: Any) -> dict[str, Any]:
         _say(
             f"learning rate {config.learning_rate:g} × {pairs} pairs a step = {options['learning_rate']:g} (--scale-lr)"
         )
-    options["resume_from_checkpoint"] = _resume_from(given)
+    options["resume_from_checkpoint"] = resume_from(given)
     return options
 
 
@@ -307,7 +307,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def _resume_from(given: Given) -> str | None:
+def resume_from(given: Given) -> str | None:
     """What the trainer resumes from: a folder, or "latest". An earlier run's checkpoints are never mixed with a new one's."""
     folder, asked = Path(given["output_dir"]), given["resume_from_checkpoint"]
     found = _checkpoints(folder)
