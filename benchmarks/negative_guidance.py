@@ -1,7 +1,7 @@
 """Is guidance better with a negative side of its own, at the same number of network calls, alone and on top of SmPO?
 
     python benchmarks/negative_guidance.py choose     # candidates for the negative side, on training prompts by judge A
-    python benchmarks/negative_guidance.py run        # every missing cell, one training seed after the other; stop and resume at will
+    python benchmarks/negative_guidance.py run        # every missing cell; stop and resume at will
     python benchmarks/negative_guidance.py table      # results/negative_guidance/table.md and sweep.svg from the finished cells
 
 A cell is (positive side, negative side, guidance scale, seed): it draws every test prompt and keeps judge B's score of every picture.
@@ -10,7 +10,9 @@ NEGATIVES was filled with what `choose` had shown, and committed with everything
 
 import argparse
 import json
+import shutil
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from mmalign.files import slug, write_file, write_json
 from mmalign.playground import measure, pairs, settings
 
 RESULTS = Path(__file__).parent / "results" / "negative_guidance"
+WORK = Path("build") / "negative_guidance"
 SEEDS = (0, 1, 2)
-GUIDANCE_SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
+GUIDANCE_SCALES = (2.0, 4.0, 6.0)
 PICTURE_SEED, CHOICE_SEED = 9_000_000, 8_000_000
 NUM_CHOICE_PROMPTS = 280
 # Method of a negative side, and what differs from its playground preset.
@@ -32,8 +35,8 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "npo": ("DiffusionDPO", {"swap_pairs": True, "max_steps": 60}),
 }
 BETAS = (0.3, 1.0)
-# Of the candidates, with how far the negative side goes.
-NEGATIVES: dict[str, tuple[str, float]] = {}
+# Of the candidates, with how far the negative side goes: the best of each method in choice.md.
+NEGATIVES: dict[str, tuple[str, float]] = {"self-npo": ("self-npo, target guidance -4", 0.3), "npo": ("npo", 1.0)}
 POSITIVES = ("base", "smpo")
 
 
@@ -84,27 +87,33 @@ def choose() -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(seed: int) -> None:
-    """Trains what the seed's missing cells need, and draws them."""
-    missing = [cell for cell in cells() if not cell_path(*cell, seed).is_file()]
-    with tempfile.TemporaryDirectory() as place:
-        trained: dict[str, Path | None] = {"base": None, "plain": None}
-        recipes = {"smpo": ("SmPO", {}), **CANDIDATES}
-        for positive, negative, guidance in missing:
-            recipe, beta = NEGATIVES.get(negative, ("plain", 1.0))
-            for name in (positive, recipe):
-                if name not in trained:
-                    train(*recipes[name], Path(place) / slug(name), seed)
-                    trained[name] = Path(place) / slug(name)
-            seen = judged(
-                pipeline(trained[positive], trained[recipe], beta),
-                pairs.prompts().test,
-                first_seed=PICTURE_SEED + 1000 * seed,
-                judge="B",
-                guidance=guidance,
-            )
-            about = {"positive": positive, "negative": negative, "guidance_scale": guidance, "seed": seed}
-            write_json(cell_path(positive, negative, guidance, seed), {**about, **seen})
+def run(positive: str, negative: str, guidance: float, seed: int, work_dir: Path) -> None:
+    """Trains what a cell needs and has not got from another one, draws it, and writes what judge B saw."""
+    seen = judged(
+        sides(positive, negative, seed, work_dir),
+        pairs.prompts().test,
+        first_seed=PICTURE_SEED + 1000 * seed,
+        judge="B",
+        guidance=guidance,
+    )
+    about = {"positive": positive, "negative": negative, "guidance_scale": guidance, "seed": seed}
+    write_json(cell_path(positive, negative, guidance, seed), {**about, **seen})
+
+
+def sides(positive: str, negative: str, seed: int, work_dir: Path) -> Any:
+    """The pipeline of a cell; its LoRAs stay in `work_dir`."""
+    recipe, beta = NEGATIVES.get(negative, ("plain", 1.0))
+    recipes = {"smpo": ("SmPO", {}), **CANDIDATES}
+    folders: list[Path | None] = []
+    for name in (positive, recipe):
+        folder = work_dir / f"seed{seed}" / slug(name) if name in recipes else None
+        if folder is not None and not folder.is_dir():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            train(*recipes[name], part, seed)
+            part.rename(folder)
+        folders.append(folder)
+    return pipeline(*folders, beta)
 
 
 def cells() -> list[tuple[str, str, float]]:
@@ -204,12 +213,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["choose", "run", "table"])
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--guidance", type=float, nargs="*", default=GUIDANCE_SCALES, help="of the cells to run")
+    parser.add_argument("--work-dir", type=Path, default=WORK, help="where LoRAs are kept")
     args = parser.parse_args()
     if args.command == "choose":
         text, file = choose(), "choice.md"
     else:
-        for seed in args.seeds if args.command == "run" else ():
-            run(seed)
+        for cell, seed in product(cells(), args.seeds) if args.command == "run" else ():
+            if cell[2] in args.guidance and not cell_path(*cell, seed).is_file():
+                run(*cell, seed, args.work_dir)
         text, file = table(), "table.md"
         write_file(RESULTS / "sweep.svg", sweep_svg())
     write_file(RESULTS / file, text)

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written under another name, then renamed; a full disk says so in one line."""
+"""Files and folders that are whole or absent: written under another name, then renamed; a full disk or a lack says so in one line."""
 
 import errno
 import json
@@ -83,6 +83,19 @@ def full_disk_explained(folder: Path, remedy: str = "choose another folder") -> 
         raise OSError(
             code, f"no space left on the disk that holds {folder}: free some, or {remedy}; nothing half-written remains"
         ) from error
+
+
+@contextmanager
+def absence_explained(remedy: str) -> Iterator[None]:
+    """Weights that are neither on this machine nor to be had from the network: a one-line ValueError with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        # A fault of this machine, such as a full disk, has a number and speaks for itself.
+        if error.errno is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{reason}: {remedy}") from error
 
 
 def _disk_full(error: Exception) -> int | None:

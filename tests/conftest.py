@@ -30,6 +30,14 @@ def brightness(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
+def cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prior of Stable Cascade with its encoder beside it."""
+    from tiny import save_cascade
+
+    return save_cascade(tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small CLIP in the layout of transformers."""
     from tiny import tiny_tokenizer

@@ -4,7 +4,8 @@
 "sd-v" (v-prediction, DDIM, as 2.1), "sdxl" (both CLIPs, Euler), "sd3" (both CLIPs and T5, flow), "flux" (CLIP and T5, packed
 latents, told its guidance as FLUX.1-dev is). Images are 16×16, latents (4, 8, 8). "cogvideox" (T5, rotary positions, v-prediction,
 as CogVideoX-5b) draws clips of 9 such images, latents (4, 3, 4, 4); "wan" (UMT5, flow by UniPC, as Wan 2.1) clips of 5, latents
-(4, 2, 4, 4), if asked for them: no config of Wan's names a size.
+(4, 2, 4, 4), if asked for them: no config of Wan's names a size. "cascade" (CLIP, the prior of Stable Cascade) draws latents
+(16, 2, 2) of pictures of 64×64 pixels, which no VAE decodes: it is in neither list below.
 """
 
 from pathlib import Path
@@ -23,11 +24,11 @@ WIDTH, MAX_LENGTH = 16, 77
 
 def tiny_pipeline(kind: str = "sd", seed: int = 0) -> Any:
     """The family's diffusers pipeline with under half a million random parameters."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    others = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "cogvideox": _cogvideox, "wan": _wan, "cascade": _cascade}
+    if kind not in (*KINDS, *others):
+        raise ValueError(f"kind must be one of {(*KINDS, 'cascade')}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        others = {"sdxl": _sdxl, "sd3": _sd3, "flux": _flux, "cogvideox": _cogvideox, "wan": _wan}
         pipe = others[kind]() if kind in others else _sd(kind == "sd-v")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -327,6 +328,97 @@ def _wan() -> Any:
         transformer=_started(transformer),
         scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     )
+
+
+def _cascade() -> Any:
+    from diffusers import DDPMWuerstchenScheduler, StableCascadePriorPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = tiny_tokenizer()
+    return StableCascadePriorPipeline(
+        tokenizer=tokenizer,
+        text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+        prior=_started(
+            cascade_network(
+                in_channels=16,
+                out_channels=16,
+                clip_text_in_channels=WIDTH,
+                clip_image_in_channels=12,
+                switch_level=[False],
+            )
+        ),
+        scheduler=DDPMWuerstchenScheduler(),
+    )
+
+
+def cascade_network(**options: Any) -> Any:
+    """A network of Stable Cascade: two levels with an attention each on the way down and up, dropout as published."""
+    from diffusers.models import StableCascadeUNet
+
+    settings: dict[str, Any] = dict(
+        timestep_ratio_embedding_dim=8,
+        conditioning_dim=16,
+        block_out_channels=(16, 16),
+        num_attention_heads=(2, 2),
+        down_num_layers_per_block=(1, 1),
+        up_num_layers_per_block=(1, 1),
+        clip_text_pooled_in_channels=WIDTH,
+        dropout=(0.1, 0.1),
+    )
+    return StableCascadeUNet(**settings | options)
+
+
+def cascade_decoder(seed: int = 0) -> Any:
+    """What makes pictures of 128×128 from latents (16, 3, 3) of "cascade"."""
+    from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline
+    from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableCascadeDecoderPipeline(
+            decoder=_started(
+                cascade_network(
+                    in_channels=4,
+                    out_channels=4,
+                    patch_size=2,
+                    effnet_in_channels=16,
+                    pixel_mapper_in_channels=3,
+                    timestep_conditioning_type=("sca",),
+                )
+            ),
+            tokenizer=tokenizer,
+            text_encoder=CLIPTextModelWithProjection(_text_config(tokenizer)).eval(),
+            scheduler=DDPMWuerstchenScheduler(),
+            vqgan=PaellaVQModel(bottleneck_blocks=1, embed_dim=8, num_vq_embeddings=16).eval(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def effnet_encoder(seed: int = 0) -> Any:
+    """The encoder of "cascade", as large as the published one, its statistics those of random pictures."""
+    from mmalign.denoisers.effnet_encoder import EffNetEncoder
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = EffNetEncoder()
+        for part in encoder.modules():
+            if isinstance(part, torch.nn.BatchNorm2d):
+                part.momentum = 1.0
+        with torch.no_grad():
+            encoder.train()(2 * torch.rand(8, 3, 64, 64) - 1)
+    return encoder.eval()
+
+
+def save_cascade(folder: str | Path, seed: int = 0) -> Path:
+    """`save_tiny("cascade", …)` with its encoder's file beside it, as published in float32: 80 MB."""
+    from safetensors.torch import save_file
+
+    place = save_tiny("cascade", folder, seed)
+    save_file(effnet_encoder(seed).state_dict(), place / "effnet_encoder.safetensors")
+    return place
 
 
 def _started(transformer: Any) -> Any:

@@ -88,6 +88,18 @@ VERBS = {
             "mmalign.cli.embed_users",
         ),
         Verb(
+            "probe-users",
+            "can the users of a file be told apart? a classifier on their groups, beside chance",
+            "mmalign probe-users --users users.safetensors",
+            "mmalign.cli.probe_users",
+        ),
+        Verb(
+            "train-reward",
+            "a CLIP that judges pictures of long prompts sentence by sentence (Denscore), from preference pairs",
+            "mmalign train-reward --model clip/ --data my-pairs/ --output-dir runs/denscore",
+            "mmalign.cli.train_reward",
+        ),
+        Verb(
             "export",
             "an aligned model as other tools load it: diffusers, peft, kohya, ComfyUI, or merged",
             "mmalign export runs/smpo --format kohya --output aligned.safetensors",

@@ -39,7 +39,13 @@ VERB = Command(
             group=_DATA,
             nullable=True,
         ),
-        Option(name="output", help="the file", metavar="FILE", default="users.safetensors", group=_DATA),
+        Option(
+            name="output",
+            help="the file; a pass that was stopped goes on when it is called again",
+            metavar="FILE",
+            default="users.safetensors",
+            group=_DATA,
+        ),
         Option(
             name="encoder",
             help=f"{_MODEL} (or {_MODEL}:<Hub id or folder>), or a CLIP-like scorer: playground, pickscore, clip:<Hub id or folder>",
@@ -104,10 +110,11 @@ def run(argv: Sequence[str]) -> int:
         per_user=given["per_user"],
         max_users=given["max_users"],
         seed=given["seed"],
+        output=given["output"],
     )
-    path = users.save(given["output"])
     print(
-        f"{len(users)} users, {len(users.groups)} groups of {given['shots']} pairs, tokens {tuple(users.tokens.shape[1:])}: {path}"
+        f"{len(users)} users, {len(users.groups)} groups of {given['shots']} pairs, tokens {tuple(users.tokens.shape[1:])}: "
+        f"{given['output']}"
     )
     ends = Counter(group.stopped for group in users.groups if group.stopped)
     if ends["length"]:
@@ -117,7 +124,7 @@ def run(argv: Sequence[str]) -> int:
     if given["probe"]:
         from mmalign.evaluation.user_probe import probe_users
 
-        print(probe_users(users, token=-1 if given["encoder"].startswith(_MODEL) else None))
+        print(probe_users(users))
     return 0
 
 

@@ -24,11 +24,13 @@ from mmalign.cli.models import (
     sampling_options,
 )
 from mmalign.cli.options import Command, Given, Option, UsageError, flag, number, whole
+from mmalign.cli.users import load_for_users, user_of, user_options
 from mmalign.scorer_names import SCORERS
 
 if TYPE_CHECKING:
     from mmalign.evaluation import RetentionPlan
 
+_FOR = "for whom the aligned side draws (models that PPD trained)"
 _MODEL, _WHAT, _JUDGED, _ALSO = "the two models", "what is drawn", "who judges", "what else is asked and shown"
 # Who judges what is drawn for the playground's own prompts.
 _OWN_SCORERS = {"playground": ["judge-B", "playground"], "playground-scenes": ["scene-judge-B"]}
@@ -47,6 +49,7 @@ VERB = Command(
             nullable=True,
         ),
         device_option(_MODEL),
+        *user_options(group=_FOR),
         *prompt_options(_WHAT),
         Option(
             name="num_images_per_prompt",
@@ -152,9 +155,10 @@ def run(argv: Sequence[str]) -> int:
     if given is None:
         return 0
     check_negative(given)
-    if given["base"] is None and given["lora"] is None and given["negative"] is None:
+    call = user_of(given)
+    if given["base"] is None and given["lora"] is None and given["negative"] is None and not call:
         raise UsageError(
-            "nothing to compare with: give --base, --lora or --negative, to compare the model with and without it"
+            "nothing to compare with: give --base, --lora, --negative or --user, to compare the model with and without it"
         )
     if given["lora_scales"] and given["lora"] is None:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
@@ -173,7 +177,7 @@ def run(argv: Sequence[str]) -> int:
     if plan is not None and plan.scorer is not None:
         plan = replace(plan, scorer=judges[plan.scorer].name)
     result = evaluate(
-        load_pipeline(given, lora=given["lora"], negative=given["negative"], device=device),
+        load_for_users(given, call, lora=given["lora"], negative=given["negative"], device=device),
         load_pipeline(given, model=given["base"] or given["model"], device=device),
         prompts,
         scorers=list({id(judge): judge for judge in judges.values()}.values()),
@@ -187,6 +191,7 @@ def run(argv: Sequence[str]) -> int:
         confidence=given["confidence"],
         lora_scales=given["lora_scales"] or (),
         retention_plan=plan,
+        aligned_call=call,
     )
     files = write_report(result, given["output_dir"], history=history, num_samples=given["num_samples"])
     print("\n".join(result_lines(result)))

@@ -11,7 +11,6 @@ from mmalign.cli.models import (
     ALIASES,
     check_negative,
     device_option,
-    load_pipeline,
     long_prompt_option,
     model_options,
     negative_options,
@@ -20,7 +19,8 @@ from mmalign.cli.models import (
     sampling_of,
     sampling_options,
 )
-from mmalign.cli.options import Command, Given, Option, UsageError, number, one_of, switch, whole
+from mmalign.cli.options import Command, Given, Option, UsageError, number, switch, whole
+from mmalign.cli.users import load_for_users, user_of, user_options
 from mmalign.files import slug
 
 _MODEL, _WHAT = "the model", "what is drawn"
@@ -59,31 +59,7 @@ VERB = Command(
             group=_WHAT,
         ),
         *sampling_options(seed="of the first picture; the next ones count up"),
-        Option(
-            name="user",
-            help="whom the pictures are for: a name in --users, or several as NAME=WEIGHT",
-            metavar="NAME",
-            many=True,
-            group=_FOR,
-            nullable=True,
-        ),
-        Option(name="users", help="a file of `mmalign embed-users`", metavar="FILE", group=_FOR, nullable=True),
-        Option(
-            name="user_scale",
-            help="how strongly the user acts; none is 1, 0 draws the base's pictures",
-            convert=number,
-            metavar="X",
-            group=_FOR,
-            nullable=True,
-        ),
-        Option(
-            name="user_mix",
-            help="how several users are mixed: their tokens, or what the network predicts for each; none is tokens",
-            convert=one_of("tokens", "scores"),
-            metavar="tokens|scores",
-            group=_FOR,
-            nullable=True,
-        ),
+        *user_options(group=_FOR),
         Option(
             name="num_frames",
             help="frames of a clip; none is the video model's own",
@@ -142,11 +118,7 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.files import write_file, written_aside
 
     call = user_of(given)
-    pipe = load_pipeline(given, _personal() if call else None, lora=given["lora"], negative=given["negative"])
-    if call:
-        from mmalign.data.users import UserEmbeddings
-
-        pipe.users = UserEmbeddings.load(given["users"])
+    pipe = load_for_users(given, call, lora=given["lora"], negative=given["negative"])
     clips, speed = draws_clips(pipe), given["frames_per_second"]
     if speed is not None and (speed <= 0 or not clips):
         raise UsageError("--frames-per-second must be positive, and is for video models")
@@ -182,34 +154,3 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
         if len(pairs) > _SHEET_ROWS * columns:
             print(f"the sheet shows the first {_SHEET_ROWS} of {len(pairs) // columns} prompts")
     return files
-
-
-def user_of(given: Given) -> dict[str, Any]:
-    """What the pipeline's call is told of users; nothing without --user."""
-    words = given["user"]
-    if not words:
-        for name in ("users", "user_scale", "user_mix"):
-            if given[name] is not None:
-                raise UsageError(f"--{name.replace('_', '-')} belongs to --user")
-        return {}
-    if given["users"] is None:
-        raise UsageError("--user is looked up in --users FILE, which `mmalign embed-users` makes")
-    told = {"user_scale": 1.0 if given["user_scale"] is None else given["user_scale"]}
-    if len(words) == 1 and "=" not in words[0] and given["user_mix"] is None:
-        return told | {"user": words[0]}
-    weights = {}
-    for word in words:
-        name, _, weight = word.rpartition("=")
-        if not name:
-            raise UsageError(f"--user {word}: several users are told as NAME=WEIGHT")
-        try:
-            weights[name] = float(weight)
-        except ValueError as error:
-            raise UsageError(f"--user {word}: {weight!r} is no number") from error
-    return told | {"user": weights, "user_mix": given["user_mix"] or "tokens"}
-
-
-def _personal() -> Any:
-    from mmalign import PPDPipeline
-
-    return PPDPipeline

@@ -62,7 +62,7 @@ METHODS = {
 }
 # Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
 ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd")]
-_PAIRS = (
+PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
 )
@@ -146,7 +146,7 @@ def _run_options(method: str, config_class: Any) -> list[Option]:
         *model_options(group=_DATA),
         Option(
             name="data",
-            help=_PAIRS if method in ALIGNING else _PROMPTS,
+            help=PAIRS if method in ALIGNING else _PROMPTS,
             required=True,
             group=_DATA,
         ),
@@ -281,7 +281,7 @@ def config_options(given: Given, config_class: Any) -> dict[str, Any]:
         _say(
             f"learning rate {config.learning_rate:g} × {pairs} pairs a step = {options['learning_rate']:g} (--scale-lr)"
         )
-    options["resume_from_checkpoint"] = _resume_from(given)
+    options["resume_from_checkpoint"] = resume_from(given)
     return options
 
 
@@ -307,7 +307,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def _resume_from(given: Given) -> str | None:
+def resume_from(given: Given) -> str | None:
     """What the trainer resumes from: a folder, or "latest". An earlier run's checkpoints are never mixed with a new one's."""
     folder, asked = Path(given["output_dir"]), given["resume_from_checkpoint"]
     found = _checkpoints(folder)
@@ -453,6 +453,8 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
         )
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
     lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
+    if (folder / "user_attention").exists():
+        return "\n".join([*lines, *_next_for_users(given, folder, config)])
     held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
     if config.trains_negative:
         return "\n".join([*lines, *_next_with_negative(given, folder, held)])
@@ -466,6 +468,25 @@ def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
     if judged:
         lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held, *long))
     return "\n".join(lines)
+
+
+def _next_for_users(given: Given, folder: Path, config: Any) -> list[str]:
+    """Drawing for somebody: of the file that was trained with, of the scorers, or of users who were read when training started."""
+    from mmalign.data.users import SCORERS_FILE
+
+    lines = ["", "next (NAME is one of the users):"]
+    users = config.users or str(folder / SCORERS_FILE)
+    if not users.endswith(".safetensors"):
+        read = ["--data", given["data"], "--encoder", users, "--shots", str(config.user_shots)]
+        if given["root"] is not None:
+            read += ["--root", given["root"]]
+        lines.append("  " + command("mmalign", "embed-users", *read))
+        users = "users.safetensors"
+    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
+    model = ["--model", given["model"], "--lora", str(folder), "--users", users, "--user", "NAME"]
+    lines.append("  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"))
+    lines.append("  " + command("mmalign", "evaluate", *model, *prompts))
+    return lines
 
 
 def _next_with_negative(given: Given, folder: Path, held: list[str]) -> list[str]:

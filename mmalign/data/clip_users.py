@@ -17,9 +17,11 @@ from mmalign.rewards import ClipScorer, scorer
 
 
 class ClipUserEncoder:
-    """Tokens (N, D) of N pairs: what CLIP's vision tower, before its projection, says of the preferred picture minus the rejected.
+    """Tokens (N, D) of N pairs: what the patches of the preferred picture are half-way through CLIP's vision tower, on average, minus
+    those of the rejected one.
 
-    The projection into the space of captions is left out: it keeps what a caption tells, and a taste is mostly what it does not.
+    The end of the tower keeps what a caption tells, and a taste is mostly what it does not: the playground's tastes are told better
+    half-way (`benchmarks/personal.py probe`).
     """
 
     def __init__(self, scorer: ClipScorer) -> None:
@@ -28,7 +30,7 @@ class ClipUserEncoder:
     @property
     def made_by(self) -> dict[str, Any]:
         """The scorer and its weights."""
-        return {"encoder": "clip-difference", "scorer": self.scorer.name, "fingerprint": self.scorer.fingerprint}
+        return {"encoder": "clip-patch-difference", "scorer": self.scorer.name, "fingerprint": self.scorer.fingerprint}
 
     def encode(self, shots: Sequence[Shot]) -> Profile:
         """One token a pair, in the pairs' order, which the attention does not see."""
@@ -39,7 +41,9 @@ class ClipUserEncoder:
     @torch.no_grad()
     def _features(self, pictures: Sequence[Any]) -> Float[Tensor, "B D"]:
         inputs = self.scorer.preprocess(pictures).to(self.scorer.device, self.scorer.model.dtype)
-        return self.scorer.model.vision_model(pixel_values=inputs).pooler_output.float().cpu()
+        layers = self.scorer.model.vision_model(pixel_values=inputs, output_hidden_states=True).hidden_states
+        # The first place is the class token's.
+        return layers[len(layers) // 2][:, 1:].mean(1).float().cpu()
 
 
 def clip_scorer(name: str, device: torch.device | str = "cpu") -> ClipScorer:

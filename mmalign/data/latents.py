@@ -127,12 +127,14 @@ def _key_parts(
         "resize": RESIZE_FILTER,
         "dtype": str(dtype).removeprefix("torch."),
         "latent_mode": mode,
-        "tiled": _tiles(denoiser.pipe.vae),
+        "tiled": _tiles(denoiser.latent_encoder),
         "seed": seed,
     }
     if source.num_frames is not None:
         parts["num_frames"] = source.num_frames
     parts |= reading_parts(denoiser.pipe)
+    if all(component is not denoiser.latent_encoder for component in denoiser.pipe.components.values()):
+        parts["latent_encoder"] = module_hash(denoiser.latent_encoder, "latent_encoder")
     for name, component in sorted(denoiser.pipe.components.items()):
         if component is None or name in _UNUSED or component is denoiser.module:
             continue

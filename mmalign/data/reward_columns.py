@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mmalign.data.encoded import EncodedPairs
+from mmalign.data.pairs import PairSource
+from mmalign.data.records import InvalidRow
 
 PREFIX = "column:"
 
@@ -30,10 +34,7 @@ class RewardColumn:
 
         human_ties: whether pairs with label 0.5 are compared.
         """
-        column = self.name.removeprefix(PREFIX)
-        if column not in encoded.scores:
-            known = ", ".join(PREFIX + name for name in encoded.scores) or "no reward column"
-            raise ValueError(f"scorer={self.name!r}: the data have no such column; they have {known}")
+        column = _known("scorer", self.name, encoded.scores)
         scores = encoded.scores[column]
         missing = ~torch.isfinite(scores).all(1) & ((encoded.labels != 0.5) | human_ties)
         if missing.any():
@@ -42,3 +43,27 @@ class RewardColumn:
                 f"{int(encoded.rows[missing][0])}: fill the column, or drop these rows"
             )
         return scores
+
+
+def column_scores(source: PairSource, name: str) -> Float[Tensor, "R 2"]:
+    """What the column "column:<its name>" says of (image_0, image_1) of every row, without opening a picture.
+
+    NaN where a row has no value or cannot be used; ValueError where there is no such column.
+    """
+    column = _known("user_scorers", name, source.score_names)
+    scores = torch.full((len(source), 2), math.nan)
+    for row in range(len(source)):
+        try:
+            scores[row] = torch.tensor(source.raw(row).scores.get(column, (math.nan, math.nan)))
+        except InvalidRow:
+            continue
+    return scores
+
+
+def _known(option: str, name: str, columns: Iterable[str]) -> str:
+    """The column's own name."""
+    column, known = name.removeprefix(PREFIX), list(columns)
+    if column not in known:
+        has = ", ".join(PREFIX + other for other in known) or "no reward column"
+        raise ValueError(f"{option}={name!r}: the data have no such column; they have {has}")
+    return column

@@ -23,12 +23,15 @@ from mmalign.data.clips import frames_of
 from mmalign.data.pairs import PairSource
 from mmalign.data.records import InvalidRow, PairRecord
 from mmalign.data.shards import read_notes, read_shard, write_shard
+from mmalign.data.unfinished import Unfinished
 
 if TYPE_CHECKING:
     from PIL import Image
 
 _log = logging.getLogger("mmalign")
 _FORMAT = 1
+# In a run whose users are scorers.
+SCORERS_FILE = "users.safetensors"
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,16 @@ class UserEmbeddings:
             raise ValueError(f"{place}: no such file of users; make one with `mmalign embed-users`")
         try:
             notes, tokens = read_notes(place), read_shard(place)["tokens"]
-            groups = [
-                Group(**fields | {"pairs": tuple(fields["pairs"]), "prompts": tuple(fields["prompts"])})
-                for fields in notes["groups"]
-            ]
+            groups = [_group(fields) for fields in notes["groups"]]
         except (KeyError, TypeError, SafetensorError) as error:
             raise ValueError(
                 f"{place} holds no users of this version: make it anew with `mmalign embed-users`"
             ) from error
         return cls(groups, tokens, notes["made_by"])
+
+
+def _group(fields: dict[str, Any]) -> Group:
+    return Group(**fields | {"pairs": tuple(fields["pairs"]), "prompts": tuple(fields["prompts"])})
 
 
 def pair_key(record: PairRecord) -> str:
@@ -160,12 +164,14 @@ def embed_users(
     per_user: int = 20,
     max_users: int | None = None,
     seed: int = 0,
+    output: str | Path | None = None,
     progress: bool = True,
 ) -> UserEmbeddings:
     """Every user's pairs, ties left out, shuffled and cut into disjoint groups of `shots`, at most `per_user`, and encoded.
 
     Pairs that are left over, and users with fewer than `shots` of them, have no part in it. Which pairs form a group depends on (seed,
-    user) alone. max_users: only the first so many by name.
+    user) alone. max_users: only the first so many by name. output: the file to write; what is read lies beside it until it is
+    written, in <output>.unfinished, where an interrupted pass over the same pairs with the same encoder and options goes on.
     """
     if shots < 1 or per_user < 1:
         raise ValueError(f"shots and per_user must be at least 1, got {shots} and {per_user}")
@@ -180,8 +186,19 @@ def embed_users(
         raise ValueError(f"no user of {source.name} has {shots} pairs that are no ties: lower shots")
     _log.info("%s: %d of %d users have %d pairs or more", source.name, len(enough), len(rows), shots)
     plan = [(user, part) for user in enough for part in _groups(user, rows[user], shots, per_user, seed)]
+    made_by = {**encoder.made_by, "data": source.name, "shots": shots, "per_user": per_user, "seed": seed}
+    kept = None
+    if output is not None:
+        told = json.dumps([_FORMAT, source.fingerprint, made_by, max_users], sort_keys=True)
+        kept = Unfinished(Path(f"{output}.unfinished"), hashlib.sha256(told.encode()).hexdigest())
+        if len(kept):
+            _log.info("going on after %d of %d groups", len(kept), len(plan))
     groups, tokens = [], []
-    for user, part in tqdm(plan, desc="Reading users", unit="group", disable=not progress):
+    for place, (user, part) in enumerate(tqdm(plan, desc="Reading users", unit="group", disable=not progress)):
+        if kept is not None and (done := kept.get(place)) is not None:
+            groups.append(_group(done[1]))
+            tokens.append(done[0])
+            continue
         try:
             records = [source[row] for row in part]
         except InvalidRow as error:
@@ -191,10 +208,15 @@ def embed_users(
         prompts = tuple(record.prompt for record in records)
         groups.append(Group(user, tuple(map(pair_key, records)), prompts, profile.text, profile.stopped))
         tokens.append(profile.tokens.detach().cpu().float())
+        if kept is not None:
+            kept.add(place, tokens[-1], asdict(groups[-1]))
     if not groups:
         raise ValueError(f"no group of {source.name} could be read: see the bad rows above")
-    made_by = {**encoder.made_by, "data": source.name, "shots": shots, "per_user": per_user, "seed": seed}
-    return UserEmbeddings(groups, torch.stack(tokens), made_by)
+    users = UserEmbeddings(groups, torch.stack(tokens), made_by)
+    if kept is not None and output is not None:
+        users.save(output)
+        kept.remove()
+    return users
 
 
 def embed_user(pairs: Iterable[PairRecord], encoder: UserEncoder) -> Float[Tensor, "L D"]:

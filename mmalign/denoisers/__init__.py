@@ -7,8 +7,9 @@ from mmalign.denoisers.base import Denoiser
 from mmalign.denoisers.cogvideox import CogVideoXDenoiser
 from mmalign.denoisers.conditioning import Conditioning
 from mmalign.denoisers.flux import FluxDenoiser
-from mmalign.denoisers.parts import latent_channels
+from mmalign.denoisers.parts import ALIGNED, latent_channels
 from mmalign.denoisers.schedule import LossSpace, PredictionType, Schedule
+from mmalign.denoisers.stable_cascade import StableCascadeDenoiser
 from mmalign.denoisers.stable_diffusion import StableDiffusionDenoiser
 from mmalign.denoisers.stable_diffusion_3 import StableDiffusion3Denoiser
 from mmalign.denoisers.stable_diffusion_xl import StableDiffusionXLDenoiser
@@ -23,6 +24,7 @@ __all__ = [
     "LossSpace",
     "PredictionType",
     "Schedule",
+    "StableCascadeDenoiser",
     "StableDiffusion3Denoiser",
     "StableDiffusionDenoiser",
     "StableDiffusionXLDenoiser",
@@ -36,25 +38,28 @@ _FAMILIES: dict[str, tuple[type[Denoiser], ...]] = {
     "FluxTransformer2DModel": (FluxDenoiser,),
     "CogVideoXTransformer3DModel": (CogVideoXDenoiser,),
     "WanTransformer3DModel": (WanDenoiser,),
+    "StableCascadeUNet": (StableCascadeDenoiser,),
 }
 
 
 def adapter_for(pipe: Any) -> Denoiser:
     """The adapter that fits a diffusers pipeline, chosen by its components."""
     present = {name for name, part in pipe.components.items() if part is not None}
-    network = next(
-        (type(pipe.components[name]).__name__ for name in ("unet", "transformer") if name in present), "none"
-    )
+    network = next((type(pipe.components[name]).__name__ for name in ALIGNED if name in present), "none")
     adapters = _FAMILIES.get(network, ())
     fitting = next((adapter for adapter in adapters if adapter.components <= present), None)
-    problem = f"its network is {network}" if not adapters else _why_not(pipe, present)
+    problem = _why_not(pipe, present) if adapters else f"its network is {network}"
+    if network == "none" and "StableCascade" in type(pipe).__name__:
+        problem = (
+            "Stable Cascade is aligned in its prior (StableCascadePriorPipeline, stabilityai/stable-cascade-prior)"
+        )
     if fitting is None and problem is None:
         problem = f"it lacks {', '.join(sorted(adapters[-1].components - present))}"
     if fitting is None or problem is not None:
         raise ValueError(
             f"no denoiser adapter for {type(pipe).__name__}: {problem}.\n"
             f"Found components: {', '.join(sorted(present))}.\n"
-            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1; "
+            "Supported, text-to-image: Stable Diffusion 1.x, 2.x, XL base, 3 and 3.5, FLUX.1, Stable Cascade's prior; "
             "text-to-video: CogVideoX, Wan 2.1"
         )
     return fitting(pipe)

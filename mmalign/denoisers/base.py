@@ -26,6 +26,8 @@ class Denoiser(ABC):
     family: ClassVar[str]
     # What a pipeline of the family must hold.
     components: ClassVar[frozenset[str]]
+    # Whether the network as published drops values in train mode, which a loss that compares two networks must not see.
+    has_own_dropout: ClassVar[bool] = False
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -34,6 +36,16 @@ class Denoiser(ABC):
     @abstractmethod
     def module(self) -> nn.Module:
         """The network that is aligned."""
+
+    @property
+    def latent_encoder(self) -> nn.Module:
+        """What makes latents of pictures; not always a part of the pipeline."""
+        return self.pipe.vae
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent."""
+        return latent_channels(self.pipe.vae)
 
     @property
     def patch(self) -> int:
@@ -93,7 +105,7 @@ class Denoiser(ABC):
         multiple = factor * self.patch
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, got {height}×{width}")
-        return latent_channels(self.pipe.vae), height // factor, width // factor
+        return self.latent_channels, height // factor, width // factor
 
     @torch.no_grad()
     def encode_image(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
-from mmalign.denoisers.user_attention import told_of_users
+from mmalign.denoisers.user_attention import users_told
 
 # Tokens that T5 reads in the pipeline.
 T5_LENGTH = 512
@@ -58,18 +58,19 @@ class FluxDenoiser(Denoiser):
         guidance = None
         if self.pipe.transformer.config.guidance_embeds:
             guidance = torch.full((rows,), self.guidance_scale, device=x_t.device)
-        output = module(
-            hidden_states=_patches(x_t.to(dtype)),
-            # The network multiplies it by 1000 itself.
-            timestep=self.schedule.model_timestep(t) / self.schedule.num_timesteps,
-            guidance=guidance,
-            encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
-            pooled_projections=conditioning.pooled.to(x_t.device, dtype),
-            txt_ids=torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=x_t.device, dtype=dtype),
-            img_ids=_positions(height // 2, width // 2).to(x_t.device, dtype),
-            return_dict=False,
-            **told_of_users(module, conditioning),
-        )[0]
+        with users_told(module, conditioning) as told:
+            output = module(
+                hidden_states=_patches(x_t.to(dtype)),
+                # The network multiplies it by 1000 itself.
+                timestep=self.schedule.model_timestep(t) / self.schedule.num_timesteps,
+                guidance=guidance,
+                encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
+                pooled_projections=conditioning.pooled.to(x_t.device, dtype),
+                txt_ids=torch.zeros(conditioning.prompt_embeds.shape[1], 3, device=x_t.device, dtype=dtype),
+                img_ids=_positions(height // 2, width // 2).to(x_t.device, dtype),
+                return_dict=False,
+                **told,
+            )[0]
         return _picture(output, height, width)
 
 

@@ -192,7 +192,7 @@ class LongPromptReader:
     def __init__(self, pipe: Any, family: str, config: LongPrompts, tail: T5Tail | None = None) -> None:
         if family not in _CLIPS:
             raise ValueError(
-                f"{family} reads prompts by T5 alone, as long as it was trained on: leave long_prompts out; it serves "
+                f"{family} reads prompts by T5 alone, or was never tried with more than one segment: leave long_prompts out; it serves "
                 f"{', '.join(_CLIPS)}"
             )
         names, penultimate, pooled = _CLIPS[family]

@@ -8,6 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# Under which name a pipeline holds the network that is aligned.
+ALIGNED = ("unet", "transformer", "prior")
+# Networks whose pipelines make one call on a batch [positive…, negative…]; all others lay it out the other way round.
+CONDITIONAL_FIRST = ("StableCascadeUNet",)
+
 
 def networks(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that have weights, by name."""

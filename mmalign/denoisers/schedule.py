@@ -19,6 +19,8 @@ from torch import Tensor
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 LossSpace = Literal["epsilon", "velocity"]
 
+# Rows of a table for a schedule of continuous time, of which none tells the number.
+_CONTINUOUS = 1000
 # Below this ᾱ the level σ̂ exceeds 300 and x_t no longer holds the picture (zero-terminal-SNR tables end at ᾱ = 0).
 SMALLEST_ALPHA_BAR = 1e-5
 
@@ -60,9 +62,11 @@ class Schedule:
             if config.get("invert_sigmas", False):
                 raise ValueError("flow schedules with invert_sigmas=True (noise at σ = 0) are not supported")
             return cls._flow(config, "shift")
+        if "scaler" in config and "s" in config:
+            return cls._cosine(config["scaler"], config["s"])
         raise ValueError(
             f"{type(scheduler).__name__} has neither betas nor flow sigmas in its config; supported are the DDPM "
-            "family (DDPM, DDIM, PNDM, Euler, DPM-Solver, …) and FlowMatchEulerDiscreteScheduler"
+            "family (DDPM, DDIM, PNDM, Euler, DPM-Solver, …), FlowMatchEulerDiscreteScheduler and DDPMWuerstchenScheduler"
         )
 
     @classmethod
@@ -73,6 +77,18 @@ class Schedule:
         if not config.get("use_dynamic_shifting", False):
             sigma = config[shift] * sigma / (1 + (config[shift] - 1) * sigma)
         return cls("flow", 1 - sigma, sigma)
+
+    @classmethod
+    def _cosine(cls, scaler: float, offset: float) -> "Schedule":
+        """ᾱ = cos²(π/2 · (r + s)/(1 + s)) over its value at 0, kept within 1e-4 of its ends, for ratios r = 1/T … 1 of an ε-model.
+
+        scaler moves the ratio: r^scaler below 1, 1 − (1 − r)^scaler above.
+        """
+        ratio = torch.arange(1, _CONTINUOUS + 1, dtype=torch.float64) / _CONTINUOUS
+        ratio = 1 - (1 - ratio) ** scaler if scaler > 1 else ratio**scaler
+        angle = torch.pi / 2 * (torch.cat([torch.zeros(1), ratio]) + offset) / (1 + offset)
+        alpha_bar = (angle.cos() ** 2 / angle[0].cos() ** 2)[1:].clamp(1e-4, 0.9999)
+        return cls("epsilon", alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
 
     @property
     def num_timesteps(self) -> int:

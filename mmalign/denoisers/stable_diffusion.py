@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
-from mmalign.denoisers.user_attention import told_of_users
+from mmalign.denoisers.user_attention import users_told
 
 
 class StableDiffusionDenoiser(Denoiser):
@@ -36,10 +36,11 @@ class StableDiffusionDenoiser(Denoiser):
         self, module: nn.Module, x_t: Float[Tensor, "B C h w"], t: Int[Tensor, " B"], conditioning: Conditioning
     ) -> Float[Tensor, "B C h w"]:
         dtype = module_dtype(module)
-        return module(
-            x_t.to(dtype),
-            self.schedule.model_timestep(t),
-            encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
-            return_dict=False,
-            **told_of_users(module, conditioning),
-        )[0]
+        with users_told(module, conditioning) as told:
+            return module(
+                x_t.to(dtype),
+                self.schedule.model_timestep(t),
+                encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
+                return_dict=False,
+                **told,
+            )[0]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
-from mmalign.denoisers.user_attention import told_of_users
+from mmalign.denoisers.user_attention import users_told
 
 # Tokens that T5 reads in the pipeline.
 T5_LENGTH = 256
@@ -48,11 +48,12 @@ class StableDiffusion3Denoiser(Denoiser):
     ) -> Float[Tensor, "B C h w"]:
         assert conditioning.pooled is not None
         dtype = module_dtype(module)
-        return module(
-            hidden_states=x_t.to(dtype),
-            timestep=self.schedule.model_timestep(t),
-            encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
-            pooled_projections=conditioning.pooled.to(x_t.device, dtype),
-            return_dict=False,
-            **told_of_users(module, conditioning),
-        )[0]
+        with users_told(module, conditioning) as told:
+            return module(
+                hidden_states=x_t.to(dtype),
+                timestep=self.schedule.model_timestep(t),
+                encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
+                pooled_projections=conditioning.pooled.to(x_t.device, dtype),
+                return_dict=False,
+                **told,
+            )[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmalign.denoisers.base import Denoiser, count_truncated_by_clip, module_dtype
 from mmalign.denoisers.conditioning import Conditioning
-from mmalign.denoisers.user_attention import told_of_users
+from mmalign.denoisers.user_attention import users_told
 
 EmptyPrompt = Literal["zeros", "encode"]
 
@@ -64,14 +64,15 @@ class StableDiffusionXLDenoiser(Denoiser):
         if conditioning.pooled is None or conditioning.time_ids is None:
             raise ValueError("SDXL needs pooled text and image sizes: use denoiser.with_sizes(conditioning, sizes)")
         dtype = module_dtype(module)
-        return module(
-            x_t.to(dtype),
-            self.schedule.model_timestep(t),
-            encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
-            added_cond_kwargs={
-                "text_embeds": conditioning.pooled.to(x_t.device, dtype),
-                "time_ids": conditioning.time_ids.to(x_t.device),
-            },
-            return_dict=False,
-            **told_of_users(module, conditioning),
-        )[0]
+        with users_told(module, conditioning) as told:
+            return module(
+                x_t.to(dtype),
+                self.schedule.model_timestep(t),
+                encoder_hidden_states=conditioning.prompt_embeds.to(x_t.device, dtype),
+                added_cond_kwargs={
+                    "text_embeds": conditioning.pooled.to(x_t.device, dtype),
+                    "time_ids": conditioning.time_ids.to(x_t.device),
+                },
+                return_dict=False,
+                **told,
+            )[0]

@@ -28,11 +28,12 @@ _NAME = "user_attention"
 # diffusers hands this argument on to every attention of a network, and drops it without a word where a processor does not read it.
 _ARGUMENT = "ip_hidden_states"
 # The network's class → which attention layers read its text, by the end and the beginning of their names, and under which name its
-# call takes what they are told.
-_SITES = {
+# call takes what they are told; None where it takes nothing for them.
+_SITES: dict[str, tuple[str, str, str | None]] = {
     "UNet2DConditionModel": (".attn2", "", "cross_attention_kwargs"),
     "SD3Transformer2DModel": (".attn", "transformer_blocks.", "joint_attention_kwargs"),
     "FluxTransformer2DModel": (".attn", "transformer_blocks.", "joint_attention_kwargs"),
+    "StableCascadeUNet": (".attention", "", None),
 }
 
 
@@ -65,12 +66,13 @@ class Users:
 class UserAttention(nn.Module):
     """All that is added to a network: a layer for every one of its text attentions, and the map that they share.
 
-    argument: under which name the network's call is told of the users.
+    argument: under which name the network's call is told of the users; None where its layers look here for them, in `users`.
     """
 
-    def __init__(self, config: UserAttentionConfig, sizes: dict[str, int], argument: str) -> None:
+    def __init__(self, config: UserAttentionConfig, sizes: dict[str, int], argument: str | None) -> None:
         super().__init__()
         self.config, self.argument, self.off = config, argument, False
+        self.users: Users | None = None
         width = config.projection or config.width
         self.projection = nn.Linear(config.width, width, bias=False) if config.projection else nn.Identity()
         self.layers = nn.ModuleDict(
@@ -109,8 +111,8 @@ class _Processor:
     call: so that any processor serves (SDPA, xFormers, sliced), and a LoRA on either projection acts on both parts.
     """
 
-    def __init__(self, base: Any, layer: _Layer) -> None:
-        self.base, self.layer = base, layer
+    def __init__(self, base: Any, layer: _Layer, branch: UserAttention) -> None:
+        self.base, self.layer, self.branch = base, layer, branch
 
     # diffusers looks at the names of the arguments to know what a processor reads.
     def __call__(
@@ -124,9 +126,10 @@ class _Processor:
     ) -> Any:
         others = {} if image_rotary_emb is None else {"image_rotary_emb": image_rotary_emb}
         arguments = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, **others}
-        if ip_hidden_states is None:
+        users = ip_hidden_states or self.branch.users
+        if users is None:
             return self.base(attn, hidden_states, **arguments)
-        users, queries = ip_hidden_states, []
+        queries: list[Tensor] = []
 
         def take(module: nn.Module, inputs: Any, output: Tensor) -> None:
             queries.append(output)
@@ -203,18 +206,47 @@ def detached(network: nn.Module) -> Iterator[UserAttention]:
         _attach(network, branch)
 
 
-def told_of_users(network: nn.Module, conditioning: Conditioning) -> dict[str, Any]:
-    """The keyword with which the network's call is told of the users; nothing where there are none, or the attention is off."""
-    if conditioning.user is None:
-        return {}
+@contextmanager
+def users_told(network: nn.Module, conditioning: Conditioning) -> Iterator[dict[str, Any]]:
+    """A block in which the network is called with the users, where there are any and the attention is on; yields keywords for it."""
+    if conditioning.user is None or (branch := _present(network)).off:
+        yield {}
+        return
     assert conditioning.user_weight is not None
-    branch = _present(network)
-    return {} if branch.off else told(branch, conditioning.user, conditioning.user_weight)
+    with told(network, branch.read(conditioning.user, conditioning.user_weight)) as keywords:
+        yield keywords
 
 
-def told(branch: UserAttention, tokens: Float[Tensor, "B U D"], weight: Float[Tensor, " B"]) -> dict[str, Any]:
-    """The keyword with which the network's call is told of these users."""
-    return {branch.argument: {_ARGUMENT: branch.read(tokens, weight)}}
+@contextmanager
+def told(network: nn.Module, users: Users) -> Iterator[dict[str, Any]]:
+    """A block in which the network is called with these users; yields keywords for the call."""
+    branch: Any = _present(network)
+    if branch.argument is not None:
+        yield {branch.argument: {_ARGUMENT: users}}
+        return
+    checkpoint = network._gradient_checkpointing_func
+    network._gradient_checkpointing_func = lambda block, *args: checkpoint(_Told(block, branch, users), *args)  # type: ignore[assignment, operator]
+    branch.users = users
+    try:
+        yield {}
+    finally:
+        branch.users, network._gradient_checkpointing_func = None, checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """A block that is told of the same users when it is computed again for its gradient, whoever else was drawn for in between."""
+
+    block: nn.Module
+    branch: UserAttention
+    users: Users
+
+    def __call__(self, *args: Any) -> Any:
+        before, self.branch.users = self.branch.users, self.users
+        try:
+            return self.block(*args)
+        finally:
+            self.branch.users = before
 
 
 def save_user_attention(branch: UserAttention, folder: Path) -> None:
@@ -260,14 +292,14 @@ def _attach(network: nn.Module, branch: UserAttention) -> None:
     modules = dict(network.named_modules())
     for name, layer in branch.layers.items():
         attn: Any = modules[name.replace("/", ".")]
-        attn.set_processor(_Processor(attn.processor, layer))  # type: ignore[arg-type]
+        attn.set_processor(_Processor(attn.processor, layer, branch))  # type: ignore[arg-type]
 
 
 def _carriers(network: nn.Module) -> list[Any]:
     return [part for part in network.modules() if isinstance(part.__dict__.get("processor"), _Processor)]
 
 
-def _sites(network: nn.Module, blocks: Sequence[str] | None) -> tuple[dict[str, Any], str]:
+def _sites(network: nn.Module, blocks: Sequence[str] | None) -> tuple[dict[str, Any], str | None]:
     """The network's attention layers that read text, by name, and under which name its call takes what they are told."""
     kind = type(network).__name__
     if kind not in _SITES:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmalign.denoisers.parts import CONDITIONAL_FIRST
 from mmalign.denoisers.user_attention import told, user_attention
 
 
@@ -31,7 +32,7 @@ class UserMix:
 
 @contextmanager
 def reading(network: nn.Module, mix: UserMix) -> Iterator[None]:
-    """The network told of the users in every call: of N rows, or of 2N, whose first half is the unconditional one and has no user."""
+    """The network told of the users in every call: of N rows, or of 2N, of which the unconditional half has no user."""
     branch = user_attention(network)
     if branch is None:
         raise ValueError("a user is named, but the network has no user attention: train one with PPD, or load one")
@@ -41,13 +42,17 @@ def reading(network: nn.Module, mix: UserMix) -> Iterator[None]:
         rows = len(_sample(args, options))
         weights = torch.full((len(tokens),), weight)
         if rows == 2 * len(tokens):
-            tokens, weights = torch.cat([tokens, tokens]), torch.cat([torch.zeros_like(weights), weights])
+            halves = [torch.zeros_like(weights), weights]
+            if type(network).__name__ in CONDITIONAL_FIRST:
+                halves.reverse()
+            tokens, weights = torch.cat([tokens, tokens]), torch.cat(halves)
         elif rows != len(tokens):
             raise ValueError(
                 f"the sampler calls the network with {rows} rows for {len(tokens)} pictures, which users cannot be told to"
             )
-        added = told(branch, tokens, weights)
-        return plain(*args, **options | {name: {**(options.get(name) or {}), **value} for name, value in added.items()})
+        with told(network, branch.read(tokens, weights)) as added:
+            merged = {name: {**(options.get(name) or {}), **value} for name, value in added.items()}
+            return plain(*args, **options | merged)
 
     def forward(*args: Any, **options: Any) -> Any:
         if not mix.by_scores:

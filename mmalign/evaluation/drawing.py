@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,12 +91,14 @@ def draw_side(
     height: int | None = None,
     width: int | None = None,
     fingerprint: str | None = None,
+    call: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Side:
     """Draw every prompt with one model. Pictures of the same model, settings, prompt and seed are reused.
 
     fingerprint: names the model's weights; left out, it is computed from them. Draw the base with the adapter off and
     the aligned side with it on, one after the other, and hand both to `compare_sides`: one model in memory is enough.
+    call: what else the pipeline's call is told, as JSON values.
     """
     if draws_clips(pipe):
         raise ValueError(
@@ -114,7 +116,7 @@ def draw_side(
     )
     model = fingerprint or model_fingerprint(pipe)
     rows, seeds = paired_rows(prompts, num_images_per_prompt, seed)
-    origin = {"model": model, "settings": settings.told()}
+    origin = {"model": model, "settings": settings.told()} | ({"call": dict(call)} if call else {})
     folder = Path(output_dir) / "pictures" / f"{slug(label)}-{text_hash(origin)[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "drawn_from.json", json.dumps(origin, indent=2))
@@ -133,6 +135,7 @@ def draw_side(
         width=width,
         progress=progress and bool(missing),
         description=f"Drawing {label}",
+        call=call,
     )
     remaining = iter(missing)
     with closing(batches):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmalign.evaluation.drawing import Side, draw_side
 from mmalign.evaluation.generate import Pipeline
@@ -43,6 +44,7 @@ def evaluate(
     confidence: float = 0.95,
     lora_scales: Sequence[float] = (),
     retention_plan: RetentionPlan | None = None,
+    aligned_call: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """Draw both sides into `output_dir`, score them, and compare. Called again, it draws only what is missing.
@@ -52,6 +54,7 @@ def evaluate(
     aligned_fingerprint, base_fingerprint: name the weights; left out, they are computed from them.
     lora_scales: also compare with the aligned side's LoRA at each of these scales; 0 is the adapter switched off.
     retention_plan: other prompts, on which a held-out scorer may not fall by more than a tolerance.
+    aligned_call: what else the aligned side's call is told, as JSON values: for whom it draws.
     """
     check_scorers(scorers, trained_on)
     check_scales(aligned, lora_scales)
@@ -72,13 +75,15 @@ def evaluate(
         width=width,
         progress=progress,
     )
-    draw_aligned = partial(draw, aligned, label=aligned_label, fingerprint=aligned_fingerprint)
+    draw_aligned = partial(draw, aligned, label=aligned_label, fingerprint=aligned_fingerprint, call=aligned_call)
     draw_base = partial(draw, base, label=base_label, fingerprint=base_fingerprint)
     measure = partial(measure_side, batch_size=batch_size, progress=progress)
     ours, theirs = draw_aligned(prompts), draw_base(prompts)
     _check_paired(ours, theirs)
     measured, reference = measure(ours, scorers=scorers), measure(theirs, scorers=scorers)
     result = _compare(measured, reference, scorers, trained_on, rules)
+    if aligned_call:
+        result = replace(result, settings={**result.settings, "aligned_call": dict(aligned_call)})
     if lora_scales:
 
         def draw_scaled(scale: float) -> Side:

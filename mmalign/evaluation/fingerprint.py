@@ -13,7 +13,7 @@ from mmalign.rewards.fingerprints import module_hash, reading_parts, text_hash, 
 
 def model_fingerprint(pipe: Pipeline) -> str:
     """SHA-256 over a pipeline's class and settings, every weight and config, its tokenizers, which adapters act at which scale, how a
-    negative side is mixed, and how long prompts are read.
+    negative side is mixed, whom the names of its users mean, and how long prompts are read.
 
     The scheduler is left out: it belongs to the sampler settings. Reads all weights once (about a second a gigabyte).
     """
@@ -26,6 +26,8 @@ def model_fingerprint(pipe: Pipeline) -> str:
             parts.append([name, tokenizer_hash(component)])
     if (negative := getattr(pipe, "negative", None)) is not None:
         parts.append(repr(negative))
+    if (users := getattr(pipe, "users", None)) is not None:
+        parts.append(users.fingerprint)
     if long := reading_parts(pipe):
         parts.append(long)
     return text_hash(parts)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from mmalign.denoisers.cascade_decoder import check_draws
 from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
 
 # A diffusers text-to-image or text-to-video pipeline; the common base class declares neither its call nor its components.
@@ -78,6 +79,7 @@ def generate_batches(
         raise ValueError(f"Every prompt needs a seed, but there are {len(prompts)} prompts and {len(seeds)} seeds.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    check_draws(pipe)
     clips = draws_clips(pipe)
     if num_frames is not None and not clips:
         raise ValueError(f"num_frames={num_frames} has no effect: {type(pipe).__name__} draws pictures; leave it out")

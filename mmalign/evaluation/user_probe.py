@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -51,7 +52,7 @@ class UserClassifier(nn.Module):
 def probe_users(
     users: UserEmbeddings,
     *,
-    token: int | None = -1,
+    token: int | Literal["mean", "auto"] = "auto",
     min_groups: int = 10,
     learning_rates: Sequence[float] = (1e-3, 1e-4, 1e-5, 1e-6),
     epochs: int = 10,
@@ -61,15 +62,21 @@ def probe_users(
 ) -> ProbeResult:
     """Trains the classifier on nine tenths of the groups and reads it, without dropout, on the others; users are in both by design.
 
-    token: which row of the tokens it reads (the last layer, as published), None for their mean, where rows have no order. Only users
-    with `min_groups` groups count. The best learning rate is chosen on the held-out groups, as published, which flatters a little.
+    token: which row of the tokens it reads, or their mean, where rows have no order; "auto" is the last layer (as published) of a
+    vision language model, else the mean. Only users with `min_groups` groups count. The best learning rate is chosen on the held-out
+    groups, as published, which flatters a little.
     """
+    if token == "auto":
+        token = -1 if users.made_by.get("encoder") == "vision-language" else "mean"
+    length = users.tokens.shape[1]
+    if isinstance(token, int) and not -length <= token < length:
+        raise ValueError(f"token {token} is none of the {length} that a group has")
     known = sorted(user for user, groups in users.of_user.items() if len(groups) >= min_groups)
     if len(known) < 2:
         raise ValueError(f"the probe needs two users with {min_groups} groups or more, and there are {len(known)}")
     rows = [index for user in known for index in users.of_user[user]]
     labels = torch.tensor([known.index(users.groups[index].user) for index in rows])
-    features = users.tokens[rows].mean(1) if token is None else users.tokens[rows, token]
+    features = users.tokens[rows].mean(1) if token == "mean" else users.tokens[rows, token]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     held = max(1, round(0.1 * len(rows)))
     test, train = order[:held], order[held:]

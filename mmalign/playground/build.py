@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save
 from transformers import CLIPImageProcessorPil
 
-from mmalign.files import write_json
+from mmalign.files import write_file, write_json
 from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward, scene_base, scene_text
 from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION
 from mmalign.training.loading import load_base, scene_vae
@@ -95,16 +96,28 @@ def build_scene_base(work_dir: Path) -> None:
     def write(folder: Path) -> None:
         pipe.to(torch.float16).save_pretrained(folder)
         shutil.rmtree(folder / "vae")
+        store_convolutions_in_8_bits(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
     _replace_folder(SCENES, write)
     write_json(CURVES / "scene-text.json", text_curve)
     write_json(CURVES / "scene-base.json", curve)
 
 
+def store_convolutions_in_8_bits(file: Path) -> None:
+    """Rounds the twenty largest convolutions of a UNet's file to float8 (e4m3): all of `assets/` has room for 25 MB."""
+    weights = load_file(file)
+    largest = sorted(weights, key=lambda name: weights[name].numel() * (weights[name].ndim == 4))[-20:]
+    rounded = {name: value.to(torch.float8_e4m3fn) if name in largest else value for name, value in weights.items()}
+    write_file(file, save(rounded, metadata={"format": "pt"}))
+
+
 def build_scene_guidance(work_dir: Path) -> None:
     """Measures the autoencoder on scenes; chooses the guidance scale on training prompts, and measures it on test prompts."""
     pipe = load_base("playground-scenes")
     measured = {"autoencoder": measure.scene_autoencoder(pipe.vae)}
+    pipe.vae.disable_tiling()
+    measured["autoencoder_without_tiles"] = measure.scene_autoencoder(pipe.vae)
+    pipe.vae.enable_tiling()
     write_json(CURVES / "scene-base-measured.json", measured | measure.choose_scene_guidance(pipe))
 
 

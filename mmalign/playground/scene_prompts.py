@@ -41,6 +41,15 @@ def names_beyond(text: str, sentence: int) -> bool:
     return len(scene_text.build_tokenizer()(before, verbose=False).input_ids) - 1 >= scene_text.MAX_LENGTH
 
 
+def recoloured(cells: world.Scenes, split: Split, rng: np.random.Generator) -> world.Scenes:
+    """Cells of the same garments in colours, on backgrounds, in which `split` asks for them."""
+    asked = _asked(split)
+    picked = torch.stack(
+        [(of := asked[asked[:, 0] == garment])[int(rng.integers(len(of)))] for garment in cells.garment]
+    )
+    return replace(cells, colour=picked[:, 1], background=picked[:, 2])
+
+
 def _long_captions(split: Split, number: int) -> list[str]:
     """Rows 0, 1, … of the split's stream, as far as `number` of them are long enough."""
     drawn = (_draw(split, row, _STREAM[split]) for row in count())

@@ -79,6 +79,8 @@ def scorer(
         return ClipScorer.from_pretrained(_PICKSCORE, _VIT_H, name=name, **options)
     if name == "denscore":
         return ClipScorer.from_pretrained(_DENSCORE, _VIT_H, name=name, segmented=True, **options)
+    if kind == "denscore" and source:
+        return ClipScorer.from_pretrained(source, name=name, segmented=True, **options)
     if kind == "clip" and source:
         return ClipScorer.from_pretrained(source, name=name, **options)
     if kind in _FILES and (name == kind or source):

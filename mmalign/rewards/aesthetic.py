@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmalign.files import absence_explained
 from mmalign.rewards.base import NetworkScorer
-from mmalign.rewards.checkpoints import absence_explained, linear_head, read_checkpoint
+from mmalign.rewards.checkpoints import linear_head, read_checkpoint
 from mmalign.rewards.fingerprints import module_hash, text_hash
 from mmalign.rewards.pixels import crop_images, crop_pixels, normalise
 

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@contextmanager
-def absence_explained(remedy: str) -> Iterator[None]:
-    """Weights that are neither on this machine nor to be had from the network: a one-line ValueError with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        # A fault of this machine, such as a full disk, has a number and speaks for itself.
-        if error.errno is not None:
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(f"{reason}: {remedy}") from error
+from mmalign.files import absence_explained
 
 
 def hub_file(repo: str, filename: str, name: str) -> Path:

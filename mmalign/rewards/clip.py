@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.rewards.checkpoints import absence_explained
+from mmalign.files import absence_explained
 from mmalign.rewards.embedding import EmbeddingScorer
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 from mmalign.rewards.pixels import crop_pixels, normalise, resize_pixels

@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mmalign.files import absence_explained
 from mmalign.rewards.base import NetworkScorer
-from mmalign.rewards.checkpoints import absence_explained, fitted, part_of, read_checkpoint, shape_of
+from mmalign.rewards.checkpoints import fitted, part_of, read_checkpoint, shape_of
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 from mmalign.rewards.pixels import normalise, resize_pixels, to_pixels
 

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mmalign.files import absence_explained
 from mmalign.rewards.base import NetworkScorer
-from mmalign.rewards.checkpoints import absence_explained, fitted, linear_head, part_of, read_checkpoint, shape_of
+from mmalign.rewards.checkpoints import fitted, linear_head, part_of, read_checkpoint, shape_of
 from mmalign.rewards.fingerprints import module_hash, text_hash, tokenizer_hash
 from mmalign.rewards.pixels import crop_images, crop_pixels, normalise
 

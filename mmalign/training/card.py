@@ -135,7 +135,7 @@ from mmalign.data.users import UserEmbeddings
 
 pipe = PPDPipeline.from_pretrained({base!r})
 pipe.load_aligned(FOLDER)
-pipe.users = UserEmbeddings.load("users.safetensors")  # made by `mmalign embed-users`
+pipe.users = UserEmbeddings.load("users.safetensors")  # of `mmalign embed-users`; scorers' lie in FOLDER
 pipe("a prompt", user="one of them").images[0]"""
 
 

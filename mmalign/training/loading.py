@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmalign.denoisers.parts import ALIGNED
 from mmalign.training.weights import LORA_FILE
 
 PLAYGROUND = "playground"
@@ -104,7 +105,7 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
     from diffusers import PipelineQuantizationConfig
 
     return PipelineQuantizationConfig(
-        components_to_quantize=["unet", "transformer"],
+        components_to_quantize=list(ALIGNED),
         **{
             "nf4": {
                 "quant_backend": "bitsandbytes_4bit",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmalign.denoisers import adapter_for
 from mmalign.denoisers.adapters import acting_adapters, acting_as_before, blend
 from mmalign.denoisers.branches import negative_branch
-from mmalign.denoisers.parts import is_quantized
+from mmalign.denoisers.parts import CONDITIONAL_FIRST, is_quantized
 from mmalign.likelihood.reference import base_state
 from mmalign.training.aligned import Released, add_lora, read_released, replace_weights
 from mmalign.training.loading import load_base, plain_class
@@ -164,6 +164,10 @@ def _switched(
 def check_branches(pipe: Any) -> None:
     """ValueError for a pipeline that is no family of ours, or draws without a negative branch."""
     network = adapter_for(pipe).module
+    if type(network).__name__ in CONDITIONAL_FIRST:
+        raise ValueError(
+            f"a negative side is not supported for {type(network).__name__}, which runs the prompt's half first"
+        )
     if is_quantized(network) and second_network(pipe) is not None:
         raise ValueError("a quantised network cannot be mixed with another: use a negative LoRA")
     if network.config.get("time_cond_proj_dim") is not None:  # type: ignore[union-attr, operator]

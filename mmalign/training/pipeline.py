@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 
+from mmalign.denoisers.cascade_decoder import with_decoder
 from mmalign.denoisers.long_prompts import LongPrompts, long_prompts_of, read_long_prompts
 from mmalign.training.aligned import load_aligned
 from mmalign.training.export import ExportFormat, export
@@ -207,4 +208,5 @@ def default_lora() -> Any:
 @cache
 def _class_for(ours: type, base: type) -> type:
     """Our pipeline class on top of a diffusers class, under the latter's name, so that model_index.json names a class of diffusers."""
-    return type(base.__name__, (ours, base), {"__module__": base.__module__, "_plain_class": base})
+    bases = (ours, with_decoder(base))
+    return type(base.__name__, bases, {"__module__": base.__module__, "_plain_class": base})

@@ -111,8 +111,6 @@ class RewardTrainer(PromptTrainer):
             return
         if self.denoiser.native_frames is not None:
             raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} draws clips")
-        if args.world_size > 1:
-            raise ValueError("a reward trains in one process: start one, and raise gradient_accumulation_steps")
         if getattr(peft_config, "lora_dropout", 0):
             raise ValueError("lora_dropout must be 0 with a reward: what is rewarded would not be what is drawn")
 

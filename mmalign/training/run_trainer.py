@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mmalign.denoisers import Denoiser, adapter_for
 from mmalign.denoisers.base import module_dtype
+from mmalign.denoisers.cascade_decoder import check_draws
 from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
 from mmalign.denoisers.parts import evaluating, is_quantized, networks
 from mmalign.likelihood.draws import row_generators
@@ -61,11 +62,18 @@ class PolicyModule(nn.Module):
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.network = denoiser.module
-        self._predict = denoiser.predict
+        self._predict, self._stays_in_eval = denoiser.predict, denoiser.has_own_dropout
 
     def forward(self, x_t: Tensor, t: Tensor, conditioning: Any) -> Tensor:
         """The raw output of the network, as `Denoiser.predict`."""
         return self._predict(self.network, x_t, t, conditioning)
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; a network with dropout of its own stays in eval mode, so that it is compared and not its noise."""
+        super().train(mode)
+        if self._stays_in_eval:
+            self.network.eval()
+        return self
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """diffusers' own verb; it takes no options, and `inherited.py` refuses any."""
@@ -152,6 +160,8 @@ class RunTrainer(SavingTrainer):
     def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
         """ValueError for what cannot work, before anything is read or moved."""
         refuse_offloading(self.pipe)
+        if args.validation_steps:
+            check_draws(self.pipe)
         if peft_config is None and is_quantized(self.network):
             raise ValueError(
                 "quantised weights cannot be trained: pass a peft_config, or load the pipeline unquantised"

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers import TrainerCallback
 
 from mmalign.data.clips import glance
 from mmalign.denoisers.parts import bar_hidden, draws_clips, evaluating, networks
+from mmalign.evaluation import side_by_side
 from mmalign.files import staged
 from mmalign.training.devices import on_device
 from mmalign.training.run_config import RunConfig
 
 logger = logging.getLogger("mmalign")
-_MARGIN, _LINE = 8, 16
 
 
 class SamplePictures(TrainerCallback):
@@ -48,7 +48,8 @@ class SamplePictures(TrainerCallback):
         self._first = self._first or (step, images)
         before, first = self._first
         titles = [f"step {before}"] if step == before else [f"step {before}", f"step {step}"]
-        picture = sheet([first, images][: len(titles)], titles, args.validation_prompts)
+        rows = zip(*[first, images][: len(titles)], strict=True)
+        picture = side_by_side(list(rows), args.validation_prompts, titles)
         folder = Path(args.output_dir or ".") / "samples"
         with staged(folder) as part:
             picture.save(part / f"step-{step:06d}.png")
@@ -77,24 +78,3 @@ def draw(pipe: Any, args: RunConfig) -> list[Image.Image]:
             for i, prompt in enumerate(args.validation_prompts)
         ]
     return [glance(tuple(output.frames[0])) if draws_clips(pipe) else output.images[0] for output in drawn]
-
-
-def sheet(columns: list[list[Image.Image]], titles: list[str], captions: list[str]) -> Image.Image:
-    """Pictures side by side, a row a caption; small ones are enlarged by a whole factor."""
-    size = columns[0][0].size
-    factor = max(1, 128 // max(size))
-    width, height = size[0] * factor, size[1] * factor
-    total = (_MARGIN + len(columns) * (width + _MARGIN), _LINE + len(captions) * (height + _LINE + _MARGIN))
-    paper = Image.new("RGB", total, "white")
-    pen = ImageDraw.Draw(paper)
-    for at, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        left = _MARGIN + at * (width + _MARGIN)
-        pen.text((left, 2), title, "black")
-        for row, image in enumerate(column):
-            top = _LINE + row * (height + _LINE + _MARGIN)
-            paper.paste(image.convert("RGB").resize((width, height), Image.Resampling.NEAREST), (left, top))
-    for row, caption in enumerate(captions):
-        # Pillow's built-in bitmap font knows Latin-1 only.
-        shown = caption.encode("latin-1", "replace").decode("latin-1")
-        pen.text((_MARGIN, _LINE + row * (height + _LINE + _MARGIN) + height), shown[: max(8, total[0] // 6)], "black")
-    return paper

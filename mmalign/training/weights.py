@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmalign.denoisers.parts import networks
+from mmalign.denoisers.parts import ALIGNED, networks
 from mmalign.denoisers.user_attention import (
     UserAttentionConfig,
     add_user_attention,
@@ -93,16 +93,16 @@ def adapter_config(network: nn.Module, name: str = ADAPTER) -> dict[str, Any]:
 
 
 def component_name(pipe: Any, network: nn.Module) -> str:
-    """Under which name the pipeline holds the network: "unet" or "transformer"."""
+    """Under which name the pipeline holds the network: "unet", "transformer" or "prior"."""
     return next(name for name, part in pipe.components.items() if part is network)
 
 
 def aligned_network(pipe: Any) -> tuple[str, nn.Module]:
     """Name and module of the part of a diffusers pipeline that is aligned."""
-    for name in ("unet", "transformer"):
+    for name in ALIGNED:
         if pipe.components.get(name) is not None:
             return name, pipe.components[name]
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer to work on")
+    raise ValueError(f"{type(pipe).__name__} has none of {', '.join(ALIGNED)} to work on")
 
 
 def refuse_other_adapters(pipe: Any) -> None:
@@ -180,10 +180,16 @@ def _load_all(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _check_adapter(network: nn.Module, peft_config: Any) -> None:
+    from diffusers.loaders import PeftAdapterMixin
     from peft import LoraConfig
 
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(
+            f"diffusers puts no LoRA on {type(network).__name__}: train every weight (peft_config=None, --full), or a user attention "
+            "(PPD)"
+        )
     existing = list(getattr(network, "peft_config", {}))
     if existing:
         raise ValueError(

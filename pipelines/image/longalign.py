@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from mmalign.denoisers import Conditioning
@@ -156,13 +157,16 @@ class LongAlignTrainer(RewardTrainer):
         return ReweightedScorer(reward, direction, omega=args.omega)
 
     def _direction(self, reward: NetworkScorer) -> CommonDirection:
+        """V of all training prompts, estimated by one process for all."""
         prompts = self._train.prompts
         if len(prompts) < FEWEST_CAPTIONS:
             raise ValueError(
                 f"{len(prompts)} prompts are too few for a common direction ({FEWEST_CAPTIONS} at least): pass direction=, "
                 "a file that CommonDirection.estimate(…).save(…) wrote, or omega=1"
             )
-        return CommonDirection.estimate(reward, prompts)
+        found = [CommonDirection.estimate(reward, prompts) if self.accelerator.is_main_process else None]
+        (direction,) = broadcast_object_list(found)
+        return direction
 
     @cached_property
     def _trained_tail(self) -> T5Tail | None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from mmalign.data import score_pairs
 from mmalign.data.clip_users import ClipUserEncoder, clip_scorer
-from mmalign.data.users import UserEmbeddings, embed_users, judged_by_scorers, scorer_users
+from mmalign.data.reward_columns import PREFIX, column_scores
+from mmalign.data.users import SCORERS_FILE, UserEmbeddings, embed_users, judged_by_scorers, scorer_users
 from mmalign.denoisers.user_attention import (
     FOLDER,
     UserAttention,
@@ -52,7 +53,8 @@ class PPDConfig(DenoiserConfig):
 
     users              who compared what: a file of `mmalign embed-users`, or the name of a CLIP-like scorer, which reads the pairs
                        themselves
-    user_scorers       synthetic users instead: every one of these scorers compares every pair, and has a token of its own
+    user_scorers       synthetic users instead: every one of these scorers compares every pair, and has a token of its own; or
+                       "column:<name>", rewards that the data carry
     user_shots, user_groups   with a scorer as users: pairs of a group, and groups of a user at most
     user_dropout       share of pairs whose user is withheld. The network is then the reference, and such a pair teaches nothing: 0,
                        unless a recipe is to be repeated
@@ -75,6 +77,11 @@ class PPDConfig(DenoiserConfig):
             "beta": 5000.0, "learning_rate": 1e-5, "num_train_epochs": 1,
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 768, "fp16": True,
             "gradient_checkpointing": True,
+        },
+        "cascade": {
+            "beta": 5000.0, "beta_elements": 65536, "learning_rate": 1e-5, "num_train_epochs": 1,
+            "per_device_train_batch_size": 1, "gradient_accumulation_steps": 768, "bf16": True,
+            "gradient_checkpointing": True, "user_projection": 2048,
         },
         "playground": {**PLAYGROUND, "users": "playground"},
     }  # fmt: skip
@@ -178,9 +185,14 @@ class PPDTrainer(DenoiserTrainer):
         source = opened(data, args, like)
         progress = not args.disable_tqdm
         if args.user_scorers:
-            judges = {name: scorer(name, device=args.device) for name in args.user_scorers}
+            judges = {
+                name: None if name.startswith(PREFIX) else scorer(name, device=args.device)
+                for name in args.user_scorers
+            }
             scores = {
-                name: score_pairs(source, judge, cache_dir=args.cache_dir, progress=progress)
+                name: column_scores(source, name)
+                if judge is None
+                else score_pairs(source, judge, cache_dir=args.cache_dir, progress=progress)
                 for name, judge in judges.items()
             }
             source, users = judged_by_scorers(source, scores), scorer_users(args.user_scorers)
@@ -213,6 +225,12 @@ class PPDTrainer(DenoiserTrainer):
         self.beta = self.args.beta_of(self.elements)
         if isinstance(self.pipe, PPDPipeline):
             self.pipe.users = self._train.users
+
+    def _write_card(self, folder: Path) -> None:
+        """With the scorers' tokens where they are the users: those of people are never written, they tell what people like."""
+        super()._write_card(folder)
+        if self.args.user_scorers:
+            self._train.users.save(folder / SCORERS_FILE)
 
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Prepared) -> Losses:
         """As for every method; in evaluation also with every pair told of another user."""

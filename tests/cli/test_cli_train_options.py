@@ -272,7 +272,7 @@ def test_evaluation_of_the_playground_is_on_its_held_out_pairs():
 
 def test_resume_finds_the_newest_and_protects_an_earlier_run(tmp_path):
     def resume(*words):
-        return train._resume_from(read("smpo", "--output-dir", str(tmp_path), *words))
+        return train.resume_from(read("smpo", "--output-dir", str(tmp_path), *words))
 
     assert resume() is None
     assert resume("--resume_from_checkpoint", "latest") == "latest"

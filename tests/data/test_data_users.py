@@ -1,5 +1,7 @@
 """Users as tokens of a few of their pairs: groups that share no pair, files that come back, scorers as users, and who reads them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmalign.data import load_pairs
+from mmalign.data import users as users_module
 from mmalign.data.clip_users import ClipUserEncoder, clip_scorer
+from mmalign.data.reward_columns import column_scores
+from mmalign.data.unfinished import Unfinished
 from mmalign.data.users import (
     Group,
     Profile,
@@ -113,6 +118,50 @@ def test_a_file_of_users_comes_back(tmp_path):
         UserEmbeddings([Group("a", (), ())], torch.full((1, 1, 2), float("nan")), {})
 
 
+class Stops(Counts):
+    """Is killed while it reads its `after`-th group."""
+
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def encode(self, shots):
+        if len(self.seen) == self.after:
+            raise KeyboardInterrupt
+        return super().encode(shots)
+
+
+def test_a_stopped_pass_goes_on_and_its_file_is_whole_or_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(users_module, "Unfinished", partial(Unfinished, seconds=0.0))
+    path, options = tmp_path / "u.safetensors", {"shots": 2, "progress": False}
+    whole = embed_users(load_pairs(rows()), Counts(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        embed_users(load_pairs(rows()), Stops(3), output=path, **options)
+    assert not path.exists() and len(list((tmp_path / "u.safetensors.unfinished").iterdir())) == 3
+    rest = Counts()
+    users = embed_users(load_pairs(rows()), rest, output=path, **options)
+    assert len(rest.seen) == len(whole.groups) - 3
+    again = UserEmbeddings.load(path)
+    assert again.fingerprint == users.fingerprint == whole.fingerprint and again.made_by == whole.made_by
+    assert [entry.name for entry in tmp_path.iterdir()] == ["u.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["seed", "data", "encoder"])
+def test_what_another_pass_left_is_not_taken(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(users_module, "Unfinished", partial(Unfinished, seconds=0.0))
+    path, options = tmp_path / "u.safetensors", {"shots": 2, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        embed_users(load_pairs(rows()), Stops(3), output=path, **options)
+    encoder, data = Counts(), rows(seed=1) if change == "data" else rows()
+    if change == "seed":
+        options["seed"] = 5
+    if change == "encoder":
+        encoder.made_by = {"encoder": "another"}
+    users = embed_users(load_pairs(data), encoder, output=path, **options)
+    assert len(encoder.seen) == len(users.groups) == 6
+    assert users.fingerprint == embed_users(load_pairs(data), encoder, **options).fingerprint
+
+
 def test_data_without_users_are_refused():
     nameless = [{name: value for name, value in row.items() if name != "user_id"} for row in rows(4)]
     with pytest.raises(ValueError, match="user_id"):
@@ -143,6 +192,27 @@ def test_every_scorer_is_a_user_who_prefers_what_it_scores_higher():
     assert torch.equal(torch.cat([users.user(name) for name in scores]), torch.eye(2))
     with pytest.raises(ValueError, match="must be"):
         judged_by_scorers(source, {"first": torch.zeros(2, 2)})
+
+
+def test_a_column_of_the_data_may_be_a_user():
+    data = [
+        {
+            "caption": row["prompt"],
+            "jpg_0": row["chosen"],
+            "jpg_1": row["rejected"],
+            "label_0": 1.0,
+            "ps_score_0": value,
+        }
+        | {"ps_score_1": 0.5}
+        for row, value in zip(rows(3), (0.7, None, 0.1), strict=True)
+    ]
+    source = load_pairs(data)
+    scores = column_scores(source, "column:ps_score")
+    torch.testing.assert_close(scores[[0, 2]], torch.tensor([[0.7, 0.5], [0.1, 0.5]]))
+    judged = judged_by_scorers(source, {"column:ps_score": scores})
+    assert [record.label for record in judged] == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="user_scorers='column:score': .* they have column:ps_score"):
+        column_scores(source, "column:score")
 
 
 def test_clip_reads_a_pair_as_the_difference_of_its_pictures():

@@ -20,7 +20,7 @@ from mmalign.denoisers.user_attention import (
     user_attention_off,
 )
 
-FAMILIES = ("sd", "sdxl", "sd3", "flux")
+FAMILIES = ("sd", "sdxl", "sd3", "flux", "cascade")
 WIDTH, TOKENS = 6, 3
 
 
@@ -41,7 +41,8 @@ def started(found):
 
 def call(found, weight=(1.0, 1.0), seed=0, user=None):
     generator = torch.Generator().manual_seed(seed)
-    channels, *size = found.latent_shape(16, 16)
+    side = 64 if found.family == "stable-cascade" else 16
+    channels, *size = found.latent_shape(side, side)
     x = torch.randn(2, channels, *size, generator=generator)
     told = found.with_sizes(
         found.encode_prompt(["a red shirt", "a blue bag"]), torch.tensor([[16, 16, 0, 0, 16, 16]] * 2)
@@ -120,7 +121,7 @@ def test_checkpointing_recomputes_with_the_same_users(kind):
     found = started(denoiser(kind))
     gradients = []
     for checkpointed in (False, True):
-        found.module.train()
+        found.module.train(not found.has_own_dropout)
         if checkpointed:
             found.module.enable_gradient_checkpointing()
         output = call(found)
@@ -167,19 +168,24 @@ def test_the_shared_query_is_the_one_that_a_lora_makes():
     assert not torch.allclose(call(found), on)
 
 
+@pytest.mark.parametrize("kind", ["sd", "cascade"])
 @pytest.mark.parametrize("options", [{}, {"projection": 5}, {"rank": 2}, {"blocks": ("mid_block",)}])
-def test_saved_and_loaded_it_draws_the_same(tmp_path, options):
-    found = started(denoiser("sd", **options))
+def test_saved_and_loaded_it_draws_the_same(tmp_path, options, kind):
+    if kind == "cascade" and "blocks" in options:
+        options = {"blocks": ("up_blocks.0",)}
+    found = started(denoiser(kind, **options))
     save_user_attention(user_attention(found.module), tmp_path)
-    other = adapter_for(tiny_pipeline("sd"))
+    other = adapter_for(tiny_pipeline(kind))
     load_user_attention(other.module, tmp_path)
     assert torch.equal(call(other), call(found))
     if "blocks" in options:
-        assert all("mid_block" in name for name in user_attention(other.module).layers)
+        (word,) = options["blocks"]
+        assert all(word.replace(".", "/") in name for name in user_attention(other.module).layers)
 
 
-def test_a_copied_network_has_a_user_attention_of_its_own():
-    found = started(denoiser("sd"))
+@pytest.mark.parametrize("kind", ["sd", "cascade"])
+def test_a_copied_network_has_a_user_attention_of_its_own(kind):
+    found = started(denoiser(kind))
     twin = copy.deepcopy(found.module)
     expected = call(found)
     with torch.no_grad():

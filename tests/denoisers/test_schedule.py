@@ -85,6 +85,27 @@ def test_a_shift_made_for_each_picture_is_left_out_of_the_table() -> None:
     assert Schedule.from_scheduler(scheduler).fingerprint() == plain.fingerprint()
 
 
+@pytest.mark.parametrize("scaler", [1.0, 0.5, 2.0])
+def test_cosine_table_is_continuous_times_own(scaler: float) -> None:
+    scheduler = diffusers.DDPMWuerstchenScheduler(scaler=scaler)
+    schedule = Schedule.from_scheduler(scheduler)
+    x0, noise = sample(dtype=torch.float32, rows=6)
+    t = torch.tensor([0, 1, 124, 499, 930, 999])
+    expected = scheduler.add_noise(x0, noise, (t + 1) / 1000)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, t), expected, rtol=0, atol=2e-5)
+    assert schedule.prediction_type == "epsilon" and schedule.max_timestep == 999
+
+
+def test_log_snr_of_the_cosine_table() -> None:
+    schedule = Schedule.from_scheduler(diffusers.DDPMWuerstchenScheduler())
+    log_snr = 2 * (schedule.signal / schedule.noise).log()
+    t = torch.tensor([249, 499, 749, 999])
+    torch.testing.assert_close(log_snr[t], torch.tensor([1.71, -0.02, -1.78, -9.21]).double(), rtol=0, atol=0.005)
+    # At the data ᾱ is kept 1e-4 below 1.
+    assert float(log_snr.max()) == pytest.approx(9.21, abs=0.005)
+    assert (log_snr.diff() <= 0).all()
+
+
 def test_velocity_target_agrees_with_diffusers() -> None:
     x0, noise = sample(dtype=torch.float32)
     t = torch.tensor([0, 17, 500, 999])

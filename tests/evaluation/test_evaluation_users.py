@@ -33,6 +33,19 @@ def test_the_probe_finds_nothing_where_there_is_nothing():
     assert found.top[4] >= found.top[2] >= found.top[1]
 
 
+def test_the_probe_reads_the_token_that_it_is_told():
+    told = embeddings(noise=0.1)
+    told.tokens[:, 1] = 0.0
+    options = {"learning_rates": (1e-3,), "epochs": 15}
+    assert probe_users(told, **options).top[1] == probe_users(told, token="mean", **options).top[1] > 0.8
+    assert probe_users(told, token=0, **options).top[1] > 0.8
+    assert probe_users(told, token=-1, **options).top[1] < 0.5
+    told.made_by["encoder"] = "vision-language"
+    assert probe_users(told, **options).top[1] < 0.5
+    with pytest.raises(ValueError, match="token 2 is none of the 2"):
+        probe_users(told, token=2)
+
+
 def test_users_with_few_groups_do_not_count():
     with pytest.raises(ValueError, match="two users with 10 groups"):
         probe_users(embeddings(groups=9))

@@ -151,6 +151,12 @@ def test_times_come_after_the_landing_and_rows_do_not_depend_on_their_batch() ->
     assert torch.equal(few.x_s, whole.x_s[:3]) and torch.equal(few.timestep, whole.timestep[:3])
 
 
+def test_the_student_stands_anywhere_above_the_landing_and_never_on_it() -> None:
+    x, stops = latents(200), torch.full((200, 1), 996)
+    times = solved(unguided(wavy), SCHEDULES["epsilon"], x, stops).timestep
+    assert set(times.tolist()) == {997, 998, 999}
+
+
 # Guidance.
 
 

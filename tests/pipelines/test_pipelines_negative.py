@@ -135,6 +135,19 @@ def test_without_an_offset_it_is_plain_guidance_and_below_one_always(kind: str, 
         assert np.array_equal(draw(pipe, 1.0), unguided)
 
 
+def test_skip_layer_guidance_calls_the_positive_network_alone(released: Path) -> None:
+    """A third call for the prompts alone, which is no pair of branches: no row of it may run by the negative side."""
+    pipe = aligned("sd3", released)
+    pipe.load_negative(released / "sd3" / "negative")
+    options: dict[str, Any] = {"skip_guidance_layers": [0], "skip_layer_guidance_stop": 1.0}
+    prompts = ["a red shirt", "a blue bag"]
+    start = torch.randn(2, pipe.transformer.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    both = draw(pipe, prompts=prompts, latents=start, **options)
+    for i, prompt in enumerate(prompts):
+        assert apart(draw(pipe, prompts=prompt, latents=start[i : i + 1], **options)[0], both[i]) < 1e-5
+    assert apart(draw(pipe, prompts=prompts, latents=start), both) > 1e-4
+
+
 @pytest.mark.parametrize("base", [False, True])
 def test_the_prediction_is_the_negative_one_and_the_scaled_difference(base: bool, released: Path) -> None:
     """Step by step with two networks, one in each branch; α = β = 0 is the base in the negative one."""

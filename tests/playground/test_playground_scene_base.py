@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mmalign
 from mmalign.evaluation import generate
-from mmalign.playground import photographs, scene_base, scene_judges, scene_prompts, scene_text, scenes
-from mmalign.playground.paths import CURVES, SCENES
+from mmalign.playground import build, photographs, scene_base, scene_judges, scene_prompts, scene_text, scenes
+from mmalign.playground.paths import ASSETS, CURVES, SCENES
 from mmalign.training.loading import load_base, playground_folder
 
 
@@ -53,6 +54,27 @@ def test_a_saved_copy_draws_as_the_base_and_holds_no_path(tmp_path: Path) -> Non
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(copy.vae.decode(latents).sample, base().vae.decode(latents).sample)
+
+
+def test_its_largest_convolutions_are_stored_in_8_bits_and_load_in_any_precision(tmp_path: Path) -> None:
+    file = tmp_path / "unet.safetensors"
+    weights = {f"{i}.weight": torch.randn(8, 4 + i, 3, 3) for i in range(22)} | {"linear.weight": torch.randn(99, 99)}
+    save_file({name: value.half() for name, value in weights.items()}, file)
+    build.store_convolutions_in_8_bits(file)
+    stored = load_file(file)
+    assert [name for name, value in stored.items() if value.dtype != torch.float8_e4m3fn] == [
+        "0.weight",
+        "1.weight",
+        "linear.weight",
+    ]
+    for name, value in weights.items():
+        torch.testing.assert_close(stored[name].float(), value, rtol=1 / 16, atol=2**-9)
+    assert base().unet.dtype == torch.float32
+    assert load_base("playground-scenes", dtype=torch.float16).unet.conv_in.weight.dtype == torch.float16
+
+
+def test_the_embedded_playground_is_smaller_than_25_megabytes() -> None:
+    assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) < 25e6
 
 
 def test_its_tokenizer_is_the_one_that_is_built() -> None:

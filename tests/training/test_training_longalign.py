@@ -9,7 +9,8 @@ import pytest
 import torch
 from denoisers.test_long_prompts import LONG, tiny_tail
 from tiny import WORDS, tiny_pipeline
-from training.runs import gradients, history, lora, pairs, trained
+from training import worker
+from training.runs import Watch, gradients, history, lora, pairs, trained
 
 from mmalign import LongAlignConfig, LongAlignPipeline, LongAlignTrainer
 from mmalign.denoisers.long_prompts import long_prompts_of, read_long_prompts
@@ -279,3 +280,29 @@ def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="7 prompts are too few"):
         run(tmp_path, data=PROMPTS[:7])
     run(tmp_path, data=PROMPTS[:7], omega=1.0)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "graph"])
+def test_two_processes_take_the_step_of_one_with_a_direction_of_one(
+    gradient: str, tmp_path: Path, clip_folder: Path
+) -> None:
+    common = {"scorer": f"clip:{clip_folder}", "gradient": gradient, "cache_dir": str(tmp_path / "cache")}
+    whole = run(tmp_path / "whole", per_device_train_batch_size=4, **common)
+    watch = Watch()
+    whole.add_callback(watch)
+    whole.train()
+    first, second = worker.together(2, tmp_path / "parts", common, target=worker.share_rewards)
+    assert (first["estimated"], second["estimated"]) == (1, 0)
+    assert torch.equal(first["direction"], second["direction"])
+    assert torch.equal(
+        CommonDirection.load(tmp_path / "parts" / "common_direction.safetensors").vector, first["direction"]
+    )
+    largest = max(float(value.abs().max()) for value in watch.gradients[0].values())
+    assert largest > 0
+    for name, value in watch.gradients[0].items():
+        assert torch.equal(first["gradients"][0][name], second["gradients"][0][name]), name
+        torch.testing.assert_close(first["gradients"][0][name], value, rtol=1e-3, atol=1e-4 * largest)
+    assert all(torch.equal(value, second["trained"][name]) for name, value in first["trained"].items())
+    for name in ("loss", "reward", "reward/text", "reward/style"):
+        found = first["history"][0][name]
+        assert whole.state.log_history[0][name] == pytest.approx(found, rel=1e-3, abs=1e-5), name

@@ -172,9 +172,26 @@ def test_scorers_as_users_compare_every_pair_each_in_their_own_way(tmp_path, mon
     assert torch.equal(tokens[:, 0], torch.eye(2)) and weight.tolist() == [1.0, 1.0]
 
 
+def test_scorers_tokens_are_saved_with_the_run_and_draw(tmp_path, monkeypatch):
+    data = [
+        {"caption": row["prompt"], "jpg_0": row["chosen"], "jpg_1": row["rejected"], "label_0": 1.0}
+        | {"ps_score_0": float(i % 2), "ps_score_1": 0.5}
+        for i, row in enumerate(rows(4))
+    ]
+    monkeypatch.setattr(ppd, "scorer", lambda name, **options: Brightness())
+    made = run(tmp_path / "run", user_scorers=["column:ps_score", "bright"], data=data, learning_rate=1e-2)
+    assert made._train.dataset.compared.first.tolist() == [1, 0, 1, 0, 0, 1, 0, 1]
+    made.train()
+    made.save_model()
+    users = UserEmbeddings.load(tmp_path / "run" / "users.safetensors")
+    assert list(users.of_user) == ["column:ps_score", "bright"]
+    with pytest.raises(ValueError, match="user_scorers='column:nothing': the data have no such column"):
+        run(tmp_path, user_scorers=["column:nothing"], data=data)
+
+
 def test_a_clip_like_scorer_reads_the_users_when_training_starts(tmp_path):
     data = run(tmp_path, users="playground", user_shots=2)._train
-    assert data.users.made_by["encoder"] == "clip-difference"
+    assert data.users.made_by["encoder"] == "clip-patch-difference"
     assert {user: len(groups) for user, groups in data.users.of_user.items()} == {"ann": 2, "bob": 2}
     keys = {record.row: pair_key(record) for record in load_pairs(rows())}
     assert sorted(data.groups) == list(range(8))
@@ -217,6 +234,36 @@ def test_one_adapter_learns_opposite_preferences_on_the_same_points_by_the_token
     assert own.max() < 0.4 and opposite.max() < 0.4
 
 
+def test_users_of_opposite_taste_are_told_apart_on_pairs_that_were_not_trained_on(tmp_path):
+    """Ann likes bright pictures and bob dark ones: one adapter learns both, and u alone says whose choice it predicts."""
+    made = run(
+        tmp_path,
+        data=rows(16),
+        eval_dataset=rows(12, seed=9),
+        beta=2000.0,
+        learning_rate=1e-2,
+        max_steps=25,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=12,
+        prompt_dropout=0.0,
+    )
+    assert made.evaluate()["eval_users/gap"] == 0.0
+    made.train()
+    metrics = made.evaluate()
+    assert metrics["eval_rewards/accuracies"] == 1.0
+    assert metrics["eval_users/shuffled_accuracies"] == 0.0
+
+
+def test_ties_are_not_trained_on(tmp_path):
+    data = [
+        {"caption": row["prompt"], "jpg_0": row["chosen"], "jpg_1": row["rejected"], "label_0": 1.0}
+        | {"user_id": row["user_id"]}
+        for row in rows()
+    ]
+    data[2]["label_0"] = data[5]["label_0"] = 0.5
+    assert sorted(run(tmp_path, data=data)._train.groups) == [0, 1, 3, 4, 6, 7]
+
+
 def losses_of(made, inputs, *, others):
     made._others = others
     found = made.pair_losses(made.model, inputs, epoch=0)[0]
@@ -252,7 +299,7 @@ def test_beta_is_scaled_to_the_latent(tmp_path):
 
 
 def test_the_output_folder_holds_the_attention_and_a_card(tmp_path):
-    made = run(tmp_path / "run")
+    made = run(tmp_path / "run", users=embeddings(tmp_path / "people.safetensors"))
     made.train()
     made.save_model()
     folder = tmp_path / "run"
@@ -260,6 +307,7 @@ def test_the_output_folder_holds_the_attention_and_a_card(tmp_path):
         "user_attention.safetensors",
         "config.json",
     }
+    assert not (folder / "users.safetensors").exists()
     assert json.loads((folder / "user_attention" / "config.json").read_text())["width"] == 4
     card = (folder / "README.md").read_text()
     assert "PPDPipeline" in card and "draws the base's pictures" in card

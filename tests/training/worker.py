@@ -89,6 +89,29 @@ def share(rank: int, world: int, port: int, folder: str, options: dict[str, Any]
     torch.distributed.destroy_process_group()
 
 
+def share_rewards(rank: int, world: int, port: int, folder: str, options: dict[str, Any], resume: Any = None) -> None:
+    """`share` of LongAlign's reward stage, whose losses are of prompts; also its common direction, and how often that was estimated."""
+    from training.test_training_longalign import run as rewarded
+
+    from mmalign.rewards import CommonDirection
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    watch, estimated, estimate = Watch(), [], CommonDirection.estimate
+    CommonDirection.estimate = lambda *args, **kwargs: (estimated.append(rank), estimate(*args, **kwargs))[1]  # type: ignore[assignment]
+    run = rewarded(Path(folder), **options)
+    run.add_callback(watch)
+    assert run.args.world_size == world
+    run.train(resume_from_checkpoint=resume)
+    run.save_model()
+    result = {"gradients": watch.gradients, "history": run.state.log_history, "estimated": len(estimated)}
+    result |= {"direction": run._reward.direction.vector, "trained": trained(run)}
+    torch.save(result, Path(folder) / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def recorded(run: Any) -> list[tuple[int, int, float]]:
     """(epoch, row, loss) of every pair from now on."""
     rows: list[tuple[int, int, float]] = []
@@ -110,13 +133,15 @@ def start(target: Any, *args: Any, **kwargs: Any) -> Any:
     return process
 
 
-def together(world: int, folder: Path, options: dict[str, Any], resume: Any = None) -> list[dict[str, Any]]:
+def together(
+    world: int, folder: Path, options: dict[str, Any], resume: Any = None, target: Any = share
+) -> list[dict[str, Any]]:
     """What each of `world` processes saw."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    processes = [start(share, rank, world, port, str(folder), options, resume) for rank in range(world)]
+    processes = [start(target, rank, world, port, str(folder), options, resume) for rank in range(world)]
     for process in processes:
         process.join(240)
     assert [process.exitcode for process in processes] == [0] * world

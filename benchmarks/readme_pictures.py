@@ -1,0 +1,61 @@
+"""The pictures of the README: what the benchmarks' models draw for the first held-out prompts, the same seeds in every column.
+
+python benchmarks/readme_pictures.py self-npo
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import negative_guidance
+from PIL import Image
+
+from mmalign.evaluation import generate, side_by_side
+from mmalign.playground import measure, pairs, settings
+
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+
+
+def self_npo() -> Image.Image:
+    """Plain guidance, and guidance away from both kinds of negative side, on the base at its own guidance scale."""
+    prompts = pairs.prompts().test[:8]
+    columns = [
+        draw(negative_guidance.sides("base", negative, 0, negative_guidance.WORK), prompts)
+        for negative in ("plain", *negative_guidance.NEGATIVES)
+    ]
+    return sheet(columns, prompts, ["plain guidance", "Self-NPO", "Diffusion-NPO"], rows_per_line=2)
+
+
+def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
+    """One picture a prompt, as the benchmarks draw."""
+    return generate(
+        pipe,
+        prompts,
+        list(range(len(prompts))),
+        num_inference_steps=settings.NUM_INFERENCE_STEPS,
+        guidance_scale=measure.chosen_guidance(),
+    )
+
+
+def sheet(
+    columns: list[list[Image.Image]], prompts: list[str], titles: list[str], *, rows_per_line: int
+) -> Image.Image:
+    """A row of pictures a prompt."""
+    return side_by_side(list(zip(*columns, strict=True)), prompts, titles, rows_per_line=rows_per_line)
+
+
+DRAWN: dict[str, Callable[[], Image.Image]] = {"self-npo": self_npo}
+
+
+def main() -> None:
+    """Draws the named pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", nargs="+", choices=DRAWN)
+    for name in parser.parse_args().pictures:
+        PICTURES.mkdir(exist_ok=True)
+        DRAWN[name]().save(PICTURES / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
