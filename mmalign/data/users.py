@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("mmalign")
 _FORMAT = 1
+_MEANING = ("encoder", "scorer", "fingerprint", "model", "layers", "prompt")
 # In a run whose users are scorers.
 SCORERS_FILE = "users.safetensors"
 
@@ -97,6 +98,11 @@ class UserEmbeddings:
     def width(self) -> int:
         """D of the tokens."""
         return self.tokens.shape[-1]
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Of what made them, that without which tokens mean something else: another precision, other pairs or a cut text do not."""
+        return {name: value for name, value in self.made_by.items() if name in _MEANING}
 
     @property
     def fingerprint(self) -> str:
@@ -229,7 +235,9 @@ def scorer_users(names: Sequence[str]) -> UserEmbeddings:
     if not names or len(set(names)) != len(names):
         raise ValueError(f"name each scorer once, got {', '.join(names) or 'none'}")
     return UserEmbeddings(
-        [Group(name, (), ()) for name in names], torch.eye(len(names))[:, None], {"encoder": "one-hot"}
+        [Group(name, (), ()) for name in names],
+        torch.eye(len(names))[:, None],
+        {"encoder": f"one of {', '.join(names)}"},
     )
 
 

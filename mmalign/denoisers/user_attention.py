@@ -8,9 +8,9 @@ network without it. Shapes: B rows, U tokens of width D a user.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ class UserAttentionConfig:
     """width: D of the user's tokens. projection: width of one linear map that all layers share, None for none.
 
     rank: of low-rank W'_k and W'_v, None for whole ones. blocks: only attention layers with one of these words in their names.
+    encoder: what made the tokens it learned to read (`UserEmbeddings.encoder`); empty where that is not known.
     """
 
     width: int
     projection: int | None = None
     rank: int | None = None
     blocks: tuple[str, ...] | None = None
+    encoder: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("width", "projection", "rank"):

@@ -129,10 +129,11 @@ class PPDConfig(DenoiserConfig):
         added = super().preset_options(name, given)
         return {option: value for option, value in added.items() if option != "users" or not given.get("user_scorers")}
 
-    def attention(self, width: int) -> UserAttentionConfig:
-        """What is put on the network for tokens of this width."""
+    def attention(self, users: UserEmbeddings) -> UserAttentionConfig:
+        """What is put on the network for these users' tokens."""
         return UserAttentionConfig(
-            width=width,
+            width=users.width,
+            encoder=users.encoder,
             projection=self.user_projection,
             rank=self.user_rank,
             blocks=tuple(self.user_blocks) or None,
@@ -211,7 +212,7 @@ class PPDTrainer(DenoiserTrainer):
 
     def made_trainable(self, args: PPDConfig, peft_config: Any) -> AbstractContextManager[None]:
         """The user attention, and nothing else."""
-        return users_trainable(self.network, args.attention(self._train.users.width), args.seed)
+        return users_trainable(self.network, args.attention(self._train.users), args.seed)
 
     def make_reference(self, ref_model: Any) -> Reference:
         """The network without its users."""
@@ -321,6 +322,13 @@ class PPDPipeline(AlignPipeline):
             raise ValueError(
                 f"user {user!r} cannot be looked up: set pipe.users = UserEmbeddings.load(…), or pass tokens (L, D)"
             )
+        branch = user_attention(aligned_network(self)[1])
+        learned = {} if branch is None else branch.config.encoder
+        if learned and self.users.encoder and self.users.encoder != learned:
+            raise ValueError(
+                f"pipe.users were made by {_told(self.users.encoder)}, and this model learned to read {_told(learned)}: make them anew "
+                "with its encoder"
+            )
         if isinstance(user, str):
             return self.users.user(user)
         return torch.stack([weight * self.users.user(name) for name, weight in user.items()]).sum(0)
@@ -380,6 +388,10 @@ def _call_for(base: Any) -> Any:
 
 
 _CALL = {"user": None, "user_scale": 1.0, "user_mix": "tokens"}
+
+
+def _told(encoder: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {str(value)[:40]}" for name, value in sorted(encoder.items()))
 
 
 def _own_folder(name: str, revision: str | None) -> Path | None:

@@ -80,6 +80,27 @@ def test_an_output_folder_is_loaded_onto_its_base(tmp_path):
     assert torch.equal(draw(other, user="bob"), draw(pipe, user="bob"))
 
 
+def test_users_of_another_encoder_than_it_was_trained_with_are_refused(tmp_path):
+    pipe = PPDPipeline._adopt(tiny_pipeline("sd"))
+    learned = {"encoder": "clip", "fingerprint": "one"}
+    add_user_attention(pipe.unet, UserAttentionConfig(width=WIDTH, encoder=learned))
+    pipe.save_pretrained(tmp_path)
+    again = PPDPipeline.from_pretrained(tmp_path)
+    tokens = torch.ones(1, 3, WIDTH)
+
+    def users(**made_by):
+        return UserEmbeddings([Group("ann", (), ())], tokens, made_by)
+
+    again.users = users(encoder="clip", fingerprint="two", seed=1)
+    with pytest.raises(
+        ValueError, match="made by encoder clip, fingerprint two, and this model learned .* fingerprint one"
+    ):
+        draw(again, user="ann")
+    draw(again, user=tokens[0])
+    again.users = users(**learned, seed=2, data="elsewhere")
+    draw(again, user={"ann": 1.0})
+
+
 @pytest.mark.parametrize("mix", ["tokens", "scores"])
 def test_mixtures_meet_their_ends(mix):
     pipe = personal()

@@ -234,26 +234,6 @@ def test_one_adapter_learns_opposite_preferences_on_the_same_points_by_the_token
     assert own.max() < 0.4 and opposite.max() < 0.4
 
 
-def test_users_of_opposite_taste_are_told_apart_on_pairs_that_were_not_trained_on(tmp_path):
-    """Ann likes bright pictures and bob dark ones: one adapter learns both, and u alone says whose choice it predicts."""
-    made = run(
-        tmp_path,
-        data=rows(16),
-        eval_dataset=rows(12, seed=9),
-        beta=2000.0,
-        learning_rate=1e-2,
-        max_steps=25,
-        per_device_train_batch_size=8,
-        per_device_eval_batch_size=12,
-        prompt_dropout=0.0,
-    )
-    assert made.evaluate()["eval_users/gap"] == 0.0
-    made.train()
-    metrics = made.evaluate()
-    assert metrics["eval_rewards/accuracies"] == 1.0
-    assert metrics["eval_users/shuffled_accuracies"] == 0.0
-
-
 def test_ties_are_not_trained_on(tmp_path):
     data = [
         {"caption": row["prompt"], "jpg_0": row["chosen"], "jpg_1": row["rejected"], "label_0": 1.0}
