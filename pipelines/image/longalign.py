@@ -1,6 +1,6 @@
 """LongAlign: long prompts in segments, and a reward that counts style less (Liu et al., ICLR 2025, arXiv:2410.11817).
 
-    supervised:   L = ‖ε − ε_θ(x_t, t, [CLIP by segments; T5])‖²
+    supervised:   L = ‖ε − ε_θ(x_t, t, [CLIP by segments; T5])‖²,   or LCM distillation on the same pictures
     reward:       L = ½ (1 − R_ω(x̂_0, prompt)),   R_ω = C_X·C_P^⊥ + ω·η·C_X·V
 
 The second stage draws whole pictures and trains on a few of their steps, one network call in memory (`mmalign.likelihood.rollout`).
@@ -28,8 +28,10 @@ from mmalign.denoisers.parts import evaluating, frozen
 from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
 from mmalign.likelihood import draws
+from mmalign.likelihood.consistency import consistency_losses, draw_times, teacher_step
 from mmalign.likelihood.denoising import forward_points, prediction_error
 from mmalign.likelihood.grids import draw_timesteps
+from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.rollout import RolloutConfig, draw_start, exact_losses, graph_losses
 from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer, scorer
 from mmalign.rewards.decomposed import FEWEST_CAPTIONS, embedding_of
@@ -71,6 +73,8 @@ class LongAlignConfig(RunConfig):
     reward_crop        share of the side that is kept of a picture, cropped anew at random each time, so that nothing depends on blocks
     train_adapter      supervised: train the text adapter too, where the pipeline has one
     prompt_dropout     supervised: share of captions that become empty
+    distill_guidance_scale   supervised: instead of denoising, distil the model as it is, guided so (7.5 as published), into one that
+                       draws in 4 steps of diffusers' LCMScheduler without guidance; a text adapter stays as it is
     """
 
     method: ClassVar[str] = "longalign"
@@ -108,6 +112,7 @@ class LongAlignConfig(RunConfig):
     reward_crop: float = 504 / 512
     train_adapter: bool = True
     prompt_dropout: float = 0.0
+    distill_guidance_scale: float | None = None
     long_prompts: Literal["segments", "concatenate"] | None = "segments"
 
     def __post_init__(self) -> None:
@@ -116,6 +121,8 @@ class LongAlignConfig(RunConfig):
             unread = [name for name in _OF_REWARD if getattr(self, name) != self.default(name)]
             if unread:
                 raise ValueError(f"{unread[0]} has no effect with stage='supervised', which has no reward")
+            if self.distill_guidance_scale is not None and not self.distill_guidance_scale >= 1:
+                raise ValueError("distill_guidance_scale must be at least 1")
             return
         self.rollout()
         problems = {
@@ -123,6 +130,9 @@ class LongAlignConfig(RunConfig):
             "direction has no effect with omega=1": self.omega == 1 and self.direction is not None,
             "reward_crop must be above 0 and at most 1": not 0 < self.reward_crop <= 1,
             "prompt_dropout has no effect with stage='reward': a reward needs the prompt": self.prompt_dropout != 0,
+            "distill_guidance_scale has no effect with stage='reward': distil first, then use rollout_solver='renoise'": (
+                self.distill_guidance_scale is not None
+            ),
             "train_adapter=False has no effect with stage='reward', which trains the network alone": not self.train_adapter,
             "gradient='graph' needs step_weights='raw': others are no gradient of a sampler": self.gradient == "graph"
             and self.step_weights != "raw",
@@ -153,6 +163,8 @@ class LongAlignConfig(RunConfig):
 
     def about(self) -> str:
         """Which stage, and of which reward."""
+        if self.distill_guidance_scale is not None:
+            return f"LCM distillation at guidance {self.distill_guidance_scale:g}: draw with LCMScheduler, 4 steps, no guidance"
         if self.stage == "supervised":
             return "denoising error on long captions"
         segments = ", prompts in segments" if self.segment_reward else ""
@@ -184,6 +196,10 @@ class LongAlignTrainer(RunTrainer):
                 raise ValueError(
                     "train_adapter=False has no effect: the pipeline has no text adapter (load_text_adapter)"
                 )
+            if args.distill_guidance_scale is not None and self.denoiser.schedule.is_flow:
+                raise ValueError(
+                    "distill_guidance_scale is for models of diffusers' LCMScheduler, and flow models have none: leave it out"
+                )
             return
         if self.denoiser.native_frames is not None:
             raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} draws clips")
@@ -203,6 +219,12 @@ class LongAlignTrainer(RunTrainer):
     def collate(items: list[Any]) -> dict[str, Any]:
         """Pairs as a batch, or the rows of prompts."""
         return batch_of(items) if "chosen" in items[0] else {"row": [item["row"] for item in items]}
+
+    def make_reference(self, ref_model: nn.Module | None) -> Reference:
+        """What is distilled: the network without its LoRA, or a frozen copy; no reference elsewhere."""
+        if self.args.distill_guidance_scale is None:
+            return super().make_reference(ref_model)
+        return make_reference(self.network, ref_model)
 
     def set_up(self) -> None:
         """The reward with its common direction, or the adapter that is trained beside the network."""
@@ -236,7 +258,8 @@ class LongAlignTrainer(RunTrainer):
     @cached_property
     def _trained_tail(self) -> T5Tail | None:
         reader = long_prompts_of(self.pipe)
-        trains = reader is not None and self.args.stage == "supervised" and self.args.train_adapter
+        denoises = self.args.stage == "supervised" and self.args.distill_guidance_scale is None
+        trains = reader is not None and denoises and self.args.train_adapter
         return reader.tail if trains and reader is not None else None
 
     @cached_property
@@ -265,6 +288,8 @@ class LongAlignTrainer(RunTrainer):
 
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Any) -> Losses:
         """½ (1 − R_ω) of a picture drawn for each prompt, or the denoising error of each picture."""
+        if self.args.distill_guidance_scale is not None:
+            return self._distilling(model, inputs, epoch, data)
         if self.args.stage == "supervised":
             return self._denoising(model, inputs, epoch, data)
         return self._rewarded(model, inputs["row"], epoch, data)
@@ -329,6 +354,29 @@ class LongAlignTrainer(RunTrainer):
         values, times = {"loss": loss.detach()}, self._schedule.num_timesteps
         return Losses(loss, rows, health.plain_panel(values, {"loss_by_time": loss.detach()}, point.timestep, times))
 
+    def _distilling(self, model: nn.Module, inputs: dict[str, Any], epoch: int, data: Prepared) -> Losses:
+        args, rows, schedule = self.args, inputs["row"], self._schedule
+        x0 = inputs["chosen"].to(args.device, self._dtype)
+        noise = draws.randn(draws.row_generators(args.seed, epoch, rows, "noise"), x0.shape[1:], x0.dtype, x0.device)
+        t = draw_times(schedule, draws.row_generators(args.seed, epoch, rows, "timestep")).to(args.device)
+        x = schedule.add_noise(x0, noise, t)
+        captions = self._captions(inputs, epoch, data)
+        empty = data.encoded.empty.to(args.device)
+        nothing = captions.where(torch.zeros(len(rows), dtype=torch.bool, device=args.device), empty)
+        text, null = (self.denoiser.with_sizes(part, inputs["size_chosen"]) for part in (captions, nothing))
+        with self.reference.model(self.network) as teacher:
+
+            def predict(x: Tensor, t: Tensor, conditioned: bool) -> Tensor:
+                return self.denoiser.predict(teacher, x, t, text if conditioned else null)
+
+            x_later, later = teacher_step(predict, schedule, x, t, cast(float, args.distill_guidance_scale))
+        with self._dropout_keyed(rows, epoch):
+            losses = consistency_losses(lambda x, t: model(x, t, text), schedule, x, t, x_later, later)
+        values = {"loss": losses.detach()}
+        return Losses(
+            losses, rows, health.plain_panel(values, {"loss_by_time": losses.detach()}, t, schedule.num_timesteps)
+        )
+
     def _captions(self, inputs: dict[str, Any], epoch: int, data: Prepared) -> Conditioning:
         """The captions, some of them dropped, through the adapter as it is now."""
         args, index = self.args, torch.tensor(inputs["prompt_index"])
@@ -364,6 +412,9 @@ class LongAlignTrainer(RunTrainer):
     def forward_passes(self, steps: int) -> float:
         """Of the sampler, and of the trained steps again with their backward; VAE and scorer come on top."""
         student = (2.0 if has_adapter(self.network) else 3.0) + bool(self.args.gradient_checkpointing)
+        if self.args.distill_guidance_scale is not None:
+            # The teacher's two branches, and the target.
+            return student + 3
         if self.args.stage == "supervised":
             return student
         branches = 1 if self._rollout.guidance_scale == 1 else 2
@@ -390,7 +441,7 @@ class LongAlignTrainer(RunTrainer):
 
     def card_settings(self) -> dict[str, Any]:
         """The stage, and what of the reward and its pictures decides what is learnt."""
-        names = _OF_REWARD if self.args.stage == "reward" else ["train_adapter"]
+        names = _OF_REWARD if self.args.stage == "reward" else ["train_adapter", "distill_guidance_scale"]
         return {"stage": self.args.stage} | {name: getattr(self.args, name) for name in names if name != "direction"}
 
     def _write(self, folder: Path) -> None:
