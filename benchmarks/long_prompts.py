@@ -31,7 +31,7 @@ from mmalign.rewards import CommonDirection, ReweightedScorer, scorer
 from mmalign.training.denscore import DenscoreConfig, DenscoreTrainer
 
 RESULTS = Path(__file__).parent / "results" / "long_prompts"
-WORK = Path("build") / "long_prompts"
+WORK = Path(__file__).parents[1] / "build" / "long_prompts"
 REWARD, DIRECTION = WORK / "reward", WORK / "reward-v.safetensors"
 SEEDS = (0, 1, 2)
 OMEGAS = (0.0, 0.3, 1.0)

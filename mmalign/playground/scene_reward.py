@@ -28,7 +28,7 @@ _CHANGES = ("garment", "colour", "background", "place")
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A tokenizer in which every word of a sentence is one token."""
+    """A tokenizer in which every word of a sentence is one token, but for the t-shirt."""
     cells = scenes.draw_scenes(photographs.load("train").labels, torch.arange(1_000), seed=STREAM)
     texts = [scenes.sentence(cells, cell, cell // 4 % 4) for cell in range(len(cells))]
     return tokenizer.learn(texts, vocab_size=700, max_length=MAX_LENGTH)

@@ -27,7 +27,7 @@ logger = logging.getLogger("mmalign")
 
 @dataclass
 class DenscoreConfig(TrainingArguments):
-    """Defaults of PickScore, whose recipe Denscore's training is said to follow; its own numbers were not published.
+    """Defaults of PickScore, whose code Denscore was trained with; its own numbers were not published.
 
     train_split, eval_split   which split of a Hub data set or of "playground"; "train" unless given
     """
@@ -39,6 +39,7 @@ class DenscoreConfig(TrainingArguments):
     eval_split: str | None = None
 
     learning_rate: float = 3e-6
+    weight_decay: float = 0.3
     lr_scheduler_type: str = "linear"
     warmup_steps: float = 500
     max_steps: int = 4000

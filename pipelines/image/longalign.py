@@ -1,6 +1,6 @@
 """LongAlign: long prompts in segments, and a reward that counts style less (Liu et al., ICLR 2025, arXiv:2410.11817).
 
-    supervised:   L = ‖ε − ε_θ(x_t, t, [CLIP by segments; T5])‖²
+    supervised:   L = ‖ε − ε_θ(x_t, t, [CLIP by segments; T5])‖²,   or LCM distillation on the same pictures
     reward:       L = ½ (1 − R_ω(x̂_0, prompt)),   R_ω = C_X·C_P^⊥ + ω·η·C_X·V
 
 The second stage draws whole pictures and trains on a few of their steps, one network call in memory (`mmalign.likelihood.rollout`).
@@ -24,8 +24,10 @@ from mmalign.denoisers.long_prompts import SETTINGS, LongPrompts, long_prompts_o
 from mmalign.denoisers.text_adapter import T5Tail, load_adapter_weights, load_tail, save_adapter
 from mmalign.files import write_json
 from mmalign.likelihood import draws
+from mmalign.likelihood.consistency import consistency_losses, draw_times, teacher_step
 from mmalign.likelihood.denoising import forward_points, prediction_error
 from mmalign.likelihood.grids import draw_timesteps
+from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer
 from mmalign.rewards.decomposed import FEWEST_CAPTIONS, embedding_of
 from mmalign.training import health
@@ -54,6 +56,8 @@ class LongAlignConfig(RewardConfig):
     direction          V, a file that `CommonDirection.save` wrote; none estimates it from the training prompts
     train_adapter      supervised: train the text adapter too, where the pipeline has one
     prompt_dropout     supervised: share of captions that become empty
+    distill_guidance_scale   supervised: instead of denoising, distil the model as it is, guided so (7.5 as published), into one that
+                       draws in 4 steps of diffusers' LCMScheduler without guidance; a text adapter stays as it is
     """
 
     method: ClassVar[str] = "longalign"
@@ -78,6 +82,7 @@ class LongAlignConfig(RewardConfig):
     omega: float = 0.3
     direction: str | None = None
     train_adapter: bool = True
+    distill_guidance_scale: float | None = None
     long_prompts: Literal["segments", "concatenate"] | None = "segments"
 
     def __post_init__(self) -> None:
@@ -86,11 +91,16 @@ class LongAlignConfig(RewardConfig):
             unread = [name for name in _OF_REWARD if getattr(self, name) != self.default(name)]
             if unread:
                 raise ValueError(f"{unread[0]} has no effect with stage='supervised', which has no reward")
+            if self.distill_guidance_scale is not None and not self.distill_guidance_scale >= 1:
+                raise ValueError("distill_guidance_scale must be at least 1")
             return
         self.check_reward()
         problems = {
             "omega must lie in 0 … 1": not 0 <= self.omega <= 1,
             "direction has no effect with omega=1": self.omega == 1 and self.direction is not None,
+            "distill_guidance_scale has no effect with stage='reward': distil first, then use rollout_solver='renoise'": (
+                self.distill_guidance_scale is not None
+            ),
             "train_adapter=False has no effect with stage='reward', which trains the network alone": not self.train_adapter,
         }
         for message, violated in problems.items():
@@ -109,6 +119,8 @@ class LongAlignConfig(RewardConfig):
 
     def about(self) -> str:
         """Which stage, and of which reward."""
+        if self.distill_guidance_scale is not None:
+            return f"LCM distillation at guidance {self.distill_guidance_scale:g}: draw with LCMScheduler, 4 steps, no guidance"
         if self.stage == "supervised":
             return "denoising error on long captions"
         segments = ", prompts in segments" if self.segment_reward else ""
@@ -137,6 +149,16 @@ class LongAlignTrainer(RewardTrainer):
                 raise ValueError(
                     "train_adapter=False has no effect: the pipeline has no text adapter (load_text_adapter)"
                 )
+            if args.distill_guidance_scale is not None and self.denoiser.schedule.is_flow:
+                raise ValueError(
+                    "distill_guidance_scale is for models of diffusers' LCMScheduler, and flow models have none: leave it out"
+                )
+
+    def make_reference(self, ref_model: nn.Module | None) -> Reference:
+        """What is distilled: the network without its LoRA, or a frozen copy; no reference elsewhere."""
+        if self.args.distill_guidance_scale is None:
+            return super().make_reference(ref_model)
+        return make_reference(self.network, ref_model)
 
     def set_up(self) -> None:
         """The reward, or the adapter that is trained beside the network."""
@@ -171,7 +193,8 @@ class LongAlignTrainer(RewardTrainer):
     @cached_property
     def _trained_tail(self) -> T5Tail | None:
         reader = long_prompts_of(self.pipe)
-        trains = reader is not None and self.args.stage == "supervised" and self.args.train_adapter
+        denoises = self.args.stage == "supervised" and self.args.distill_guidance_scale is None
+        trains = reader is not None and denoises and self.args.train_adapter
         return reader.tail if trains and reader is not None else None
 
     @cached_property
@@ -197,6 +220,8 @@ class LongAlignTrainer(RewardTrainer):
         """½ (1 − R_ω) of a picture drawn for each prompt, or the denoising error of each picture."""
         if self.args.stage == "reward":
             return super().row_losses(model, inputs, epoch=epoch, data=data)
+        if self.args.distill_guidance_scale is not None:
+            return self._distilling(model, inputs, epoch, data)
         return self._denoising(model, inputs, epoch, data)
 
     def _denoising(self, model: nn.Module, inputs: dict[str, Any], epoch: int, data: Prepared) -> Losses:
@@ -210,6 +235,24 @@ class LongAlignTrainer(RewardTrainer):
         loss = prediction_error(output, point.x_t, point.target, point.timestep, self._schedule)
         values, times = {"loss": loss.detach()}, self._schedule.num_timesteps
         return Losses(loss, rows, health.plain_panel(values, {"loss_by_time": loss.detach()}, point.timestep, times))
+
+    def _distilling(self, model: nn.Module, inputs: dict[str, Any], epoch: int, data: Prepared) -> Losses:
+        rows, schedule = inputs["row"], self._schedule
+        x0, text = self._captioned(inputs, epoch, data)
+        empty = self._rows(inputs, data)[2]
+        noise = draws.randn(self._drawn(rows, epoch, "noise"), x0.shape[1:], x0.dtype, x0.device)
+        t = draw_times(schedule, self._drawn(rows, epoch, "timestep")).to(x0.device)
+        x = schedule.add_noise(x0, noise, t)
+        with self.reference.model(self.network) as teacher:
+
+            def predict(x: Tensor, t: Tensor, conditioned: bool) -> Tensor:
+                return self.denoiser.predict(teacher, x, t, text if conditioned else empty)
+
+            x_later, later = teacher_step(predict, schedule, x, t, cast(float, self.args.distill_guidance_scale))
+        with self._dropout_keyed(rows, epoch):
+            losses = consistency_losses(lambda x, t: model(x, t, text), schedule, x, t, x_later, later)
+        values, times = {"loss": losses.detach()}, schedule.num_timesteps
+        return Losses(losses, rows, health.plain_panel(values, {"loss_by_time": losses.detach()}, t, times))
 
     def _captioned(self, inputs: dict[str, Any], epoch: int, data: Prepared) -> tuple[Tensor, Conditioning]:
         """The pictures' latents, and their captions, some of them dropped, through the adapter as it is now."""
@@ -226,14 +269,16 @@ class LongAlignTrainer(RewardTrainer):
     # What is told and kept.
 
     def forward_passes(self, steps: int) -> float:
-        """Of the reward stage, or of one trained call."""
-        return super().forward_passes(steps) if self.args.stage == "reward" else self._trained_passes
+        """Of the reward stage, or of one trained call; distilling adds the teacher's two branches and the target."""
+        if self.args.stage == "reward":
+            return super().forward_passes(steps)
+        return self._trained_passes + 3 * (self.args.distill_guidance_scale is not None)
 
     def card_settings(self) -> dict[str, Any]:
         """The stage, and what of the reward and its pictures decides what is learnt."""
         args = self.args
         if args.stage == "supervised":
-            return {"stage": args.stage, "train_adapter": args.train_adapter}
+            return {name: getattr(args, name) for name in ("stage", "train_adapter", "distill_guidance_scale")}
         return super().card_settings() | {name: getattr(args, name) for name in ("stage", "segment_reward", "omega")}
 
     def _write(self, folder: Path) -> None:

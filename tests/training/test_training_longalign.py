@@ -9,6 +9,7 @@ import pytest
 import torch
 from denoisers.test_long_prompts import LONG, tiny_tail
 from tiny import WORDS, tiny_pipeline
+from torch import Tensor
 from training import worker
 from training.runs import Watch, gradients, history, lora, pairs, trained
 
@@ -280,6 +281,82 @@ def test_settings_without_effect_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="7 prompts are too few"):
         run(tmp_path, data=PROMPTS[:7])
     run(tmp_path, data=PROMPTS[:7], omega=1.0)
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_distillation_s_teacher_is_the_model_as_it_was_and_its_student_the_trained_one(
+    peft_config: Any, tmp_path: Path
+) -> None:
+    from mmalign.likelihood.consistency import consistency_losses, draw_times, teacher_step
+    from mmalign.likelihood.draws import randn, row_generators
+
+    before = pipeline()
+    chosen = lora(init_lora_weights=False) if peft_config else None
+    trainer = run(tmp_path, stage="supervised", data=pairs(), distill_guidance_scale=3.0, peft_config=chosen)
+    with torch.no_grad():
+        # As after some training.
+        for parameter in trainer.network.parameters():
+            parameter.add_(0.01 if parameter.requires_grad else 0)
+    inputs, rows = trainer.collate([trainer._train.dataset[item] for item in (0, 3)]), [0, 3]
+    with torch.no_grad(), trainer._at_work():
+        found = trainer.row_losses(trainer.model, inputs, epoch=0, data=trainer._train).loss
+        schedule, x0 = trainer._schedule, inputs["chosen"].float()
+        t = draw_times(schedule, row_generators(42, 0, rows, "timestep"))
+        x = schedule.add_noise(x0, randn(row_generators(42, 0, rows, "noise"), (4, 8, 8)), t)
+        prompts = [pairs()[row]["prompt"] for row in rows]
+        text, null = (before.encode_prompt(words, "cpu", 1, False)[0] for words in (prompts, [""] * 2))
+
+        def teacher(x: Tensor, t: Tensor, conditioned: bool) -> Tensor:
+            return before.unet(x, t, text if conditioned else null).sample
+
+        later = teacher_step(teacher, schedule, x, t, 3.0)
+        expected = consistency_losses(lambda x, t: trainer.network(x, t, text).sample, schedule, x, t, *later)
+        drifted = consistency_losses(lambda x, t: before.unet(x, t, text).sample, schedule, x, t, *later)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert float((found - drifted).abs().min()) > 1e-4
+
+
+def test_distillation_learns_and_leaves_what_lcm_scheduler_draws_in_four_steps(tmp_path: Path) -> None:
+    from diffusers import LCMScheduler
+
+    pipe = pipeline()
+    options: dict[str, Any] = {
+        "stage": "supervised",
+        "data": pairs(),
+        "distill_guidance_scale": 3.0,
+        "peft_config": None,
+    }
+    trainer = run(tmp_path, pipe=pipe, max_steps=30, per_device_train_batch_size=6, learning_rate=3e-3, **options)
+    inputs = trainer.collate([trainer._train.dataset[item] for item in range(6)])
+
+    def loss() -> float:
+        with torch.no_grad(), trainer._at_work():
+            return float(trainer.row_losses(trainer.model, inputs, epoch=-1, data=trainer._train).loss.mean())
+
+    before = loss()
+    trainer.train()
+    assert loss() < 0.8 * before
+    trainer.save_model()
+    assert "LCMScheduler" in (tmp_path / "README.md").read_text()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    drawn = pipe("a red bag", num_inference_steps=4, guidance_scale=1.0, height=16, width=16, output_type="np").images
+    assert np.isfinite(drawn).all() and drawn.std() > 0
+
+
+def test_a_text_adapter_is_not_trained_by_distillation_and_flow_models_are_refused(tmp_path: Path) -> None:
+    pipe = pipeline(tail=True)
+    before = {name: value.clone() for name, value in long_prompts_of(pipe).tail.adapter.state_dict().items()}
+    run(tmp_path, pipe=pipe, stage="supervised", data=pairs(), distill_guidance_scale=3.0).train()
+    assert all(
+        torch.equal(value, before[name]) for name, value in long_prompts_of(pipe).tail.adapter.state_dict().items()
+    )
+    with pytest.raises(ValueError, match="flow models have none"):
+        run(tmp_path, pipe=pipeline("sd3"), stage="supervised", data=pairs(), distill_guidance_scale=3.0)
+    common = {"output_dir": str(tmp_path), "distill_guidance_scale": 3.0}
+    with pytest.raises(ValueError, match="no effect with stage='reward'"):
+        LongAlignConfig(**common)
+    with pytest.raises(ValueError, match="at least 1"):
+        LongAlignConfig(**common | {"stage": "supervised", "distill_guidance_scale": 0.5})
 
 
 @pytest.mark.parametrize("gradient", ["exact", "graph"])

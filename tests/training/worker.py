@@ -99,6 +99,7 @@ def share_rewards(rank: int, world: int, port: int, folder: str, options: dict[s
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+
     watch, estimated, estimate = Watch(), [], CommonDirection.estimate
     CommonDirection.estimate = lambda *args, **kwargs: (estimated.append(rank), estimate(*args, **kwargs))[1]  # type: ignore[assignment]
     run = rewarded(Path(folder), **options)
