@@ -38,6 +38,7 @@ from mmalign.training.negative import (
     NEGATIVE,
     Negative,
     become_negative,
+    check_branches,
     drawing,
     has_negative,
     load_negative,
@@ -163,6 +164,11 @@ class SelfNPOTrainer(RunTrainer):
     config_class = SelfNPOConfig
     args: SelfNPOConfig
     _following: FollowingReference | None = None
+
+    def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
+        """ValueError for what cannot work, a pipeline without a negative branch of ours among it."""
+        check_branches(self.pipe)
+        super().check_arguments(args, train_dataset, eval_dataset, peft_config)
 
     def prepare_data(self, data: Any, args: SelfNPOConfig, *, like: Any = None) -> Any:
         """Encoded prompts or, for paths from pictures, encoded pairs."""
