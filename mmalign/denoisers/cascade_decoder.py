@@ -45,8 +45,8 @@ def load_decoder(folder: Path, dtype: torch.dtype) -> Any:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     return StableCascadeDecoderPipeline(
         decoder=StableCascadeUNet.from_pretrained(folder, subfolder="decoder", **weights),
-        tokenizer=None,  # type: ignore[arg-type]
-        text_encoder=None,  # type: ignore[arg-type]
+        tokenizer=None,
+        text_encoder=None,
         scheduler=DDPMWuerstchenScheduler.from_pretrained(folder, subfolder="scheduler"),
         vqgan=PaellaVQModel.from_pretrained(folder, subfolder="vqgan", **weights),
         **{name: index[name] for name in ("latent_dim_scale",) if name in index},

@@ -38,7 +38,7 @@ from mmalign.training.run_config import RunConfig
 from mmalign.training.samples import SamplePictures
 from mmalign.training.sampling import Shuffled
 from mmalign.training.saving import RunData, SavingTrainer
-from mmalign.training.weights import made_trainable
+from mmalign.training.weights import check_takes_lora, made_trainable
 
 logger = logging.getLogger("mmalign")
 EVAL_EPOCH = -1
@@ -162,6 +162,8 @@ class RunTrainer(SavingTrainer):
         refuse_offloading(self.pipe)
         if args.validation_steps:
             check_draws(self.pipe)
+        if peft_config is not None:
+            check_takes_lora(self.network)
         if peft_config is None and is_quantized(self.network):
             raise ValueError(
                 "quantised weights cannot be trained: pass a peft_config, or load the pipeline unquantised"

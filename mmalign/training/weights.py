@@ -86,6 +86,17 @@ def has_adapter(network: nn.Module) -> bool:
     return bool(getattr(network, "peft_config", None))
 
 
+def check_takes_lora(network: nn.Module) -> None:
+    """ValueError for a network without the verbs of diffusers for it."""
+    from diffusers.loaders import PeftAdapterMixin
+
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(
+            f"diffusers puts no LoRA on {type(network).__name__}: train every weight (peft_config=None, --full), or a user attention "
+            "(PPD)"
+        )
+
+
 def adapter_config(network: nn.Module, name: str = ADAPTER) -> dict[str, Any]:
     """The LoRA's configuration as JSON values; what only says by which library it was made is left out."""
     config = network.peft_config[name].to_dict()  # type: ignore[union-attr, index]
@@ -180,16 +191,11 @@ def _load_all(network: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _check_adapter(network: nn.Module, peft_config: Any) -> None:
-    from diffusers.loaders import PeftAdapterMixin
     from peft import LoraConfig
 
     if not isinstance(peft_config, LoraConfig):
         raise ValueError(f"peft_config must be a peft.LoraConfig, got {type(peft_config).__name__}")
-    if not isinstance(network, PeftAdapterMixin):
-        raise ValueError(
-            f"diffusers puts no LoRA on {type(network).__name__}: train every weight (peft_config=None, --full), or a user attention "
-            "(PPD)"
-        )
+    check_takes_lora(network)
     existing = list(getattr(network, "peft_config", {}))
     if existing:
         raise ValueError(

@@ -12,7 +12,12 @@ from torchvision.transforms import Normalize
 
 from mmalign.denoisers import StableCascadeDenoiser, adapter_for
 from mmalign.denoisers.effnet_encoder import EffNetEncoder, find_encoder, load_encoder
-from mmalign.denoisers.user_attention import UserAttentionConfig, add_user_attention, user_attention
+from mmalign.denoisers.user_attention import (
+    UserAttentionConfig,
+    add_user_attention,
+    remove_user_attention,
+    user_attention,
+)
 
 PROMPTS = ["a red sneaker on a blue background", "a green bag"]
 
@@ -201,6 +206,21 @@ def test_the_user_attention_shares_the_query_of_a_block_that_attends_to_picture_
     torch.testing.assert_close(block(x, text), expected, rtol=1e-4, atol=1e-4)
     branch.users = None
     assert not torch.allclose(block(x, text), expected)
+
+
+def test_on_the_published_prior_it_has_64_layers_and_as_many_weights_as_documented():
+    with torch.device("meta"):
+        network = cascade_network(
+            timestep_ratio_embedding_dim=64, conditioning_dim=2048, block_out_channels=(2048, 2048), switch_level=[False],
+            num_attention_heads=(32, 32), down_num_layers_per_block=(8, 24), up_num_layers_per_block=(24, 8),
+            clip_text_in_channels=1280, clip_text_pooled_in_channels=1280, clip_image_in_channels=768,
+        )  # fmt: skip
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(3.589e9, rel=1e-3)
+        for projection, weights in ((2048, 544e6), (None, 940e6)):
+            branch = add_user_attention(network, UserAttentionConfig(width=3584, projection=projection))
+            assert len(branch.layers) == 64
+            assert sum(p.numel() for p in branch.parameters()) == pytest.approx(weights, rel=2e-3)
+            remove_user_attention(network)
 
 
 def test_users_are_forgotten_when_the_network_fails():
