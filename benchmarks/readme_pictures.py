@@ -1,4 +1,4 @@
-"""The pictures of the README: what the benchmarks' models draw for the first held-out prompts, the same seeds in every column.
+"""The pictures of the README: what the benchmarks' models draw for held-out prompts, evenly spaced; the same seeds in every column.
 
 python benchmarks/readme_pictures.py self-npo
 """
@@ -19,12 +19,17 @@ PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 def self_npo() -> Image.Image:
     """Plain guidance, and guidance away from both kinds of negative side, on the base at its own guidance scale."""
-    prompts = pairs.prompts().test[:8]
+    prompts = every(pairs.prompts().test, 8)
     columns = [
         draw(negative_guidance.sides("base", negative, 0, negative_guidance.WORK), prompts)
         for negative in ("plain", *negative_guidance.NEGATIVES)
     ]
     return sheet(columns, prompts, ["plain guidance", "Self-NPO", "Diffusion-NPO"], rows_per_line=2)
+
+
+def every(prompts: list[str], number: int) -> list[str]:
+    """So many of the prompts, evenly spaced."""
+    return prompts[:: len(prompts) // number][:number]
 
 
 def draw(pipe: Any, prompts: list[str]) -> list[Image.Image]:
