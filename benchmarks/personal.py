@@ -45,6 +45,7 @@ NUM_TRAINING_USERS, COMPARISONS, GROUPS = 400, 20, 4
 NUM_CHOICE_USERS = 280
 TRAINING_TASTES, NEW_TASTES, CHOICE_TASTES = 7001, 7002, 7003
 STEPS = {"max_steps": 240}
+SAMPLING_STEPS = 10
 CANDIDATES: dict[str, dict[str, Any]] = {
     "as dpo": {},
     "lr 1e-3": {"learning_rate": 1e-3},
@@ -52,7 +53,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
 }
 SCALES = (1.0, 2.0)
 # Of the candidates, and how strongly users are read: what pleased new users best.
-CHOSEN: tuple[str, float] | None = None
+CHOSEN: tuple[str, float] | None = ("as dpo", 1.0)
 # Who draws → for whom: nobody, the user, the user as someone with the same but milder tastes told them, or somebody else.
 DRAWERS = {
     "base": "nobody",
@@ -232,7 +233,7 @@ def drawn(
             pipe,
             asked,
             list(range(first_seed + start, first_seed + start + len(asked))),
-            num_inference_steps=settings.NUM_INFERENCE_STEPS,
+            num_inference_steps=SAMPLING_STEPS,
             guidance_scale=measure.chosen_guidance(),
             batch_size=len(asked),
             progress=False,
