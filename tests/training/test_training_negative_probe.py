@@ -103,15 +103,31 @@ def test_numbers_are_those_of_the_networks_by_hand(sides: tuple[Path, Path]) -> 
     assert found.branches["all"].spread == pytest.approx(float(torch.stack(spreads).mean()), abs=1e-4)
 
 
-def test_training_on_swapped_pairs_makes_a_side_that_prefers_the_rejected(tmp_path: Path) -> None:
-    """All weights: a second network is measured as a LoRA is."""
-    options: dict[str, Any] = {"max_steps": 20, "learning_rate": 5e-3, "per_device_train_batch_size": 6, "beta": 2000.0}
-    run = trainer(tmp_path, swap_pairs=True, prompt_dropout=0.0, peft_config=None, **options)
-    run.train()
-    run.save_model()
-    found = measured(pipeline(tmp_path))
-    (rate,) = found.prefers_rejected.values()
-    assert rate.rate > 0.8 and found.branches["all"].cosine < found.branches["all"].plain_cosine
+def test_other_labels_turn_every_preference_round(sides: tuple[Path, Path]) -> None:
+    """1 − the rate, at the same latents and noises."""
+    rates = []
+    for label in (1, 0):
+        rows = [
+            {"caption": row["prompt"], "jpg_0": row["chosen"], "jpg_1": row["rejected"], "label_0": label}
+            for row in pairs()
+        ]
+        found = probe_negative(pipeline(sides[0]), rows, draws=3, progress=False, resolution=16)
+        rates.append(found.prefers_rejected["negative side"].rate)
+    assert sum(rates) == pytest.approx(1) and rates[0] != 0.5
+
+
+def test_a_whole_network_is_measured_as_the_lora_that_it_holds(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    pipe = tiny_pipeline("sd")
+    pipe.load_lora_weights(sides[0])
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    one, two = measured(pipeline(sides[0])), measured(pipeline(tmp_path))
+    assert one.prefers_rejected["negative side"].rate == two.prefers_rejected["negative side"].rate
+    for name, part in one.branches.items():
+        assert two.branches[name].cosine == pytest.approx(part.cosine, abs=1e-4)
+        assert two.branches[name].spread == pytest.approx(part.spread, abs=1e-3)
+    assert one.branches["all"].cosine < one.branches["all"].plain_cosine
 
 
 def test_what_cannot_be_measured_is_refused(sides: tuple[Path, Path]) -> None:
