@@ -20,10 +20,11 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 from mmalign.playground import judges, photographs, raters, scene_text, scenes, tokenizer, world
 from mmalign.playground.fit import FitConfig, fit
 
-FIT = FitConfig(steps=1_500, batch_size=64, learning_rate=1e-3, warmup=100, weight_decay=1e-2, ema=0.99, seed=31)
+FIT = FitConfig(steps=1_500, batch_size=64, learning_rate=1e-3, warmup=100, weight_decay=1e-2, ema=0.99, seed=32)
 STREAM, PAIR_STREAM = 241, 242
 MAX_LENGTH = 32
 EXTRA_WEIGHT = 0.3
+PLACE_SCALE = 2.0
 _CHANGES = ("garment", "colour", "background", "place")
 
 
@@ -35,13 +36,21 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build(vocabulary: CLIPTokenizer, seed: int = 0) -> CLIPModel:
-    """An untrained CLIP of 0.7 M parameters: 64 patches of 8×8 pixels, sentences of up to 32 tokens."""
+    """An untrained CLIP of 0.7 M parameters: 64 patches of 8×8 pixels, sentences of up to 32 tokens.
+
+    Its patches know from the start where they lie. With the usual small embeddings of places, what they show drowns it, and a picture
+    stays a bag of colours: of two sentences that differ in the place alone, 54 % were told apart after 1,500 steps.
+    """
     torch.manual_seed(seed)
     special = {f"{name}_token_id": getattr(vocabulary, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     size = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "projection_dim": 96}
     length = {"vocab_size": len(vocabulary), "max_position_embeddings": MAX_LENGTH, "num_hidden_layers": 2}
     vision = size | {"image_size": scenes.SIZE, "patch_size": 8, "num_hidden_layers": 4}
-    return CLIPModel(CLIPConfig(text_config=size | special | length, vision_config=vision, projection_dim=96))
+    model = CLIPModel(CLIPConfig(text_config=size | special | length, vision_config=vision, projection_dim=96))
+    places = model.vision_model.embeddings.position_embedding.weight.data
+    waves = _waves(scenes.SIZE // 8)
+    places.zero_()[1:, : waves.shape[1]] = PLACE_SCALE * waves
+    return model
 
 
 def train(
@@ -168,6 +177,14 @@ def _embedded(model: CLIPModel, vocabulary: CLIPTokenizer, pixels: Tensor, texts
     tokens = vocabulary(texts, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
     seen = model.get_image_features(pixel_values=pixels).pooler_output
     return F.normalize(seen, dim=1), F.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=1)
+
+
+def _waves(side: int) -> Float[Tensor, "P P"]:
+    """For each of side² places, row by row, its cosines of side² frequencies, the slow ones larger; without their mean."""
+    k = torch.arange(side)
+    wave = torch.cos(torch.pi * k[:, None] * (k + 0.5) / side)
+    both = torch.einsum("kr,lc->rckl", wave, wave) / (1 + k[:, None] + k)
+    return (both - both.mean((0, 1))).reshape(side**2, side**2)
 
 
 def _fits(cells: world.Scenes, chosen: Int[Tensor, " N"]) -> Float[Tensor, "B N"]:

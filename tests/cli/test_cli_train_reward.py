@@ -16,6 +16,7 @@ def test_a_reward_is_trained_stopped_and_gone_on_with(
     words = ["train-reward", "--model", str(clip_folder), "--data", "playground", "--output-dir", str(tmp_path / "run")]
     words += ["--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "1", "--use-cpu", "--disable-tqdm"]
     words += ["--learning-rate", "1e-2", "--warmup-steps", "0", "--report-to", "none", "--save-steps", "1"]
+    words += ["--lr-scheduler-type", "constant"]
     assert main([*words, "--max-steps", "1"]) == 0
     assert f"denscore:{tmp_path / 'run'}" in capsys.readouterr().out
     trained = scorer(f"denscore:{tmp_path / 'run'}")

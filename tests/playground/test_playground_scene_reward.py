@@ -47,6 +47,16 @@ def test_every_word_is_one_token_and_every_sentence_fits() -> None:
         assert len(vocabulary(text).input_ids) == len(words) + 2 <= scene_reward.MAX_LENGTH, text
 
 
+def test_an_untrained_reward_sees_where_a_cell_lies() -> None:
+    """Else training stops at the bag of what is shown: with embeddings of places as small as usual this is 1e-5."""
+    model = scene_reward.build(scene_reward.build_tokenizer()).eval()
+    pixels = scenes.compose(photographs.load("test"), torch.arange(20), CELLS) * 2 - 1
+    exchanged = scenes.join(scenes.split(pixels).unflatten(0, (-1, 4))[:, [3, 1, 2, 0]].flatten(0, 1))
+    with torch.no_grad():
+        seen = [model.get_image_features(pixel_values=given).pooler_output for given in (pixels, exchanged)]
+    assert float((1 - torch.cosine_similarity(*seen)).median()) > 1e-4
+
+
 def test_preferred_scenes_show_more_of_their_captions() -> None:
     rows = scene_reward.preferences(60)
     assert rows[:5] == scene_reward.preferences(60)[:5]
