@@ -24,7 +24,7 @@ from mmalign.cli.models import (
     sampling_options,
 )
 from mmalign.cli.options import Command, Given, Option, UsageError, flag, number, whole
-from mmalign.cli.users import load_for_users, user_of, user_options
+from mmalign.cli.users import class_for, user_of, user_options, users_of
 from mmalign.scorer_names import SCORERS
 
 if TYPE_CHECKING:
@@ -155,10 +155,10 @@ def run(argv: Sequence[str]) -> int:
     if given is None:
         return 0
     check_negative(given)
-    call = user_of(given)
+    call, users = user_of(given), users_of(given)
     if given["base"] is None and given["lora"] is None and given["negative"] is None and not call:
         raise UsageError(
-            "nothing to compare with: give --base, --lora, --negative or --user, to compare the model with and without it"
+            "nothing to compare with: give --base, --lora or --negative, to compare the model with and without it, or --user"
         )
     if given["lora_scales"] and given["lora"] is None:
         raise UsageError("--lora-scales needs --lora: there is no LoRA to scale")
@@ -176,8 +176,12 @@ def run(argv: Sequence[str]) -> int:
     judges = _judges(names, also, device)
     if plan is not None and plan.scorer is not None:
         plan = replace(plan, scorer=judges[plan.scorer].name)
+    options = {"lora": given["lora"], "negative": given["negative"], "device": device}
+    aligned = load_pipeline(given, pipeline_class=class_for(users), **options)
+    if users is not None:
+        aligned.users = users
     result = evaluate(
-        load_for_users(given, call, lora=given["lora"], negative=given["negative"], device=device),
+        aligned,
         load_pipeline(given, model=given["base"] or given["model"], device=device),
         prompts,
         scorers=list({id(judge): judge for judge in judges.values()}.values()),

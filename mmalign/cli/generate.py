@@ -11,6 +11,7 @@ from mmalign.cli.models import (
     ALIASES,
     check_negative,
     device_option,
+    load_pipeline,
     long_prompt_option,
     model_options,
     negative_options,
@@ -20,7 +21,7 @@ from mmalign.cli.models import (
     sampling_options,
 )
 from mmalign.cli.options import Command, Given, Option, UsageError, number, switch, whole
-from mmalign.cli.users import load_for_users, user_of, user_options
+from mmalign.cli.users import class_for, user_of, user_options, users_of
 from mmalign.files import slug
 
 _MODEL, _WHAT = "the model", "what is drawn"
@@ -117,8 +118,10 @@ def draw(given: Given, pairs: list[tuple[str, int]], columns: int) -> list[Path]
     from mmalign.evaluation.generate import generate_batches
     from mmalign.files import write_file, written_aside
 
-    call = user_of(given)
-    pipe = load_for_users(given, call, lora=given["lora"], negative=given["negative"])
+    call, users = user_of(given), users_of(given)
+    pipe = load_pipeline(given, class_for(users), lora=given["lora"], negative=given["negative"])
+    if users is not None:
+        pipe.users = users
     clips, speed = draws_clips(pipe), given["frames_per_second"]
     if speed is not None and (speed <= 0 or not clips):
         raise UsageError("--frames-per-second must be positive, and is for video models")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmalign.cli.models import load_pipeline
 from mmalign.cli.options import Given, Option, UsageError, flag, number, one_of
+
+if TYPE_CHECKING:
+    from mmalign.data.users import UserEmbeddings
 
 
 def user_options(*, group: str) -> list[Option]:
@@ -64,14 +66,19 @@ def user_of(given: Given) -> dict[str, Any]:
     return told | {"user": weights, "user_mix": given["user_mix"] or "tokens"}
 
 
-def load_for_users(given: Given, call: dict[str, Any], **options: Any) -> Any:
-    """The pipeline that was asked for; one that knows the users of --users where `call` names any."""
-    if not call:
-        return load_pipeline(given, **options)
-    from mmalign import PPDPipeline
+def users_of(given: Given) -> UserEmbeddings | None:
+    """Where --user is looked up; None without one."""
+    if not given["user"]:
+        return None
     from mmalign.data.users import UserEmbeddings
 
-    users = UserEmbeddings.load(given["users"])
-    pipe = load_pipeline(given, PPDPipeline, **options)
-    pipe.users = users
-    return pipe
+    return UserEmbeddings.load(given["users"])
+
+
+def class_for(users: UserEmbeddings | None) -> Any:
+    """For `load_pipeline`: the class whose call takes a user, where there are any."""
+    if users is None:
+        return None
+    from mmalign import PPDPipeline
+
+    return PPDPipeline
