@@ -157,6 +157,24 @@ def test_the_encoder_is_found_beside_the_prior_or_its_decoder(tmp_path, cascade_
     assert find_encoder(str(cascade_folder)).parent == cascade_folder
 
 
+def test_for_a_prior_of_the_hub_the_published_file_is_fetched_or_the_way_without_told(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(repository, name):
+        asked.append((repository, name))
+        if len(asked) > 1:
+            raise OSError("the Hub cannot be reached")
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    assert find_encoder("someone/a-cascade-prior") == tmp_path / "effnet_encoder.safetensors"
+    assert asked == [("stabilityai/stable-cascade", "effnet_encoder.safetensors")]
+    with pytest.raises(ValueError, match="cannot be reached: run `hf download someone/a-cascade-prior --local-dir"):
+        find_encoder("someone/a-cascade-prior")
+
+
 def test_another_file_is_no_encoder(tmp_path):
     file = tmp_path / "effnet_encoder.safetensors"
     save_file({"mapper.0.weight": torch.zeros(16, 1280, 1, 1)}, file)
