@@ -111,6 +111,8 @@ class RewardTrainer(PromptTrainer):
             return
         if self.denoiser.native_frames is not None:
             raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} draws clips")
+        if getattr(self.pipe, "vae", None) is None:
+            raise ValueError(f"rewards read pictures, and {type(self.pipe).__name__} has no VAE that makes them")
         if getattr(peft_config, "lora_dropout", 0):
             raise ValueError("lora_dropout must be 0 with a reward: what is rewarded would not be what is drawn")
 

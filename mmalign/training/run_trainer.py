@@ -33,6 +33,7 @@ from mmalign.training.devices import on_device, refuse_offloading, storable
 from mmalign.training.estimate import Announcement
 from mmalign.training.loading import load_base
 from mmalign.training.metrics import MetricSums
+from mmalign.training.negative import check_branches
 from mmalign.training.progress import Bar, LastStep, Lines
 from mmalign.training.run_config import RunConfig
 from mmalign.training.samples import SamplePictures
@@ -160,6 +161,8 @@ class RunTrainer(SavingTrainer):
     def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
         """ValueError for what cannot work, before anything is read or moved."""
         refuse_offloading(self.pipe)
+        if args.trains_negative:
+            check_branches(self.pipe)
         if args.validation_steps:
             check_draws(self.pipe)
         if peft_config is not None:

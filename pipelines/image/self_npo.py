@@ -23,7 +23,6 @@ from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.truncated import TruncatedConfig, TruncatedPoint, data_error, draw_stops, truncated_point
 from mmalign.training import health
 from mmalign.training.following import REFERENCE_FOLDER, FollowingReference
-from mmalign.training.negative import check_branches
 from mmalign.training.negative_pipeline import NegativePipeline
 from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
 from mmalign.training.run_trainer import Losses
@@ -120,11 +119,6 @@ class SelfNPOTrainer(PromptTrainer):
     config_class = SelfNPOConfig
     args: SelfNPOConfig
     _following: FollowingReference | None = None
-
-    def check_arguments(self, args: Any, train_dataset: Any, eval_dataset: Any, peft_config: Any) -> None:
-        """ValueError for what cannot work, a pipeline without a negative branch of ours among it."""
-        check_branches(self.pipe)
-        super().check_arguments(args, train_dataset, eval_dataset, peft_config)
 
     def make_reference(self, ref_model: Any) -> Reference:
         """The network with its adapter off or a frozen copy; none where a copy of the trained weights follows."""

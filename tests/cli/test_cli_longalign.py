@@ -14,9 +14,11 @@ from mmalign.rewards import ClipScorer
 
 @pytest.fixture(autouse=True)
 def tiny_reward(monkeypatch: pytest.MonkeyPatch, clip_folder: Path) -> None:
-    import mmalign.pipelines.image.longalign as longalign
+    from mmalign.training import reward_trainer
 
-    monkeypatch.setattr(longalign, "scorer", lambda name, **options: ClipScorer.from_pretrained(clip_folder, name=name))
+    monkeypatch.setattr(
+        reward_trainer, "scorer", lambda name, **options: ClipScorer.from_pretrained(clip_folder, name=name)
+    )
 
 
 def test_a_reward_run_from_prompts_to_pictures(tmp_path: Path, capsys: Any) -> None:

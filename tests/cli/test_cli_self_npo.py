@@ -71,7 +71,7 @@ def test_flux_is_drawn_away_from_a_negative_side_by_its_true_guidance(
         ),
         (
             ["evaluate", "--model", "model", "--prompt", "x"],
-            "nothing to compare with: give --base, --lora, --negative or --user",
+            "nothing to compare with: give --base, --lora or --negative, to compare the model with and without it, or --user",
         ),
     ],
 )

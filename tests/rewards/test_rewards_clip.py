@@ -159,7 +159,9 @@ def test_errors_name_the_remedy(
     with pytest.raises(ValueError, match="NaN or infinite scores"):
         clip.score(images, PROMPTS)
     for unknown in ("hpsv9", "clip:"):
-        with pytest.raises(ValueError, match="there are pickscore, .*clip:<Hub id or folder>, playground"):
+        with pytest.raises(
+            ValueError, match="there are pickscore, .*clip:<Hub id or folder>, denscore:<Hub id or folder>, playground"
+        ):
             scorer(unknown)
     monkeypatch.setattr(rewards, "files", lambda package: tmp_path)
     with pytest.raises(ValueError, match="mmalign.playground.build reward"):

@@ -197,7 +197,8 @@ def test_methods_that_decode_or_guide_are_refused(tmp_path, cascade_folder):
     prompts = ["a red shirt", "a blue bag"]
     with pytest.raises(ValueError, match="stable-cascade reads prompts"):
         mmalign.LongAlignPipeline.from_pretrained(cascade_folder)
-    pipe = mmalign.SelfNPOPipeline.from_pretrained(cascade_folder)
-    for peft_config in ("default", None):
-        with pytest.raises(ValueError, match="StableCascadeUNet"):
-            pipe.align(prompts, peft_config=peft_config, **given)
+    for kind in (mmalign.SelfNPOPipeline, mmalign.DiffusionNPOPipeline):
+        pipe = kind.from_pretrained(cascade_folder)
+        for peft_config in ("default", None):
+            with pytest.raises(ValueError, match="StableCascadeUNet"):
+                pipe.align(prompts, peft_config=peft_config, **given)
