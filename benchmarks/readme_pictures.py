@@ -1,6 +1,6 @@
 """The pictures of the README: what the benchmarks' models draw for held-out prompts, evenly spaced; the same seeds in every column.
 
-python benchmarks/readme_pictures.py self-npo ppd
+python benchmarks/readme_pictures.py self-npo ppd longalign
 """
 
 import argparse
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import long_prompts
 import negative_guidance
 import personal
 from PIL import Image
 
 from mmalign.evaluation import side_by_side
 from mmalign.evaluation.generate import generate_batches
-from mmalign.playground import measure, pairs, settings
+from mmalign.playground import measure, pairs, scene_prompts, settings
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
@@ -44,19 +45,29 @@ def ppd() -> Image.Image:
     return sheet(columns, prompts, titles, rows_per_line=1)
 
 
+def longalign() -> Image.Image:
+    """Captions of four sentences, of which 77 tokens hold two: cut there, and read in segments by what stage "supervised" made."""
+    prompts, titles = (
+        every(scene_prompts.prompts().test, 4),
+        {"base, cut": "cut at 77 tokens", "supervised, segments": "LongAlign"},
+    )
+    columns = [draw(long_prompts.pipeline(long_prompts.ROWS[row], 0)[0], prompts, world="scene-base") for row in titles]
+    return sheet(columns, prompts, list(titles.values()), rows_per_line=2)
+
+
 def every(prompts: list[str], number: int) -> list[str]:
     """So many of the prompts, evenly spaced."""
     return prompts[:: len(prompts) // number][:number]
 
 
-def draw(pipe: Any, prompts: list[str], **call: Any) -> list[Image.Image]:
-    """One picture a prompt, as the benchmarks draw."""
+def draw(pipe: Any, prompts: list[str], *, world: Any = "base", **call: Any) -> list[Image.Image]:
+    """One picture a prompt, at the guidance scale of the world's base. call: what else the pipeline's call is told."""
     batches = generate_batches(
         pipe,
         prompts,
         list(range(len(prompts))),
         num_inference_steps=settings.NUM_INFERENCE_STEPS,
-        guidance_scale=measure.chosen_guidance(),
+        guidance_scale=measure.chosen_guidance(world),
         batch_size=len(prompts),
         call=call,
     )
@@ -67,10 +78,12 @@ def sheet(
     columns: list[list[Image.Image]], prompts: list[str], titles: list[str], *, rows_per_line: int
 ) -> Image.Image:
     """A row of pictures a prompt."""
-    return side_by_side(list(zip(*columns, strict=True)), prompts, titles, rows_per_line=rows_per_line)
+    return side_by_side(
+        list(zip(*columns, strict=True)), prompts, titles, rows_per_line=rows_per_line, max_caption_lines=12
+    )
 
 
-DRAWN: dict[str, Callable[[], Image.Image]] = {"self-npo": self_npo, "ppd": ppd}
+DRAWN: dict[str, Callable[[], Image.Image]] = {"self-npo": self_npo, "ppd": ppd, "longalign": longalign}
 
 
 def main() -> None:
