@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from line_plot import line_plot
 from PIL import Image
 
 import mmalign
@@ -308,27 +309,7 @@ def omega_svg() -> str:
         for name, of in _PLOTTED.items() if cells else ():
             change = np.mean([of(after) - of(before) for after, before in cells])
             values.setdefault(name, []).append((omega, 100 * float(change)))
-    heights = [height for line in values.values() for _, height in line] or [0.0]
-    low, high = min(0.0, *heights) - 1, max(0.0, *heights) + 1
-
-    def place(omega: float, height: float) -> tuple[float, float]:
-        return 50 + 350 * omega, 230 - 200 * (height - low) / (high - low)
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="640" height="270" font-family="sans-serif" font-size="12">'
-    ]
-    parts.append(f'<line x1="50" x2="400" y1="{place(0, 0)[1]:.1f}" y2="{place(0, 0)[1]:.1f}" stroke="#bbb"/>')
-    for at, (name, line) in enumerate(values.items()):
-        colour = f"hsl({360 * at / len(values):.0f} 70% 40%)"
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="420" y="{40 + 18 * at}" fill="{colour}">{name}</text>')
-    for omega in OMEGAS:
-        parts.append(f'<text x="{place(omega, low)[0]:.1f}" y="248" text-anchor="middle">{omega:g}</text>')
-    for height in (low, 0.0, high):
-        parts.append(f'<text x="44" y="{place(0, height)[1] + 4:.1f}" text-anchor="end">{height:+.1f}</text>')
-    parts.append('<text x="225" y="265" text-anchor="middle">ω; change against stage supervised, points</text></svg>')
-    return "\n".join(parts) + "\n"
+    return line_plot(values, "ω; change against stage supervised, points", heights="{:+.1f}", zero=True)
 
 
 _PLOTTED = {

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from line_plot import line_plot
 from playground_table import judged
 
 import mmalign
@@ -164,26 +165,7 @@ def sweep_svg() -> str:
     for row in table().splitlines()[4:]:
         positive, negative, scale, told, *_ = (part.strip() for part in row.strip("|").split("|"))
         points.setdefault(f"{positive}, {negative}", []).append((float(scale), float(told.split()[0])))
-    rates = [rate for line in points.values() for _, rate in line]
-    low, high, last = min(rates) - 1, max(rates) + 1, max(GUIDANCE_SCALES)
-
-    def place(scale: float, rate: float) -> tuple[float, float]:
-        return 50 + 350 * (scale - 1) / (last - 1), 230 - 200 * (rate - low) / (high - low)
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="620" height="270" font-family="sans-serif" font-size="12">'
-    ]
-    for at, (name, line) in enumerate(points.items()):
-        colour = f"hsl({360 * at / len(points):.0f} 70% 40%)"
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in sorted(line)))
-        parts.append(f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="420" y="{40 + 18 * at}" fill="{colour}">{name}</text>')
-    for scale in GUIDANCE_SCALES:
-        parts.append(f'<text x="{place(scale, low)[0]:.1f}" y="248" text-anchor="middle">{scale:g}</text>')
-    for rate in (low, (low + high) / 2, high):
-        parts.append(f'<text x="44" y="{place(1, rate)[1] + 4:.1f}" text-anchor="end">{rate:.0f} %</text>')
-    parts.append('<text x="225" y="265" text-anchor="middle">guidance scale</text></svg>')
-    return "\n".join(parts) + "\n"
+    return line_plot(points, "guidance scale", heights="{:.0f} %")
 
 
 def _gain(done: dict[Any, Any], cell: tuple[str, str, float], origin: tuple[str, str, float]) -> Difference | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from line_plot import line_plot
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -435,27 +436,11 @@ def _between() -> dict[str, list[list[float]]]:
 
 def interpolation_svg() -> str:
     """Mean ATTRIBUTE against the weight of the fonder user, a line a way of mixing."""
-    means = {mix: [float(np.mean(part)) for part in values] for mix, values in _between().items()}
-    heights = [value for line in means.values() for value in line] or [0.0]
-    low, span = min(heights), max(max(heights) - min(heights), 1e-6)
-
-    def place(weight: float, value: float) -> tuple[float, float]:
-        return 60 + 340 * weight, 220 - 180 * (value - low) / span
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="520" height="270" font-family="sans-serif" font-size="12">'
-    ]
-    for at, (mix, line) in enumerate(means.items()):
-        colour = f"hsl({200 + 150 * at} 70% 40%)"
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, WEIGHTS, line))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="415" y="{40 + 18 * at}" fill="{colour}">in the {mix}</text>')
-    for weight in WEIGHTS:
-        parts.append(f'<text x="{place(weight, low)[0]:.0f}" y="240" text-anchor="middle">{weight:g}</text>')
-    for value in (low, low + span):
-        parts.append(f'<text x="52" y="{place(0, value)[1] + 4:.1f}" text-anchor="end">{value:.3f}</text>')
-    parts.append(f'<text x="230" y="260" text-anchor="middle">weight of the user fonder of {ATTRIBUTE}</text></svg>')
-    return "\n".join(parts) + "\n"
+    lines = {
+        f"in the {mix}": [(weight, float(np.mean(part))) for weight, part in zip(WEIGHTS, values, strict=True)]
+        for mix, values in _between().items()
+    }
+    return line_plot(lines, f"weight of the user fonder of {ATTRIBUTE}", heights="{:.3f}")
 
 
 def main() -> None:
