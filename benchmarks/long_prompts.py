@@ -3,7 +3,7 @@
     python benchmarks/long_prompts.py reward     # trains the reward: a CLIP of scenes, made a Denscore; minutes
     python benchmarks/long_prompts.py choose     # learning rates, on training prompts by judge A
     python benchmarks/long_prompts.py run        # every missing cell, one training seed after the other; stop and resume at will
-    python benchmarks/long_prompts.py table      # results/long_prompts/table.md and omega.svg from the finished cells
+    python benchmarks/long_prompts.py table      # results/long_prompts/table.md and omega*.svg from the finished cells
 
 A cell is (row, seed): it trains what the row needs, draws the test prompts, and keeps of every picture how many of each sentence's
 three attributes judge B finds, how clean it calls it, and what the reward says. The reward saw neither judge B nor its photographs.
@@ -36,6 +36,8 @@ WORK = Path(__file__).parents[1] / "build" / "long_prompts"
 REWARD, DIRECTION = WORK / "reward", WORK / "reward-v.safetensors"
 SEEDS = (0, 1, 2)
 OMEGAS = (0.0, 0.3, 1.0)
+# Steps of stage reward, and the learning rate where it is not the chosen one: the second asks for overfitting.
+LENGTHS: dict[int, float | None] = {30: None, 150: 1e-3}
 STEPS = 10
 PICTURE_SEED, CHOICE_SEED = 6_000_000, 5_000_000
 NUM_SCENES, NUM_PROMPTS, NUM_SHORT, NUM_CHOICE, NUM_PREFERENCES = 1_000, 400, 64, 128, 2_000
@@ -53,7 +55,7 @@ COMMON: dict[str, Any] = {
 SETTINGS: dict[Stage, dict[str, Any]] = {
     "supervised": {"stage": "supervised", "max_steps": 120, "per_device_train_batch_size": 16, "prompt_dropout": 0.1},
     "reward": {
-        "scorer": f"clip:{REWARD}", "max_steps": 30, "per_device_train_batch_size": 8, "rollout_steps": STEPS, "grad_steps": 5,
+        "scorer": f"clip:{REWARD}", "per_device_train_batch_size": 8, "rollout_steps": STEPS, "grad_steps": 5,
         "rollout_guidance_scale": 4.0, "grad_cond_only": True,
     },
 }  # fmt: skip
@@ -67,13 +69,14 @@ DENSCORE: dict[str, Any] = {
 class Row:
     """How long prompts are read (None cuts them at 77 tokens), in training and in drawing, and what was trained.
 
-    short: short prompts are drawn too.
+    short: short prompts are drawn too. steps: of stage reward.
     """
 
     layout: Literal["segments", "concatenate"] | None
     stage: Stage = "base"
     omega: float = 1.0
     short: bool = False
+    steps: int = 30
 
 
 ROWS: dict[str, Row] = {
@@ -83,6 +86,7 @@ ROWS: dict[str, Row] = {
     "supervised, segments": Row("segments", "supervised", short=True),
     "supervised, joined": Row("concatenate", "supervised"),
     **{f"reward, omega {omega:g}": Row("segments", "reward", omega, short=omega == 0.3) for omega in OMEGAS},
+    **{f"reward, 150 steps, omega {omega:g}": Row("segments", "reward", omega, steps=150) for omega in OMEGAS},
 }
 CONTRASTS = (
     ("base, joined", "base, cut"),
@@ -94,6 +98,9 @@ CONTRASTS = (
     *((f"reward, omega {omega:g}", "supervised, segments") for omega in OMEGAS),
     ("reward, omega 0.3", "reward, omega 0"),
     ("reward, omega 0.3", "reward, omega 1"),
+    *((f"reward, 150 steps, omega {omega:g}", f"reward, omega {omega:g}") for omega in OMEGAS),
+    ("reward, 150 steps, omega 0", "reward, 150 steps, omega 1"),
+    ("reward, 150 steps, omega 0.3", "reward, 150 steps, omega 1"),
 )
 _OF_SHORT = (
     ("base, segments", "base, cut"),
@@ -145,7 +152,10 @@ def pipeline(row: Row, seed: int, rates: dict[Stage, float] = LEARNING_RATES) ->
         folder = supervised(row.layout, seed, rates["supervised"])
         pipe = mmalign.LongAlignPipeline.from_pretrained(folder)
         omega = {"omega": row.omega} | ({"direction": str(DIRECTION)} if row.omega < 1 else {})
-        return pipe, aligned(pipe, row, seed, rates["reward"], scene_prompts.prompts().train[:NUM_PROMPTS], **omega)
+        rate = LENGTHS[row.steps] or rates["reward"]
+        return pipe, aligned(
+            pipe, row, seed, rate, scene_prompts.prompts().train[:NUM_PROMPTS], max_steps=row.steps, **omega
+        )
     place = supervised(row.layout, seed, rates["supervised"]) if row.stage == "supervised" else "playground-scenes"
     pipe = mmalign.LongAlignPipeline.from_pretrained(place)
     pipe.read_long_prompts(row.layout)
@@ -165,7 +175,7 @@ def supervised(layout: Any, seed: int, rate: float) -> Path:
 
 def aligned(pipe: Any, row: Row, seed: int, rate: float, data: Any, **options: Any) -> list[dict[str, float]]:
     """Trains `pipe` in one stage and returns its log; its own files stay in WORK."""
-    options |= COMMON | SETTINGS[row.stage] | {"long_prompts": row.layout, "learning_rate": rate, "seed": seed}
+    options = COMMON | SETTINGS[row.stage] | options | {"long_prompts": row.layout, "learning_rate": rate, "seed": seed}
     return pipe.align(data, output_dir=WORK / "run", **options).history
 
 
@@ -298,11 +308,14 @@ def table() -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def omega_svg() -> str:
+def omega_svg(steps: int) -> str:
     """What each ω changes against the supervised model: judge B's share, and the reward's parts (× 100), means over seeds."""
     values: dict[str, list[tuple[float, float]]] = {}
     for omega in OMEGAS:
-        paths = [(cell_path(f"reward, omega {omega:g}", s), cell_path("supervised, segments", s)) for s in SEEDS]
+        row = next(
+            name for name, spec in ROWS.items() if (spec.stage, spec.omega, spec.steps) == ("reward", omega, steps)
+        )
+        paths = [(cell_path(row, s), cell_path("supervised, segments", s)) for s in SEEDS]
         cells = [
             [json.loads(path.read_text())["long"] for path in pair] for pair in paths if all(p.is_file() for p in pair)
         ]
@@ -386,7 +399,8 @@ def main() -> None:
             for row in args.rows:
                 run(row, seed)
         text, file = table(), "table.md"
-        write_file(RESULTS / "omega.svg", omega_svg())
+        for steps in LENGTHS:
+            write_file(RESULTS / f"omega-{steps}.svg", omega_svg(steps))
     write_file(RESULTS / file, text)
     print(text)
 
