@@ -37,13 +37,21 @@ def check_choices(args: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(args, name)!r}")
 
 
-def check_run(args: Any) -> None:
-    """Options of any run that are out of range, or would have no effect."""
+def check_alignment(args: Any) -> None:
+    """Options of any alignment that are out of range, or would have no effect."""
     _refuse(
         {
             "fp16 has no effect on a CPU: use bf16=True there, or fp16=False": args.fp16 and args.device.type == "cpu",
-            "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
             "ema_decay must be 0 or more and below 1": args.ema_decay is not None and not 0 <= args.ema_decay < 1,
+        }
+    )
+
+
+def check_run(args: Any) -> None:
+    """Options of any run of a denoiser that are out of range, or would have no effect."""
+    _refuse(
+        {
+            "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
             "num_frames must be positive": args.num_frames is not None and args.num_frames < 1,
             "resolution must be positive": args.resolution is not None and args.resolution < 1,
             "validation_steps must be 0 or more": args.validation_steps < 0,

@@ -130,7 +130,7 @@ def estimate(trainer: Any, steps: int) -> str:
         room = f" of {_size(torch.cuda.mem_get_info(args.device)[1])} on {args.device}"
     return (
         f"memory: at least {memory}{room}\ntime: about {duration(seconds * steps)} for {steps} steps of {seconds:.3g} s "
-        f"({forwards:.1f} forward passes a batch; sample pictures, evaluation and saving come on top)"
+        f"({forwards:.1f} forward passes a batch; {trainer.on_top} come on top)"
     )
 
 
