@@ -55,6 +55,8 @@ class AlignTrainer(SavingTrainer):
     """
 
     config_class: type[AlignConfig] = AlignConfig
+    # Rows as a batch, in which "row" stays a list of numbers.
+    collate: Callable[[list[Any]], dict[str, Any]]
     # What a data set may be, for the error where there is none.
     data_forms: ClassVar[str]
     # What takes time beside the steps.
@@ -154,11 +156,6 @@ class AlignTrainer(SavingTrainer):
 
     def made_trainable(self, args: Any, peft_config: Any) -> AbstractContextManager[None]:
         """What is trained, put on the network and marked; undone where the block raises."""
-        raise NotImplementedError
-
-    @staticmethod
-    def collate(items: list[Any]) -> dict[str, Any]:
-        """Rows as a batch; "row" stays a list of numbers."""
         raise NotImplementedError
 
     def check_data(self, args: Any, alike: str = "") -> None:
