@@ -32,8 +32,12 @@ def open_rows(
     max_rows: int | None = None,
     streaming: bool = False,
     captioned: bool = False,
+    pictures: bool = True,
 ) -> tuple[Rows, str]:
-    """The rows of a source and what it is called; options as in load_pairs. Raises ValueError where there is no such source."""
+    """The rows of a source and what it is called; options as in load_pairs. Raises ValueError where there is no such source.
+
+    pictures: also layouts of files that hold pictures and prompts and nothing else: folders of named pictures, and tar files.
+    """
     asked = {"streaming": streaming or None}
     folder = None if root is None else Path(root).expanduser()
     if not isinstance(source, str | Path):
@@ -46,8 +50,8 @@ def open_rows(
         rows: Rows = _playground(split or "train")
     elif local.exists():
         refuse("a local path, which is read in place", revision=revision, **asked)
-        rows = _local(local, split, folder, captioned)
-    elif (shards := tar_files(name)) is not None:
+        rows = _local(local, split, folder, captioned, pictures)
+    elif pictures and (shards := tar_files(name)) is not None:
         refuse("tar files", split=split, revision=revision, root=root, **asked)
         rows = TarRows(shards)
     elif (
@@ -91,7 +95,7 @@ def _playground(split: str) -> Rows:
     return ParquetRows([folder / f"{split}.parquet"], folder)
 
 
-def _local(path: Path, split: str | None, root: Path | None, captioned: bool) -> Rows:
+def _local(path: Path, split: str | None, root: Path | None, captioned: bool, pictures: bool) -> Rows:
     """What lies at a path that exists; only a save_to_disk DatasetDict and split-named parquet files know splits."""
     if path.is_dir() and (path / "metadata.jsonl").is_file():
         refuse("a folder with metadata.jsonl", root=root)
@@ -107,10 +111,12 @@ def _local(path: Path, split: str | None, root: Path | None, captioned: bool) ->
     if path.is_file() and path.suffix == ".parquet":
         refuse("a single parquet file", split=split)
         return ParquetRows([path], root or path.parent)
-    if path.is_file() and path.name.endswith(TAR_ENDINGS):
+    if pictures and path.is_file() and path.name.endswith(TAR_ENDINGS):
         refuse("a tar file", split=split, root=root)
         return TarRows([path])
     found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    if not found and not pictures:
+        raise ValueError(f"{path}: neither .json, .jsonl nor parquet, nor metadata.jsonl, nor a save_to_disk folder")
     if not found and path.is_dir() and holds_pairs(path):
         refuse("a folder of pictures", split=split, root=root)
         return named_pairs(path)
