@@ -61,7 +61,8 @@ def differing_spans(
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     words = [[(match.group(), match.span()) for match in _WORD.finditer(text)] for text in (chosen, rejected)]
-    matcher = SequenceMatcher(None, *([word for word, _ in side] for side in words), autojunk=False)
+    one, other = ([word for word, _ in side] for side in words)
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
     found: tuple[list[Span], list[Span]] = ([], [])
     for kind, *borders in matcher.get_opcodes():
         if kind == "equal":

@@ -155,23 +155,21 @@ def _are_frames(value: Any) -> bool:
 def _with_knowledge(value: Mapping[str, Any]) -> tuple[Any, _Known]:
     if unknown := sorted({str(key) for key, item in value.items() if given(item)} - set(_KEYS)):
         raise BadImage(f"a clip with {', '.join(unknown)}: expected {', '.join(_KEYS)}, or bytes and path")
-    frames, rate, indices, total = (value.get(key) for key in _KEYS)
-    if given(rate) and not (_is_number(rate) and 0 < rate < math.inf):
+    told: dict[str, Any] = {key: value[key] for key in _KEYS if given(value.get(key))}
+    rate, indices, total = told.get("fps"), told.get("indices"), told.get("total_frames")
+    if rate is not None and not (_is_number(rate) and 0 < rate < math.inf):
         raise BadImage(f"fps is {rate!r}, expected a number above 0")
-    if given(total) and not (isinstance(total, int) and total > 0):
+    if total is not None and not (type(total) is int and total > 0):
         raise BadImage(f"total_frames is {total!r}, expected a whole number above 0")
-    if given(indices):
+    if indices is not None:
         if not isinstance(indices, list | tuple) or not all(type(index) is int for index in indices):
             raise BadImage("indices are not a list of whole numbers")
         if any(a >= b for a, b in zip([-1, *indices], indices, strict=False)):
             raise BadImage("indices are not in ascending order from 0 up")
-        if given(total) and indices and indices[-1] >= total:
+        if total is not None and indices and indices[-1] >= total:
             raise BadImage(f"index {indices[-1]} of a video with total_frames {total}")
-    return frames, _Known(
-        frames_per_second=float(rate) if given(rate) else None,
-        indices=tuple(indices) if given(indices) else None,
-        total=total if given(total) else None,
-    )
+        indices = tuple(indices)
+    return told["frames"], _Known(None if rate is None else float(rate), indices, total)
 
 
 def _is_number(value: Any) -> bool:

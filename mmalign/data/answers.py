@@ -177,7 +177,13 @@ def load_answers(
         cache=None if frame_cache is None else Path(frame_cache).expanduser(),
     )
     if isinstance(source, AnswerSource):
-        given = {"split": split, "revision": revision, "root": root, "max_rows": max_rows, "num_frames": num_frames}
+        given: dict[str, Any] = {
+            "split": split,
+            "revision": revision,
+            "root": root,
+            "max_rows": max_rows,
+            "num_frames": num_frames,
+        }
         given |= {"fps": fps, "source_fps": source_fps, "longest_side": longest_side, "frame_cache": frame_cache}
         refuse("an AnswerSource", **given)
         return source
