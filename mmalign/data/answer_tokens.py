@@ -127,13 +127,15 @@ def encode_answers(
         check_placeholders(ids, media, config)
     except ValueError as error:
         raise InvalidRow(BadRow(pair.row, "prompt", str(error))) from error
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
     read: list[AnsweredChat] = []
     for (answer, marks), field in zip(sides, pair.fields, strict=False):
         if answer is None:
             continue
         try:
             written = write_answer(pair.prompt, prompt, answer, processor, options)
-            read.append(read_answer(prompt, written, marks or (), tokenizer))
+            read.append(read_answer(prompt, written, marks or (), tokenizer, control))
         except ValueError as error:
             raise InvalidRow(BadRow(pair.row, field, str(error))) from error
     # A token that reaches over the border belongs to the answers; then the prompt ends before it, for both alike.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +19,36 @@ class AnsweredChat:
     marked: list[bool]
 
 
-def read_answer(prompt: str, written: WrittenAnswer, marks: Sequence[Span], tokenizer: Any) -> AnsweredChat:
-    """Tokenised as a whole, placeholders unexpanded; marks: characters of the answer. ValueError if it holds a control token."""
+def read_answer(
+    prompt: str, written: WrittenAnswer, marks: Sequence[Span], tokenizer: Any, control: Collection[int]
+) -> AnsweredChat:
+    """Tokenised as a whole, placeholders unexpanded; marks: characters of the answer.
+
+    control: the ids that no answer may hold, and that end a turn; ValueError if the answer holds one.
+    """
     whole = prompt + written.before + written.text + written.after
     first = len(prompt) + len(written.before)
     last = first + len(written.text)
     read = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(read["input_ids"]), [_dark(whole, *place) for place in read["offset_mapping"]]
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     own = [_meets(place, (first, last)) for place in places]
-    if said := [
-        tokenizer.convert_ids_to_tokens(token)
-        for token, mine in zip(ids, own, strict=True)
-        if mine and token in special
-    ]:
-        raise ValueError(f"the answer holds {said[0]!r}, a control token of the model's")
+    for token, mine in zip(ids, own, strict=True):
+        if mine and token in control:
+            raise ValueError(
+                f"the answer holds {tokenizer.convert_ids_to_tokens(token)!r}, a control token of the model"
+            )
     behind = next((place for place, (start, _) in enumerate(places) if start >= last), len(ids))
-    end = next((place for place in range(behind, len(ids)) if ids[place] in special), None)
-    if end is None:
-        # The template ends the turn with words, or nothing; generation ends with the end token.
+    stop = next((place + 1 for place in range(behind, len(ids)) if ids[place] in control), None)
+    if stop is None:
+        # The template ends a turn with words or nothing; generation ends with the end token.
         if tokenizer.eos_token_id is None:
             raise ValueError("neither the chat template nor the tokenizer ends a turn: set tokenizer.eos_token")
-        end, ids[behind:], places[behind:], own[behind:] = behind, [tokenizer.eos_token_id], [(last, last)], [False]
-    own[behind : end + 1] = [True] * (end + 1 - behind)
-    spans = [(first + start - written.start, first + stop - written.start) for start, stop in marks]
-    spans = [(max(start, first), min(stop, last)) for start, stop in spans]
-    marked = [any(_meets(place, span) for span in spans) for place in places]
-    return AnsweredChat(ids[: end + 1], own[: end + 1], marked[: end + 1])
+        ids[behind:], stop = [tokenizer.eos_token_id], behind + 1
+    shift = first - written.start
+    spans = [(max(start + shift, first), min(end + shift, last)) for start, end in marks]
+    marked = [any(_meets(place, span) for span in spans) for place in places[:behind]]
+    ending = stop - behind
+    return AnsweredChat(ids[:stop], own[:behind] + [True] * ending, marked + [False] * ending)
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
@@ -61,4 +64,4 @@ def _dark(text: str, start: int, stop: int) -> Span:
 
 
 def _meets(one: Span, other: Span) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
+    return max(one[0], other[0]) < min(one[1], other[1])
