@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mmalign import losses
+from mmalign.data.answer_records import AnswerPair
 from mmalign.training.align_config import AlignConfig
 from mmalign.training.inherited import REFUSED_OF_TOKENS
 from mmalign.training.loss_config import LossConfig
@@ -83,6 +84,14 @@ class TokenConfig(LossConfig, AlignConfig):
         if self.is_unpaired:
             options |= {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}
         return options
+
+    def taken(self, pair: AnswerPair) -> AnswerPair:
+        """A row as the method takes it, its preferred answer first; may raise InvalidRow."""
+        return pair
+
+    def taking(self) -> dict[str, Any]:
+        """The options that `taken` reads."""
+        return {}
 
     def about(self) -> str:
         """The loss, of which log-probabilities."""

@@ -26,9 +26,11 @@ _TIE = 0.5
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a row becomes tokens: the source's row, read by the model's own processor."""
+    """How a row becomes tokens: the source's row, as the method takes it, read by the model's own processor."""
 
     source: AnswerSource
+    taken: Callable[[AnswerPair], AnswerPair]
+    method: dict[str, Any]
     processor: Any
     config: Any
     max_length: int | None
@@ -37,9 +39,8 @@ class Encoder:
 
     def __call__(self, row: int) -> EncodedAnswers:
         """The row's tokens and media, the better answer first; raises InvalidRow."""
-        pair = oriented(self.source[row])
         return encode_answers(
-            pair,
+            self.taken(oriented(self.source[row])),
             self.processor,
             self.config,
             max_length=self.max_length,
@@ -51,6 +52,7 @@ class Encoder:
         """sha256 of everything that decides about a row's tokens and media."""
         parts = {
             "source": self.source.fingerprint(),
+            "method": self.method,
             "processor": processor_fingerprint(self.processor),
             "max_length": self.max_length,
             "truncate": self.truncate,
@@ -138,7 +140,9 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
         return data
     split = args.eval_split if evaluated else args.train_split
     source = load_answers(data, split=split, num_frames=args.num_frames)
-    encoder = Encoder(source, processor, config, args.max_length, args.truncate, args.processor_kwargs)
+    encoder = Encoder(
+        source, args.taken, args.taking(), processor, config, args.max_length, args.truncate, args.processor_kwargs
+    )
     checked = _checked(encoder, len(source), args)
     bad = [one for one in checked if isinstance(one, BadRow)]
     good = [one for one in checked if isinstance(one, _Good)]

@@ -187,10 +187,14 @@ class TokenTrainer(AlignTrainer):
         measured = self.measure(model, inputs["batch"], epoch=epoch, data=data)
         kl = self._baseline(inputs["mismatched"]) if "mismatched" in inputs else None
         loss = self.loss_of(measured, kl)
-        panel = token_panel(measured, loss.detach(), beta=self.args.beta)
+        panel = self.panel(measured, loss.detach())
         if kl is not None:
             panel["kl_baseline"] = float(kl.sum()), float(kl.numel())
         return Losses(loss, inputs["row"] * (len(loss) // len(inputs["row"])), panel)
+
+    def panel(self, measured: AnswerMeasurement, loss: Tensor) -> dict[str, tuple[float, float]]:
+        """Metric name → (sum, weight)."""
+        return token_panel(measured, loss, beta=self.args.beta)
 
     def measure(self, model: nn.Module, batch: AnswerBatch, *, epoch: int, data: Answers) -> AnswerMeasurement:
         """Policy and reference on a batch's tokens; the reference from the cache where it is kept there."""
