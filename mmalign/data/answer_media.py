@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from mmalign.data.answer_records import VideoClip
 from mmalign.data.clips import Limits, Pick, Sampled, evenly, sample_clip, video_kind
@@ -195,6 +194,7 @@ def _keep(path: Path, clip: VideoClip) -> None:
 
 def _load(path: Path) -> VideoClip:
     from PIL import Image
+    from safetensors import SafetensorError
 
     try:
         notes, frames = read_notes(path), read_shard(path)["frames"]
