@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmalign import losses
 from mmalign.data import default_cache_dir
-from mmalign.data.answer_tokens import AnswerBatch, pad_id
+from mmalign.data.answer_tokens import AnswerBatch, padding_token
 from mmalign.denoisers.parts import evaluating
 from mmalign.likelihood.answers import token_weights
 from mmalign.likelihood.media import media_inputs
@@ -94,7 +94,7 @@ class TokenTrainer(AlignTrainer):
         self._part_of = parts_of(self._model)
         if self.processor is None:
             raise ValueError(f"processing_class is missing: the processor or tokenizer of {type(model).__name__}")
-        self.collate = Collator(pad_id(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
+        self.collate = Collator(padding_token(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
 
     @property
     def network(self) -> nn.Module:
