@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image
 
 from mmalign.data import AnswerSource, load_answers, split_by_prompt
+from mmalign.data.answer_forms import REQUIRED
 from mmalign.data.answer_records import Picture
 from mmalign.data.kinds import kind_of
 
@@ -173,3 +174,29 @@ def test_layouts_that_hold_pictures_only_are_refused(folder: Path) -> None:
 def test_answers_are_told_from_pictures(row: Row, kind: str, folder: Path) -> None:
     (folder / "clip").mkdir()
     assert kind_of([{**row, "chosen": None} if "chosen" in row else row, row], root=folder) == kind
+
+
+def test_every_example_of_the_documentation_is_read(folder: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "answer-data.md").read_text(encoding="utf-8")
+    examples, clip = (block.partition("```")[0].strip() for block in text.split("```json\n")[1:])
+    found = []
+    while examples:
+        row, end = json.JSONDecoder().raw_decode(examples)
+        found.append(row)
+        examples = examples[end:].strip()
+    for name in ("bag.png", "shoe.png"):
+        Image.new("RGB", (4, 3)).save(folder / name)
+    frames = json.loads(clip)
+    (folder / frames["frames"]).mkdir()
+    for at in range(4):
+        Image.new("RGB", (4, 3), (at, 0, 0)).save(folder / frames["frames"] / f"{at}.png")
+    forms = []
+    for row in found:
+        source = load_answers([row | ({"video": frames} if "video" in row else {})], root=folder)
+        forms.append(source.form)
+        images = row.get("images", [])
+        assert source[0].rejected or source.form == "unpaired"
+        assert len(source[0].media) == (
+            2 if "shoe.png" in str(row) else len(images) + ("image" in row) + ("video" in row)
+        )
+    assert sorted(set(forms)) == sorted(set(REQUIRED) - {"ms-swift messages"})
