@@ -10,7 +10,8 @@ The family's own processor reads the prompt, once; an answer is what the chat te
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmalign.data.answer_records import AnswerPair, Picture, VideoClip
+from mmalign.data.answer_records import AnswerPair, Picture, Span, VideoClip
 from mmalign.data.answered_chats import AnsweredChat, common_start, read_answer
 from mmalign.data.chats import write_answer, write_prompt
 from mmalign.data.placeholders import check_placeholders
@@ -115,45 +116,32 @@ def encode_answers(
     processor_kwargs, template_kwargs: for the processor (an image budget) and for its chat template.
     """
     _check_options(max_length, truncate, processor_kwargs or {})
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer, options = getattr(processor, "tokenizer", processor), template_kwargs or {}
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
-    options = template_kwargs or {}
-    sides = [(pair.chosen, pair.chosen_marks), (pair.rejected, pair.rejected_marks)]
-    try:
+    with _refusing(pair.row, "prompt"):
         _check_media(pair, processor)
         prompt = write_prompt(pair.prompt, processor, options)
         ids, text, media = _read_prompt(pair, prompt, processor, processor_kwargs or {})
         check_placeholders(ids, media, config)
-    except ValueError as error:
-        raise InvalidRow(BadRow(pair.row, "prompt", str(error))) from error
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
     read: list[AnsweredChat] = []
-    for (answer, marks), field in zip(sides, pair.fields, strict=False):
-        if answer is None:
-            continue
-        try:
+    for answer, marks, field in _sides(pair):
+        with _refusing(pair.row, field):
             written = write_answer(pair.prompt, prompt, answer, processor, options)
             read.append(read_answer(prompt, written, marks or (), tokenizer, control))
-        except ValueError as error:
-            raise InvalidRow(BadRow(pair.row, field, str(error))) from error
     # A token that reaches over the border belongs to the answers; then the prompt ends before it, for both alike.
     alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    kept = min(common_start(alone, one.ids) for one in read)
-    lost = len(alone) - kept
-    if ids[len(ids) - lost - 1 :].tolist() != alone[kept - 1 :]:
-        raise ValueError(
-            f"{type(processor).__name__} adds tokens behind the prompt: its chat template and tokenizer disagree"
-        )
-    length = len(ids) - lost
+    kept = min(common_start(alone, chat.ids) for chat in read)
+    length = len(ids) - (len(alone) - kept)
+    if ids[length - 1 :].tolist() != alone[kept - 1 :]:
+        raise ValueError(f"{type(processor).__name__} adds tokens behind the prompt, where the answer should follow")
     answers = []
-    for one, field in zip(read, pair.fields, strict=False):
-        tokens = AnswerTokens(*(torch.tensor(values[kept:]) for values in (one.ids, one.supervised, one.marked)))
-        try:
-            answers.append(_fit(tokens, length, max_length, truncate))
-        except ValueError as error:
-            raise InvalidRow(BadRow(pair.row, field, str(error))) from error
+    for chat, (_, _, field) in zip(read, _sides(pair), strict=True):
+        masks = (torch.tensor(values[kept:]) for values in (chat.ids, chat.supervised, chat.marked))
+        with _refusing(pair.row, field):
+            answers.append(_fit(AnswerTokens(*masks), length, max_length, truncate))
     extras = {name: values[:length] for name, values in text.items()}
     return EncodedAnswers(pair.row, ids[:length], tuple(answers), extras, media, pair.label)
 
@@ -187,6 +175,21 @@ def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prom
         torch.tensor([item.label for item in items]),
         prompts,
     )
+
+
+@contextmanager
+def _refusing(row: int, field: str) -> Iterator[None]:
+    """What the family's processor or template cannot read is the row's fault, and named so."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidRow(BadRow(row, field, str(error))) from error
+
+
+def _sides(pair: AnswerPair) -> list[tuple[str, tuple[Span, ...] | None, str]]:
+    """Each answer with its marks and its field, the chosen one first."""
+    sides = [(pair.chosen, pair.chosen_marks, pair.fields[0])]
+    return sides if pair.rejected is None else [*sides, (pair.rejected, pair.rejected_marks, pair.fields[1])]
 
 
 def _check_options(max_length: int | None, truncate: str | None, processor_kwargs: Mapping[str, Any]) -> None:
