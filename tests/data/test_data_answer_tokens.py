@@ -331,6 +331,8 @@ def test_options_reach_the_processor_and_stay_as_they_were() -> None:
     for name, instead in (("num_frames", "load_answers"), ("max_length", "truncate"), ("images", "set here")):
         with pytest.raises(ValueError, match=f"processor_kwargs cannot take '{name}': .*{instead}"):
             encode("lfm2_vl", pair(), processor_kwargs={name: 1})
+    with pytest.raises(ValueError, match="processor_kwargs cannot take 'truncation'"):
+        encode("lfm2_vl", pair(), processor_kwargs={"text_kwargs": {"truncation": True}})
 
 
 def test_a_token_over_the_border_belongs_to_the_answers() -> None:
