@@ -96,12 +96,10 @@ def score_answers(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> AnswerScores:
     """The scores of the supervised tokens; `reference` as in `score_tokens`, for the KL."""
-    head = head_of(model)
     found = score_tokens(
         hidden,
         input_ids[supervised],
-        head,
-        vocabulary=head.vocabulary,
+        head_of(model),
         reference=reference,
         entropy=entropy,
         chunk_bytes=chunk_bytes,
