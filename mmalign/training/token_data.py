@@ -222,8 +222,12 @@ def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | B
     loader = DataLoader(
         _Probe(encoder, length), batch_size=8, num_workers=args.dataloader_num_workers, collate_fn=_as_they_are
     )
-    rows = tqdm(loader, desc="reading rows", unit_scale=8, disable=args.disable_tqdm)
-    return [one for batch in rows for one in batch]
+    checked: list[_Good | BadRow] = []
+    with tqdm(total=length, desc="reading rows", disable=args.disable_tqdm) as bar:
+        for rows in loader:
+            checked += rows
+            bar.update(len(rows))
+    return checked
 
 
 def _as_they_are(items: list[Any]) -> list[Any]:
