@@ -75,6 +75,9 @@ class DenoiserConfig(RunConfig):
     discopop_tau: float | None = None
     simpo_gamma: float | None = None
     cpo_alpha: float | None = None
+    ln_pref_omega: float | None = None
+    ln_pref_lambda: float | None = None
+    ln_pref_margin: float | None = None
     sdpo_mu: float | None = None
 
     latents: Literal["forward", "ddim", "renoise"] = "forward"
@@ -147,6 +150,9 @@ class DenoiserConfig(RunConfig):
             "discopop_tau",
             "simpo_gamma",
             "cpo_alpha",
+            "ln_pref_omega",
+            "ln_pref_lambda",
+            "ln_pref_margin",
         )
         chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return (
