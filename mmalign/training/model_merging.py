@@ -40,7 +40,8 @@ class Recipe:
     ties             of each δ the `density` of largest magnitude; per entry a sign is elected, and the agreeing ones averaged
     dare             entries are dropped by chance and the others divided by `density`, then Σ w_i δ_i (arXiv:2311.03099)
     dare_ties        the same, then elected and averaged as in ties
-    della            as dare_ties, kept with probabilities from density − ε/2 (the smallest of a row) to density + ε/2 (arXiv:2406.11617)
+    della            as dare_ties, the smallest of a row kept with probability density − ε/2, the largest with density + ε/2
+                     (arXiv:2406.11617)
 
     weights: None is 1/n where a sum is taken, 1 where agreeing entries are averaged. seed: of what is dropped; with the name of the
     tensor and the place of the model it decides alone, so that neither files nor order of reading matter.
@@ -103,8 +104,8 @@ def merge_models(
     """Writes the merged model as a folder that plain transformers loads, whole or not at all, and returns its path.
 
     Folders or Hub ids with safetensors. `base` is what the models were trained from; a soup can do without. Config, tokenizer and the
-    like are the base's, and so is the precision. What is done is told in `Recipe`. ValueError names the first tensor that differs in name
-    or shape.
+    like are the base's, and so is the precision. What is done is told in `Recipe`. ValueError names the first tensor that differs in
+    name or shape.
     """
     recipe = Recipe(
         method=method, weights=None if weights is None else tuple(weights), density=density, epsilon=epsilon, seed=seed
