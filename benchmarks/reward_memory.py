@@ -15,15 +15,13 @@ Prints MiB, and each form's ratio to `exact`. The gradients are compared too.
 
 import argparse
 import gc
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from live_bytes import Live
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mmalign import LongAlignPipeline
 from mmalign.denoisers import adapter_for
@@ -36,37 +34,6 @@ from mmalign.training.weights import add_adapter
 
 RESULTS = Path(__file__).with_name("results") / "reward_memory.json"
 FORMS = ("exact", "checkpoints", "graph")
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the distinct storages that were made since it began and still live, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now, self.most, self._known = 0, 0, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
-        }
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage(), given)
-        return made
-
-    def _count(self, storage: Any, given: set[int]) -> None:
-        place, size = storage._cdata, storage.nbytes()
-        if place in self._known or place in given:
-            return
-        self._known.add(place)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._release, place, size)
-
-    def _release(self, place: int, size: int) -> None:
-        self._known.discard(place)
-        self.now -= size
 
 
 def measured(losses: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[int, list[Tensor]]:

@@ -1,0 +1,164 @@
+"""What log-probabilities of tokens cost: in chunks of positions, from all logits at once, by TRL's chunked head, by Liger's fused loss.
+
+    python benchmarks/token_log_probs.py [--positions 16 256 2048] [--vocabularies 65536 151936] [--hidden 1024]
+
+Each form turns hidden states (N, D) of the supervised positions into log-probabilities, float32. "forward" is timed without gradients;
+"backward" is both, with the gradient of their sum in the hidden states (a LoRA below a frozen head), "head too" also in the head's
+weights. Medians of --repeats runs, forms taking turns, told as ratios to ours, and MiB of all tensors that live at one moment beside
+what was there before. Values and gradients are compared first.
+
+ours     `mmalign.likelihood.tokens.score_tokens`
+logits   all logits, then log_softmax
+trl      the function of TRL's trainers, with their chunk
+liger    Liger's fused head and cross-entropy, whose forward makes the gradients; on a GPU, where liger-kernel is installed
+"""
+
+import argparse
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from live_bytes import Live
+from torch import Tensor, nn
+
+from mmalign.files import write_file
+from mmalign.likelihood.token_head import TokenHead
+from mmalign.likelihood.tokens import score_tokens
+
+RESULTS = Path(__file__).with_name("results") / "token_log_probs.md"
+TRL_CHUNK = 32768
+MODES = ("forward", "backward", "head too")
+Form = Callable[[Tensor, nn.Linear, Tensor], Tensor]
+
+
+def ours(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """In chunks of positions."""
+    return score_tokens(hidden, labels, TokenHead(head)).log_prob
+
+
+def logits(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """From all logits at once."""
+    return head(hidden).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def trl(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """TRL's chunked head."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    return ChunkedLogProbFunction.apply(hidden, head.weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ())[0]
+
+
+def liger(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    """Liger's fused head and cross-entropy, without reduction."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return -LigerFusedLinearCrossEntropyFunction.apply(hidden, head.weight, labels, None, None, -100, 0.0, 0.0, "none")[
+        0
+    ]
+
+
+def forms(device: str) -> dict[str, Form]:
+    """Those that run here."""
+    found: dict[str, Form] = {"ours": ours, "logits": logits}
+    if find_spec("trl"):
+        found["trl"] = trl
+    if find_spec("liger_kernel") and device != "cpu":
+        found["liger"] = liger
+    return found
+
+
+def once(form: Form, mode: str, hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, ...]:
+    """Values, and gradients where they are asked for."""
+    if mode == "forward":
+        with torch.no_grad():
+            return (form(hidden, head, labels),)
+    head.weight.requires_grad_(mode == "head too")
+    hidden = hidden.detach().requires_grad_()
+    values = form(hidden, head, labels)
+    wanted = (hidden, head.weight) if mode == "head too" else (hidden,)
+    return values.detach(), *torch.autograd.grad(values.sum(), wanted)
+
+
+def seconds(form: Form, mode: str, *given: object) -> float:
+    """One run."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    once(form, mode, *given)  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def lines(vocabulary: int, positions: int, width: int, device: str, dtype: torch.dtype, repeats: int) -> list[str]:
+    """The table's rows of one size."""
+    torch.manual_seed(0)
+    head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
+    given = (
+        torch.randn(positions, width, device=device, dtype=dtype),
+        head,
+        torch.randint(vocabulary, (positions,), device=device),
+    )
+    rows = []
+    for mode in MODES:
+        told, bytes_, first = forms(device), {}, None
+        for name, form in told.items():
+            gc.collect()
+            with Live() as live:
+                found = once(form, mode, *given)
+            bytes_[name], first = live.most, first or found
+            for mine, theirs in zip(first, found, strict=True):
+                torch.testing.assert_close(
+                    theirs.float(), mine.float(), atol=2e-2 if dtype != torch.float32 else 1e-4, rtol=1e-3
+                )
+            del found
+        spent = {name: statistics.median(all_) for name, all_ in _in_turn(told, mode, given, repeats).items()}
+        for name in told:
+            times, room = spent[name] / spent["ours"], bytes_[name] / bytes_["ours"]
+            rows.append(
+                f"| {vocabulary:,} | {positions:,} | {mode} | {name} | {times:.2f} × | {bytes_[name] / 2**20:,.1f} | {room:.2f} × |"
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _in_turn(told: dict[str, Form], mode: str, given: tuple[object, ...], repeats: int) -> dict[str, list[float]]:
+    spent: dict[str, list[float]] = {name: [] for name in told}
+    for _ in range(repeats):
+        for name, form in told.items():
+            spent[name].append(seconds(form, mode, *given))
+    return spent
+
+
+def main() -> None:
+    """Prints and keeps the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[65_536, 151_936])
+    parser.add_argument("--positions", type=int, nargs="+", default=[16, 256, 2048])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32" if not torch.cuda.is_available() else "bfloat16")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    told = [
+        f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, trl {version('trl')}, width {args.hidden}, {args.dtype}; "
+        "times and bytes as ratios to ours.",
+        "",
+        "| vocabulary | positions | mode | form | time | MiB | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for vocabulary in args.vocabularies:
+        for positions in args.positions:
+            told += lines(vocabulary, positions, args.hidden, device, getattr(torch, args.dtype), args.repeats)
+    write_file(RESULTS, "\n".join(told) + "\n")
+
+
+if __name__ == "__main__":
+    main()
