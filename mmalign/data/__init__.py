@@ -6,6 +6,8 @@ compared = compare(encoded.labels, None, ComparisonConfig(kind="human"))
 loader = DataLoader(PreferenceDataset(encoded, compared), collate_fn=collate)
 """
 
+from mmalign.data.answer_records import AnswerPair
+from mmalign.data.answers import AnswerSource, load_answers
 from mmalign.data.comparison import Compared, ComparisonConfig, compare
 from mmalign.data.dataset import PreferenceBatch, PreferenceDataset, PreferenceItem, collate
 from mmalign.data.encoded import EncodedPairs
@@ -19,6 +21,8 @@ from mmalign.data.storage import cache_size, clear_cache, default_cache_dir
 from mmalign.data.validation import DataReport, Problem, validate_pairs
 
 __all__ = [
+    "AnswerPair",
+    "AnswerSource",
     "BadRow",
     "cache_size",
     "clear_cache",
@@ -31,6 +35,7 @@ __all__ = [
     "encode_pairs",
     "EncodedPairs",
     "InvalidRow",
+    "load_answers",
     "load_pairs",
     "Normalizer",
     "PairRecord",

@@ -35,8 +35,6 @@ def shown(kind: str) -> dict[str, Any]:
 def test_a_tiny_model_learns_speaks_and_comes_back_from_its_folder(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    if kind == "smolvlm":
-        pytest.importorskip("num2words")
     model, processor = tiny_vlm(kind)
     batch = inputs(kind, processor, **shown(kind))
     out = model(**batch, labels=batch["input_ids"])

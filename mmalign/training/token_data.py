@@ -1,0 +1,248 @@
+"""Rows of answers for training: checked once before it starts, then encoded anew whenever one is needed, since media are too large to keep."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmalign.data.answer_records import AnswerPair
+from mmalign.data.answer_tokens import AnswerBatch, EncodedAnswers, collate_answers, encode_answers
+from mmalign.data.answers import AnswerSource, load_answers
+from mmalign.data.records import BadRow, InvalidRow, summarise
+from mmalign.training.checkpoints import file_hash
+from mmalign.training.token_config import TokenConfig
+
+logger = logging.getLogger("mmalign")
+_TIE = 0.5
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a row becomes tokens: the source's row, read by the model's own processor."""
+
+    source: AnswerSource
+    processor: Any
+    config: Any
+    max_length: int | None
+    truncate: Any
+    processor_kwargs: dict[str, Any]
+
+    def __call__(self, row: int) -> EncodedAnswers:
+        """The row's tokens and media, the better answer first; raises InvalidRow."""
+        pair = oriented(self.source[row])
+        return encode_answers(
+            pair,
+            self.processor,
+            self.config,
+            max_length=self.max_length,
+            truncate=self.truncate,
+            processor_kwargs=self.processor_kwargs,
+        )
+
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides about a row's tokens and media."""
+        parts = {
+            "source": self.source.fingerprint(),
+            "processor": processor_fingerprint(self.processor),
+            "max_length": self.max_length,
+            "truncate": self.truncate,
+            "processor_kwargs": self.processor_kwargs,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def oriented(pair: AnswerPair) -> AnswerPair:
+    """The pair with the preferred answer as the chosen one; InvalidRow for a tie, from which nothing is learnt."""
+    if pair.rejected is None or pair.label > _TIE:
+        return pair
+    if pair.label == _TIE:
+        raise InvalidRow(BadRow(pair.row, "label", "a tie: neither answer is preferred"))
+    return replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_marks=pair.rejected_marks,
+        rejected_marks=pair.chosen_marks,
+        fields=(pair.fields[1], pair.fields[0]),
+        label=1 - pair.label,
+        scores={name: (b, a) for name, (a, b) in pair.scores.items()},
+    )
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """sha256 of the files that a processor is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        told = [(path.relative_to(folder).as_posix(), file_hash(path)) for path in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+class EncodedRows(Dataset[dict[str, Any]]):
+    """The rows that are used, each encoded when it is asked for."""
+
+    # All rows may stand in one batch.
+    buckets = None
+
+    def __init__(self, encoder: Encoder, rows: list[int]) -> None:
+        self.encoder, self.rows = encoder, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        return {"row": row, "encoded": self.encoder(row)}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Checked rows. bad_rows: those that are left out. sides: answers a row, 1 or 2. longest: tokens of the longest answered prompt.
+
+    fingerprint: sha256 of all that decides about the rows' tokens, and of which are used.
+    """
+
+    name: str
+    encoder: Encoder
+    dataset: EncodedRows
+    bad_rows: list[BadRow]
+    sides: int
+    longest: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the tokens of all rows that are used."""
+        return hashlib.sha256(f"{self.encoder.fingerprint()}/{self.dataset.rows}".encode()).hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """Which rows are left out and why, in one line; empty where none is."""
+        total = len(self.bad_rows) + len(self.dataset)
+        return summarise(self.bad_rows, total) if self.bad_rows else ""
+
+
+def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *, evaluated: bool = False) -> Answers:
+    """Opens `data` and reads every row once, so that what is wrong with one is told before training; `config`: the model's.
+
+    ValueError where rows cannot be read and `args.on_bad_row` is "raise", and where none is left. Answers stay as they are.
+    """
+    if isinstance(data, Answers):
+        return data
+    split = args.eval_split if evaluated else args.train_split
+    source = load_answers(data, split=split, num_frames=args.num_frames)
+    encoder = Encoder(source, processor, config, args.max_length, args.truncate, args.processor_kwargs)
+    checked = _checked(encoder, len(source), args)
+    bad = [one for one in checked if isinstance(one, BadRow)]
+    good = [one for one in checked if isinstance(one, _Good)]
+    if bad and args.on_bad_row == "raise":
+        raise ValueError(f"{source.name}: {summarise(bad, len(source))}; on_bad_row='skip' trains without them")
+    sides = {one.sides for one in good}
+    if not good:
+        raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source))}")
+    if len(sides) > 1:
+        raise ValueError(f"{source.name} holds pairs and single answers: split it")
+    rows = EncodedRows(encoder, [one.row for one in good])
+    answers = Answers(source.name, encoder, rows, bad, sides.pop(), max(one.length for one in good))
+    if bad:
+        logger.warning("%s: %s", source.name, answers.left_out)
+    logger.info("%s: %d rows of up to %d tokens", source.name, len(good), answers.longest)
+    return answers
+
+
+def check_answers(train: Answers, evaluated: Answers | None, args: TokenConfig) -> None:
+    """ValueError where the loss reads something else than the rows are, and for evaluation on the training rows."""
+    if train.sides == 1 and not args.is_unpaired:
+        raise ValueError(
+            f"{train.name} holds single answers, and loss_type={'+'.join(args.loss_type)!r} compares pairs: take kto, bco or "
+            "apo_zero_unpaired"
+        )
+    if evaluated is None:
+        return
+    if evaluated.fingerprint == train.fingerprint:
+        raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
+    if evaluated.sides != train.sides:
+        raise ValueError(f"{train.name} and {evaluated.name} differ: one holds pairs, the other single answers")
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows as a batch: {"row": numbers, "batch": AnswerBatch}, and with `mismatched` each prompt with the next row's answer."""
+
+    pad_id: int
+    shared_prompt: bool = False
+    mismatched: bool = False
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        encoded: list[EncodedAnswers] = [item["encoded"] for item in items]
+        batch = collate_answers(encoded, self.pad_id, shared_prompt=self.shared_prompt)
+        found: dict[str, Any] = {"row": [item["row"] for item in items], "batch": batch}
+        if self.mismatched:
+            others = [*encoded[1:], encoded[0]]
+            mixed = [replace(one, answers=other.answers[:1]) for one, other in zip(encoded, others, strict=True)]
+            found["mismatched"] = collate_answers(mixed, self.pad_id, shared_prompt=self.shared_prompt)
+        return found
+
+
+def text_of_prompts(batch: AnswerBatch, placeholders: set[int]) -> torch.Tensor:
+    """Where the words of the prompts stand: no padding, no first token, no place of a picture, nothing behind the answers (S·B, T)."""
+    ids, told = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool().clone()
+    told[:, 0] = False
+    for token in placeholders:
+        told &= ids != token
+    if (kinds := batch.inputs.get("mm_token_type_ids")) is not None:
+        told &= kinds == 0
+    first = batch.supervised.int().argmax(1, keepdim=True)
+    return told & (torch.arange(ids.shape[1], device=ids.device) < first)
+
+
+def placeholders_of(processor: Any) -> set[int]:
+    """The tokens that stand for pictures, clips and sound."""
+    found = {getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
+    return {token for token in found if token is not None}
+
+
+@dataclass(frozen=True)
+class _Good:
+    row: int
+    sides: int
+    length: int
+
+
+class _Probe(Dataset[Any]):
+    """What becomes of each row: a `_Good`, or a `BadRow`."""
+
+    def __init__(self, read: Callable[[int], EncodedAnswers], length: int) -> None:
+        self._read, self._length = read, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> _Good | BadRow:
+        try:
+            encoded = self._read(row)
+        except InvalidRow as error:
+            return error.bad_row
+        longest = max(len(answer.ids) for answer in encoded.answers)
+        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest)
+
+
+def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | BadRow]:
+    from tqdm import tqdm
+
+    loader = DataLoader(
+        _Probe(encoder, length), batch_size=8, num_workers=args.dataloader_num_workers, collate_fn=_as_they_are
+    )
+    rows = tqdm(loader, desc="reading rows", unit_scale=8, disable=args.disable_tqdm)
+    return [one for batch in rows for one in batch]
+
+
+def _as_they_are(items: list[Any]) -> list[Any]:
+    return items
