@@ -59,8 +59,8 @@ class ReferenceTokens:
         gap = float((known - live).abs().max())
         if not gap <= self._tolerance:
             raise ValueError(
-                f"{self.path} does not hold what the reference says now (rows {rows[:5]}, {gap:.2g} apart): delete it, and the run will "
-                "make it anew"
+                f"{self.path} does not hold what the reference says now (rows {rows[:5]}, {gap:.2g} apart): delete it, and the run "
+                "will make it anew"
             )
         self._to_verify -= len(rows)
 

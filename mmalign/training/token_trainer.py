@@ -1,4 +1,4 @@
-"""The trainer of models that answer in tokens: `AlignTrainer` around a transformers model and its processor, one loss of `mmalign.losses`."""
+"""The trainer of models that answer in tokens: `AlignTrainer` around a transformers model and its processor."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from mmalign import losses
 from mmalign.data import default_cache_dir
-from mmalign.data.answer_tokens import AnswerBatch, pad_id
+from mmalign.data.answer_tokens import AnswerBatch, padding_token
 from mmalign.denoisers.parts import evaluating
 from mmalign.likelihood.answers import token_weights
 from mmalign.likelihood.media import media_inputs
@@ -26,16 +26,10 @@ from mmalign.training.devices import on_device
 from mmalign.training.estimate import trained_passes
 from mmalign.training.gradients import EveryWeightLearns
 from mmalign.training.health import Finding
+from mmalign.training.token_batches import Collator, placeholders_of, text_of_prompts
 from mmalign.training.token_card import write_token_card
 from mmalign.training.token_config import TokenConfig
-from mmalign.training.token_data import (
-    Answers,
-    Collator,
-    check_answers,
-    placeholders_of,
-    prepare_answers,
-    text_of_prompts,
-)
+from mmalign.training.token_data import Answers, check_answers, prepare_answers
 from mmalign.training.token_health import token_findings, token_panel
 from mmalign.training.token_loading import check_model, load_answering_model
 from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, measure_answers, media_features, states
@@ -58,13 +52,14 @@ class TokenTrainer(AlignTrainer):
         ref_model: another model to compare with; None takes the policy with its adapter off, or a frozen copy.
         callbacks: as in transformers.
 
-    Raises ValueError for half-precision weights that would be trained without an adapter, for targets of the LoRA that name no layer, and
-    for rows that cannot be used. Where it raises, the model is as it was.
+    Raises ValueError for half-precision weights that would be trained without an adapter, for targets of the LoRA that name no layer,
+    and for rows that cannot be used. Where it raises, the model is as it was.
     """
 
     config_class: type[TokenConfig] = TokenConfig
     data_forms: ClassVar[str] = "a hub id, a folder, a .json, .jsonl or parquet file, or rows"
     args: TokenConfig
+    collate: Collator
     _model: Any
     _train: Answers
     _eval: Answers | None
@@ -94,7 +89,7 @@ class TokenTrainer(AlignTrainer):
         self._part_of = parts_of(self._model)
         if self.processor is None:
             raise ValueError(f"processing_class is missing: the processor or tokenizer of {type(model).__name__}")
-        self.collate = Collator(pad_id(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
+        self.collate = Collator(padding_token(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
 
     @property
     def network(self) -> nn.Module:
@@ -129,10 +124,20 @@ class TokenTrainer(AlignTrainer):
         """ValueError where the rows do not suit the loss, or fill no batch."""
         check_answers(self._train, self._eval, args)
         super().check_data(args, alike)
-        if "kto" in args.loss_type and min(args.per_device_train_batch_size, args.per_device_eval_batch_size) < 2:
-            raise ValueError(
-                "loss_type 'kto' measures its baseline on prompts with another row's answer: batches need two rows at least"
-            )
+        if self.collate.mismatched:
+            self._check_mismatches(args)
+
+    def _check_mismatches(self, args: TokenConfig) -> None:
+        """KTO's baseline needs another row in every batch."""
+        sizes = {"train": args.per_device_train_batch_size, "eval": args.per_device_eval_batch_size}
+        for (name, size), data in zip(sizes.items(), (self._train, self._eval), strict=True):
+            mine = 0 if data is None else len(range(args.process_index, len(data.dataset), args.world_size))
+            short = mine % size == 1 and (name == "eval" or not args.dataloader_drop_last)
+            if data is not None and (size < 2 or short):
+                raise ValueError(
+                    "loss_type 'kto' measures its baseline on prompts with another row's answer, and a batch would have one row: "
+                    f"change per_device_{name}_batch_size"
+                )
 
     def made_trainable(self, args: TokenConfig, peft_config: Any) -> AbstractContextManager[None]:
         """A LoRA, or the weights of the parts that are trained."""
@@ -185,11 +190,11 @@ class TokenTrainer(AlignTrainer):
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Answers) -> Losses:
         """The losses of a batch: of B pairs B, of single answers one each (a pair is two), with the panel."""
         measured = self.measure(model, inputs["batch"], epoch=epoch, data=data)
-        kl = self._baseline(inputs["mismatched"]) if "mismatched" in inputs else None
+        kl = self._baseline(inputs["mismatched"], epoch) if "mismatched" in inputs else None
         loss = self.loss_of(measured, kl)
         panel = token_panel(measured, loss.detach(), beta=self.args.beta)
         if kl is not None:
-            panel["kl_baseline"] = float(kl.sum()), float(kl.numel())
+            panel["kl_baseline"] = float(kl), 1.0
         return Losses(loss, inputs["row"] * (len(loss) // len(inputs["row"])), panel)
 
     def measure(self, model: nn.Module, batch: AnswerBatch, *, epoch: int, data: Answers) -> AnswerMeasurement:
@@ -245,8 +250,8 @@ class TokenTrainer(AlignTrainer):
         return token_weights(batch.supervised, self.args.logps, ld_alpha=self.args.ld_alpha)
 
     @torch.no_grad()
-    def _baseline(self, batch: AnswerBatch) -> Tensor:
-        """KTO's log-ratios of prompts with another row's answer, over all processes; no gradient passes through them."""
+    def _baseline(self, batch: AnswerBatch, epoch: int) -> Tensor:
+        """KTO's mean log-ratio of prompts with another row's answer; in training over all processes."""
         with evaluating([self.network]):
             measured = measure_answers(
                 AnswerPolicy(self.network),
@@ -257,8 +262,12 @@ class TokenTrainer(AlignTrainer):
                 shares_media=self._shares_media,
                 autocast=self.accelerator.autocast,
             )
-        assert measured.log_ratios is not None
-        return self.accelerator.gather(measured.log_ratios)
+        ratios = measured.log_ratios
+        assert ratios is not None
+        told = torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
+        # Processes evaluate as many batches as each has.
+        total, count = self.accelerator.reduce(told, "sum") if epoch >= 0 else told
+        return total / count
 
     # What is kept of the reference.
 
