@@ -23,7 +23,7 @@ from mmalign.data.answer_tokens import AnswerBatch
 from mmalign.files import absence_explained, write_json
 from mmalign.likelihood.answers import AnswerScores, score_answers
 from mmalign.likelihood.distilled import distil_tokens
-from mmalign.likelihood.token_head import TokenHead, head_of
+from mmalign.likelihood.token_head import head_of
 from mmalign.pipelines.vision.image_budget import PRESETS, ImageBudget, budget_of, predicted_tokens, tiling_of
 from mmalign.training.align_trainer import Losses
 from mmalign.training.token_config import TokenConfig
@@ -175,18 +175,10 @@ class DistillingPolicy(AnswerPolicy):
         # In a list, so that it is no part of what is trained, moved or saved.
         self._teacher, self._args = [teacher], args
 
-    def forward(
-        self,
-        batch: AnswerBatch,
-        features: Features | None = None,
-        *,
-        reference: tuple[Tensor, TokenHead] | None = None,
-        entropy: bool = False,
-    ) -> DistilledScores:
-        """The scores of the supervised tokens, and the distance."""
+    def forward(self, batch: AnswerBatch, features: Features | None = None, **options: Any) -> DistilledScores:
+        """The scores of the supervised tokens, and the distance; options: of `score_answers`."""
         hidden = states(self.network, batch, features or media_features(self.network, batch))
-        ids = batch.inputs["input_ids"]
-        found = score_answers(self.network, hidden, ids, batch.supervised, reference=reference, entropy=entropy)
+        found = score_answers(self.network, hidden, batch.inputs["input_ids"], batch.supervised, **options)
         return DistilledScores(found.log_prob, found.kl, found.entropy, self._distance(hidden, batch))
 
     def _distance(self, hidden: Tensor, batch: AnswerBatch) -> Float[Tensor, " B"]:
