@@ -150,10 +150,11 @@ def by_hand(run: LFM2VLTrainer, teacher: Any, row: int, **how: Any) -> Tensor:
     return decoupled_top_k(found[0], top_k_of(found[1], how.pop("k")), **how).mean()
 
 
-def test_the_teacher_adds_its_distance_on_the_chosen_answers(tmp_path: Path, teacher: str) -> None:
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_the_teacher_adds_its_distance_on_the_chosen_answers(tmp_path: Path, teacher: str, share_prompt: bool) -> None:
     plain = losses(trainer(tmp_path))
     how = {"kd_top_k": 7, "kd_temperature": 2.0, "kd_tau_squared": True}
-    run = trainer(tmp_path, teacher=teacher, kd_weight=0.5, **how)
+    run = trainer(tmp_path, teacher=teacher, kd_weight=0.5, share_prompt=share_prompt, **how)
     found = losses(run)
     expected = torch.stack(
         [by_hand(run, run._teacher, row, k=7, temperature=2.0, tau_squared=True) for row in range(2)]
