@@ -298,6 +298,8 @@ class LFM2VLPipeline(TokenPipeline):
 
     def __call__(self, prompt: str | list[Message], **options: Any) -> str:  # type: ignore[override]
         """As in `TokenPipeline`, but sampled as the cards recommend unless `do_sample=False`; keywords of `generate` win over them."""
+        if not isinstance(prompt, str):
+            prompt = [_plain_system(message) for message in prompt]
         if options.get("do_sample", True):
             options = {**recommended_decoding(cast(Any, self.model).config.model_type), **options}
         return super().__call__(prompt, **options)
@@ -310,6 +312,14 @@ class LFM2VLPipeline(TokenPipeline):
         if kind not in SEES:
             raise ValueError(f"{kind} only reads: it has no image budget")
         return self.processor
+
+
+def _plain_system(message: Message) -> Message:
+    """The released templates add a system message's words to strings, and fail on a list of parts."""
+    content = message["content"]
+    if message["role"] != "system" or isinstance(content, str):
+        return message
+    return {**message, "content": "".join(part["text"] for part in content)}
 
 
 def _vocabulary(processor: Any) -> dict[str, int]:

@@ -109,6 +109,23 @@ def test_it_answers_as_the_cards_recommend_unless_told_otherwise(monkeypatch: py
     assert greedy[0] == greedy[1]
 
 
+def test_a_system_message_in_parts_becomes_words() -> None:
+    """The released templates take nothing else: this one fails on a list, as they do."""
+    pipe = pipeline()
+    pipe.processor.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    )
+    told = [
+        pipe(
+            [{"role": "system", "content": content}, {"role": "user", "content": "Hi"}],
+            max_new_tokens=3,
+            do_sample=False,
+        )
+        for content in ("Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}])
+    ]
+    assert told[0] == told[1]
+
+
 def test_a_budget_is_set_by_name_or_by_number(tmp_path: Path) -> None:
     pipe = pipeline()
     pipe.save_pretrained(tmp_path)
