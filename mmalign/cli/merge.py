@@ -26,7 +26,7 @@ VERB = Command(
     options=[
         Option(
             name="models",
-            help="folders or Hub ids of whole models, safetensors; may stand first without --models",
+            help="folders of runs, or folders or Hub ids of whole models; may stand first without --models",
             metavar="DIR",
             many=True,
             required=True,

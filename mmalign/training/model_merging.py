@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmalign.files import absence_explained, staged, write_json
+from mmalign.training.lora import Lora
 
 MergeMethod = Literal["soup", "task_arithmetic", "ties", "dare", "dare_ties", "della"]
 # How much of each δ is kept: the fifth that TIES (arXiv:2306.01708) keeps, half where chance decides.
@@ -28,7 +29,7 @@ _EPSILON = 0.2
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _NOTICES = ("LICENSE", "NOTICE")
-_RECORD = "merge.json"
+_RECORD, _ADAPTER = "merge.json", "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,9 +104,9 @@ def merge_models(
 ) -> Path:
     """Writes the merged model as a folder that plain transformers loads, whole or not at all, and returns its path.
 
-    Folders or Hub ids with safetensors. `base` is what the models were trained from; a soup can do without. Config, tokenizer and the
-    like are the base's, and so is the precision. What is done is told in `Recipe`. ValueError names the first tensor that differs in
-    name or shape.
+    Folders or Hub ids with safetensors, of whole models or of a run's LoRA on the base. `base` is what the models were trained from;
+    a soup of whole models can do without. Config, tokenizer and the like are the base's, and so is the precision. What is done is told
+    in `Recipe`. ValueError names the first tensor that differs in name or shape.
     """
     recipe = Recipe(
         method=method, weights=None if weights is None else tuple(weights), density=density, epsilon=epsilon, seed=seed
@@ -116,8 +117,9 @@ def merge_models(
     output = Path(output).expanduser()
     if output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty: choose a new folder for the merged model")
-    opened = [_open(model) for model in models]
-    anchor = opened[0] if base is None else _open(base)
+    start = None if base is None else _open(base)
+    opened = [_open(model, start) for model in models]
+    anchor = start or opened[0]
     _check_same(anchor, opened)
     with staged(output) as part:
         _copy_settings(anchor.path, part)
@@ -220,7 +222,38 @@ class _Folder(Mapping[str, Tensor]):
             return file.get_slice(name).get_shape()
 
 
-def _open(source: str | os.PathLike[str]) -> _Folder:
+class _Adapted(_Folder):
+    """The base's weights with a LoRA, added in float32."""
+
+    def __init__(self, base: _Folder, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        super().__init__(folder, base.files)
+        config = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+        state = load_file(folder / "adapter_model.safetensors")
+        bare = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+        self._base, self._layers = base, Lora("model", None, config, bare).layers()
+        for module, layer in self._layers.items():
+            if f"{module}.weight" not in base.files or layer.down.ndim != 2 or config.get("fan_in_fan_out"):
+                raise ValueError(
+                    f"{folder} has a LoRA on {module}, which is no linear layer in the files of {base.path}: save the whole model "
+                    "with its pipeline's save_pretrained, and merge that"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            return self._base[name]
+        return self._base[name].float() + layer.scale * (layer.up.float() @ layer.down.float())
+
+    def shape(self, name: str) -> list[int]:
+        """The base's; of a LoRA's factors their product's."""
+        layer = self._layers.get(name.removesuffix(".weight"))
+        return self._base.shape(name) if layer is None else [len(layer.up), layer.down.shape[1]]
+
+
+def _open(source: str | os.PathLike[str], base: _Folder | None = None) -> _Folder:
+    """A whole model, or one of the base with a LoRA."""
     from safetensors import safe_open
     from transformers import AutoConfig
 
@@ -228,12 +261,11 @@ def _open(source: str | os.PathLike[str]) -> _Folder:
     if not path.is_dir():
         path = _downloaded(os.fspath(source))
     if not (path / "config.json").is_file():
-        hint = (
-            "it holds an adapter: merge that into its base first, and save the whole model"
-            if (path / "adapter_config.json").is_file()
-            else "give a folder that save_pretrained wrote"
-        )
-        raise ValueError(f"{path} has no config.json: {hint}")
+        if not (path / _ADAPTER).is_file():
+            raise ValueError(f"{path} has no config.json: give a folder that save_pretrained wrote")
+        if base is None:
+            raise ValueError(f"{path} holds a LoRA: name its base")
+        return _Adapted(base, path)
     config = AutoConfig.from_pretrained(path)
     if "quantization_config" in config.to_dict():
         raise ValueError(f"{path} is quantised, and means of its codes mean nothing: merge unquantised models")

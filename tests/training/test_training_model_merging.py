@@ -249,6 +249,47 @@ def test_a_tied_head_that_was_stored_is_left_out(place: Path, tmp_path: Path) ->
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
 
 
+def adapted(folder: Path, **how: Any) -> Any:
+    """The folder of a run with a LoRA on the language model; returns the model with the LoRA on it."""
+    from peft import LoraConfig, get_peft_model
+
+    pattern = r".*language_model.*\.(q_proj|in_proj|w1)"
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=pattern, init_lora_weights=False, **how)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = get_peft_model(copy.deepcopy(tiny_vlm("lfm2_vl")[0]), config)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, {"use_rslora": True}, {"alpha_pattern": {"w1": 3}}], ids=str)
+def test_a_run_s_lora_is_merged_as_the_model_it_makes(place: Path, tmp_path: Path, how: dict[str, Any]) -> None:
+    whole = adapted(tmp_path / "run", **how).merge_and_unload()
+    whole.save_pretrained(tmp_path / "whole")
+    found, expected = (
+        merge_models(place / "base", [tmp_path / name, place / "run-1"], tmp_path / f"{name}-merged", weights=[1, 3])
+        for name in ("run", "whole")
+    )
+    moved = set()
+    for file in expected.glob("*.safetensors"):
+        ours, base = load_file(found / file.name), load_file(place / "base" / file.name)
+        for name, value in load_file(file).items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+            moved |= set() if torch.equal(value, base[name]) else {name.split(".")[-2]}
+    assert {"q_proj", "in_proj", "w1"} <= moved and "fc1" not in moved
+
+
+def test_a_lora_that_has_no_place_is_refused(place: Path, tmp_path: Path) -> None:
+    adapted(tmp_path / "run")
+    with pytest.raises(ValueError, match="run holds a LoRA: name its base"):
+        merge_models(None, [tmp_path / "run"], tmp_path / "out")
+    state = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    odd = {name.replace("language_model", "speech_model"): value for name, value in state.items()}
+    save_file(odd, tmp_path / "run" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="has a LoRA on model.speech_model.*save the whole model"):
+        merge_models(place / "base", [tmp_path / "run"], tmp_path / "out")
+
+
 def changed(place: Path, folder: Path, change: Any) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text((place / "run-1" / "config.json").read_text())
@@ -279,10 +320,9 @@ def test_other_models_are_refused_and_nothing_is_written(
 
 
 def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> None:
-    adapter, coded, empty, outside = (tmp_path / name for name in ("adapter", "coded", "empty", "outside"))
-    for folder in (adapter, coded, empty, outside):
+    nothing, coded, empty, outside = (tmp_path / name for name in ("nothing", "coded", "empty", "outside"))
+    for folder in (nothing, coded, empty, outside):
         folder.mkdir()
-    (adapter / "adapter_config.json").write_text("{}")
     config = json.loads((place / "run-1" / "config.json").read_text())
     (coded / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     for folder in (empty, outside):
@@ -291,7 +331,7 @@ def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> N
         json.dumps({"weight_map": {"a": "../run-1/model.safetensors"}})
     )
     for folder, message in (
-        (adapter, "holds an adapter: merge that into its base first"),
+        (nothing, "nothing has no config.json: give a folder that save_pretrained wrote"),
         (coded, "is quantised"),
         (empty, "holds neither model.safetensors nor"),
         (outside, "which is not a file of its folder"),
