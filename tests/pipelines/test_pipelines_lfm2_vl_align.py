@@ -14,6 +14,7 @@ from mmalign import LFM2VLConfig, LFM2VLPipeline, LFM2VLTrainer
 from mmalign.likelihood.token_head import head_of, trunk_of
 from mmalign.losses.distillation import decoupled_top_k, top_k_of
 from mmalign.pipelines.vision.image_budget import ImageBudget
+from mmalign.training.model_merging import merge_models
 
 _WORDS = ("red", "green", "blue", "black")
 
@@ -65,6 +66,7 @@ def test_it_is_aligned_and_saved_for_plain_transformers_and_for_other_runtimes(t
 
     pipe = pipeline()
     pipe.image_budget = ImageBudget(min_tokens=4, max_tokens=8, split=False)
+    pipe.save_pretrained(tmp_path / "base")
     told = pipe.align(rows(), output_dir=tmp_path / "run", **options(ln_pref_lambda=0.1)).history
     margins = [entry["rewards/margins"] for entry in told if "rewards/margins" in entry]
     assert margins[0] == pytest.approx(0, abs=1e-4) and margins[-1] > 0.1
@@ -78,6 +80,11 @@ def test_it_is_aligned_and_saved_for_plain_transformers_and_for_other_runtimes(t
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(plain(**inputs).logits, pipe.model(**inputs).logits, rtol=1e-4, atol=1e-5)
     assert (plain(**inputs).logits - tiny_vlm("lfm2_vl")[0](**inputs).logits).abs().max() > 1e-3
+    # The run's folder holds its LoRA, which merging reads.
+    merged = AutoModelForImageTextToText.from_pretrained(
+        merge_models(tmp_path / "base", [tmp_path / "run"], tmp_path / "merged")
+    )
+    torch.testing.assert_close(merged(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_all_weights_of_a_run_are_noted_for_other_runtimes_too(tmp_path: Path) -> None:
