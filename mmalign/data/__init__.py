@@ -7,6 +7,7 @@ loader = DataLoader(PreferenceDataset(encoded, compared), collate_fn=collate)
 """
 
 from mmalign.data.answer_records import AnswerPair
+from mmalign.data.answer_validation import AnswerReport, validate_answers
 from mmalign.data.answers import AnswerSource, load_answers
 from mmalign.data.comparison import Compared, ComparisonConfig, compare
 from mmalign.data.dataset import PreferenceBatch, PreferenceDataset, PreferenceItem, collate
@@ -22,6 +23,7 @@ from mmalign.data.validation import DataReport, Problem, validate_pairs
 
 __all__ = [
     "AnswerPair",
+    "AnswerReport",
     "AnswerSource",
     "BadRow",
     "cache_size",
@@ -46,5 +48,6 @@ __all__ = [
     "Problem",
     "score_pairs",
     "split_by_prompt",
+    "validate_answers",
     "validate_pairs",
 ]

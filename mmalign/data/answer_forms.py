@@ -149,13 +149,14 @@ def _paired(
     answers = []
     for field in fields:
         before, text = answer_of(raw.get(field), field, row)
-        if before and turns and before != turns:
+        if turns is None:
+            turns, where = before, field
+        if not turns:
+            raise bad(row, field, "holds no turn before the answer, and the row has no prompt column")
+        if before and before != turns:
             raise bad(row, field, f"the conversation before its last turn is not that of {where}")
-        turns, where = (before, field) if before else (turns, where)
         answers.append((text, field, None, field))
-    if turns is None:
-        raise bad(row, fields[0], "holds no turn before the answer, and the row has no prompt column")
-    return turns, answers
+    return turns or (), answers
 
 
 def _preference(raw: Mapping[str, Any], row: int) -> _Told:

@@ -4,8 +4,8 @@ A clip is what clips.py reads, or frames with what is known of their video:
 {"frames": a list or a folder of pictures, "fps": of the video, "indices": of the frames in it, "total_frames": in all}.
 Only "frames" is needed; frames without indices are all there are.
 
-cache/frames-<key>.safetensors    frames (F, H, W, 3) uint8, indices (F,)    key = sha256 of the file's content and of all that decides
-                                                                              which of its frames are read, and in which size
+cache/frames-<key>.safetensors    frames (F, H, W, 3) uint8; which they are, in its notes
+    key = sha256 of the file's content and of all that decides which of its frames are read, and in which size
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from mmalign.data.answer_records import VideoClip
 from mmalign.data.clips import Limits, Pick, Sampled, evenly, sample_clip, video_kind
@@ -189,26 +188,28 @@ def _cache_file(value: Any, reading: ClipReading, roots: Sequence[Path], absolut
 
 def _keep(path: Path, clip: VideoClip) -> None:
     frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in clip.frames]))
-    notes = {"fps": clip.frames_per_second, "total": clip.total_frames, "indices": clip.indices}
-    write_shard(path, {"frames": frames}, notes | {"sha256": _digest(frames)})
+    known = [list(clip.indices), clip.frames_per_second, clip.total_frames]
+    write_shard(path, {"frames": frames}, {"known": known, "sha256": _digest(frames, known)})
 
 
 def _load(path: Path) -> VideoClip:
     from PIL import Image
+    from safetensors import SafetensorError
 
     try:
         notes, frames = read_notes(path), read_shard(path)["frames"]
-        whole = notes["sha256"] == _digest(frames)
+        known = notes["known"]
+        whole = notes["sha256"] == _digest(frames, known)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(_damaged(path)) from error
     if not whole:
         raise ValueError(_damaged(path))
-    pictures = tuple(Image.fromarray(frame) for frame in frames.numpy())
-    return VideoClip(pictures, tuple(notes["indices"]), notes["fps"], notes["total"])
+    indices, rate, total = known
+    return VideoClip(tuple(Image.fromarray(frame) for frame in frames.numpy()), tuple(indices), rate, total)
 
 
-def _digest(frames: torch.Tensor) -> str:
-    return hashlib.sha256(repr(tuple(frames.shape)).encode() + frames.numpy().tobytes()).hexdigest()
+def _digest(frames: torch.Tensor, known: list[Any]) -> str:
+    return hashlib.sha256(repr((tuple(frames.shape), known)).encode() + frames.numpy().tobytes()).hexdigest()
 
 
 def _damaged(path: Path) -> str:

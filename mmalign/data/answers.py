@@ -22,7 +22,7 @@ from mmalign.data.answer_media import MAX_VIDEO_FRAMES, ClipReading, open_clip
 from mmalign.data.answer_records import AnswerPair, Part, Picture, Turn
 from mmalign.data.answer_turns import Medium
 from mmalign.data.clips import Limits
-from mmalign.data.fingerprints import add_value
+from mmalign.data.fingerprints import digest_of
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.raw import bad
 from mmalign.data.records import EndOfSource, InvalidRow
@@ -140,11 +140,7 @@ class AnswerSource:
         except InvalidRow:
             return None
         media = [medium.value for turn in prompt for medium in turn.media]
-        if not media:
-            return "\n".join(f"{turn.role}: {turn.text}" for turn in prompt)
-        sha = hashlib.sha256()
-        add_value(sha, media, [])
-        return sha.hexdigest()
+        return digest_of(media) if media else "\n".join(f"{turn.role}: {turn.text}" for turn in prompt)
 
 
 def load_answers(
@@ -187,5 +183,5 @@ def load_answers(
         given |= {"fps": fps, "source_fps": source_fps, "longest_side": longest_side, "frame_cache": frame_cache}
         refuse("an AnswerSource", **given)
         return source
-    rows, name = open_rows(source, split=split, revision=revision, root=root, pictures=False)
+    rows, name = open_rows(source, split=split, revision=revision, root=root, max_rows=max_rows, pictures=False)
     return AnswerSource(rows, name, reading, max_rows=max_rows)

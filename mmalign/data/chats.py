@@ -39,7 +39,7 @@ def write_answer(
         whole = _render(messages, processor, options, add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise ValueError(
-                "the chat template writes the prompt otherwise once it is answered; if it is for thinking models, give "
+                "the chat template writes the prompt otherwise once it is answered; one for thinking models may want "
                 "template_kwargs={'enable_thinking': False}"
             )
         return whole[len(prompt) :]

@@ -27,7 +27,7 @@ def check_placeholders(ids: Tensor, media: Mapping[str, Tensor], config: Any) ->
         if found != wanted:
             raise ValueError(
                 f"{found} {kind} placeholders in the prompt, but the model makes {wanted} features of its media; "
-                "processor and model disagree, or the text itself holds a placeholder"
+                "processor and model disagree, the text itself holds a placeholder, or pictures and clips cannot stand together"
             )
 
 

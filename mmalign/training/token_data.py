@@ -146,13 +146,10 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     if isinstance(data, Answers):
         return data
     split = args.eval_split if evaluated else args.train_split
-    # Frames of a clip are taken out of its file once.
-    kept = (
-        {}
-        if isinstance(data, AnswerSource)
-        else {"frame_cache": Path(args.cache_dir or default_cache_dir()) / "frames"}
-    )
-    source = load_answers(data, split=split, num_frames=args.num_frames, **kept)
+    opened = isinstance(data, AnswerSource)
+    # Frames of a video are taken out of its file once.
+    frames = None if opened else Path(args.cache_dir or default_cache_dir()) / "frames"
+    source = load_answers(data, split=split, num_frames=args.num_frames, frame_cache=frames)
     encoder = Encoder(source, processor, config, args.max_length, args.truncate, args.processor_kwargs)
     checked = _checked(encoder, len(source), args)
     bad = [one for one in checked if isinstance(one, BadRow)]
@@ -225,8 +222,12 @@ def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | B
     loader = DataLoader(
         _Probe(encoder, length), batch_size=8, num_workers=args.dataloader_num_workers, collate_fn=_as_they_are
     )
-    rows = tqdm(loader, desc="reading rows", unit_scale=8, disable=args.disable_tqdm)
-    return [one for batch in rows for one in batch]
+    checked: list[_Good | BadRow] = []
+    with tqdm(total=length, desc="reading rows", disable=args.disable_tqdm) as bar:
+        for rows in loader:
+            checked += rows
+            bar.update(len(rows))
+    return checked
 
 
 def _as_they_are(items: list[Any]) -> list[Any]:

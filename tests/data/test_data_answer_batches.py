@@ -18,7 +18,7 @@ from mmalign.data.answer_tokens import (
 )
 
 ANSWERS = (("It is red.", "No."), ("Yes.", "The shirt is green and moves to the right."), ("A bag.", "A dress."))
-TOLERANCE = {"rtol": 0, "atol": 2e-5}
+TOLERANCE = {"rtol": 0, "atol": 5e-6}
 
 
 def rows(kind: str) -> list[EncodedAnswers]:

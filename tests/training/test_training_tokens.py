@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from tiny_vlm import tiny_vlm
 from torch import nn
+from training import worker
+from training.runs import trained
 from training.token_runs import batch, losses_of, moved_lora, pipeline, plain_log_probs, rows, trainer
 from transformers import TrainerCallback
 
@@ -214,6 +216,29 @@ def test_a_killed_run_goes_on_with_the_same_losses(options: dict[str, Any], tmp_
         second.network.state_dict().items(), whole.network.state_dict().values(), strict=True
     ):
         assert torch.equal(value, other), name
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "train_dataset": rows("lfm2_vl", 8),
+        "eval_dataset": rows("lfm2_vl", 3, seed=1),
+        "peft_config": "moved",
+        "reference_cache": True,
+        "cache_dir": str(tmp_path / "kept"),
+        "max_steps": 2,
+        "learning_rate": 1e-3,
+    }
+    ranks = worker.together(2, tmp_path / "two", options, target=worker.share_answers)
+    alone = trainer(tmp_path / "one", "lfm2_vl", gradient_accumulation_steps=2, **options)
+    alone.train()
+    expected = trained(alone)
+    for rank in ranks:
+        for name, value in rank["trained"].items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+    told = [entry["num_tokens"] for entry in ranks[0]["history"] if "loss" in entry]
+    assert told == [entry["num_tokens"] for entry in alone.state.log_history if "loss" in entry]
+    assert ranks[0]["metrics"]["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-4)
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
 
 
 def test_workers_read_the_same_rows(tmp_path: Path) -> None:
