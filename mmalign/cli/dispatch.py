@@ -106,6 +106,12 @@ VERBS = {
             "mmalign.cli.export",
         ),
         Verb(
+            "merge",
+            "several fine-tuned models of one base as one: soup, task arithmetic, TIES, DARE, DELLA",
+            "mmalign merge runs/dpo runs/ln-pref --base LiquidAI/LFM2-VL-450M --method ties --output merged",
+            "mmalign.cli.merge",
+        ),
+        Verb(
             "validate-data",
             "read every preference pair as training would; problems by row, bad_rows.jsonl, a contact sheet",
             "mmalign validate-data my-pairs/",
