@@ -52,7 +52,9 @@ def train(
     return [{"stage": stage, **entry} for stage, curve in enumerate((first, second), 1) for entry in curve]
 
 
-def train_eye(seeing: Seeing, world: World, config: FitConfig, checkpoint: Path | None = None) -> list[dict[str, float]]:
+def train_eye(
+    seeing: Seeing, world: World, config: FitConfig, checkpoint: Path | None = None
+) -> list[dict[str, float]]:
     """The vision tower and its projector learn to tell what is seen, by linear maps that are not kept."""
     torch.manual_seed(config.seed)
     pixels, _ = world.glimpse([0])

@@ -157,7 +157,9 @@ def could_be_true(world: WorldName, mistake: Mistake) -> bool:
         return False
     if mistake.kind == "describe":
         return bool(answer_worlds.questions_of(world).is_description(mistake.pred))
-    return all(_sort(said) == _sort(true) for said, true in zip(words(mistake.pred), words(mistake.answer), strict=True))
+    return all(
+        _sort(said) == _sort(true) for said, true in zip(words(mistake.pred), words(mistake.answer), strict=True)
+    )
 
 
 def differing_words(chosen: str, rejected: str) -> tuple[tuple[Span, ...], tuple[Span, ...]]:

@@ -26,6 +26,9 @@ class Seen:
     shown: Any
 
 
+EVALUATION_STREAM = {"vision": 704, "video": 714}
+
+
 def questions_of(name: WorldName) -> ModuleType:
     """The module that asks about a world."""
     return {"vision": picture_questions, "video": moving_questions}[name]

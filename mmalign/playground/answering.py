@@ -2,13 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmalign.data.answer_records import Picture, VideoClip
+from mmalign.playground import answer_worlds
+from mmalign.playground.answer_worlds import WorldName
+from mmalign.playground.photographs import Split
 from mmalign.playground.questions import YES, Question, is_right
 
 MAX_NEW_TOKENS = 24
@@ -52,36 +56,45 @@ def _media(part: Sequence[Any]) -> dict[str, Any]:
     return {"videos": clips, "video_metadata": metadata, "do_sample_frames": False}
 
 
-def accuracy(
-    model: Any, processor: Any, questions: ModuleType, media: Sequence[Any], shown: Sequence[Any], *, seed: int = 0
-) -> dict[str, Any]:
-    """Shares of right answers on one question of every kind about each picture or clip, and of hallucination pairs.
+def load(folder: Path) -> tuple[Any, Any]:
+    """A model that answers and its processor, in full precision."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
-    Yes and no are asked for equally often. A hallucination pair is right if both of its questions are.
+
+def held_out(
+    model: Any, processor: Any, world: WorldName, *, number: int = 200, split: Split = "test"
+) -> dict[str, Any]:
+    """Shares of right answers on one question of every kind about each of `number` rows, and of hallucination pairs.
+
+    Yes and no are asked for equally often. A hallucination pair is right if both of its questions are; `yes_share`: how often they are
+    answered by yes, where half the time would be right.
     """
+    questions = answer_worlds.questions_of(world)
+    seed = answer_worlds.EVALUATION_STREAM[world]
     asked: list[tuple[Any, Question]] = []
     pairs: list[tuple[Any, Question]] = []
-    for row, (medium, one) in enumerate(zip(media, shown, strict=True)):
+    for row, seen in enumerate(answer_worlds.see(world, split, range(number), seed=seed)):
         rng = np.random.default_rng([seed, row])
-        kinds = questions.kinds_of(one)
-        asked += [(medium, questions.ask(one, kind, rng, true=bool(rng.integers(2)))) for kind in kinds]
+        kinds = questions.kinds_of(seen.shown)
+        asked += [(seen.medium, questions.ask(seen.shown, kind, rng, true=bool(rng.integers(2)))) for kind in kinds]
         for kind in kinds:
             if kind in questions.YES_OR_NO:
-                pairs += [(medium, question) for question in questions.hallucination_pair(one, kind, rng)]
+                pairs += [(seen.medium, one) for one in questions.hallucination_pair(seen.shown, kind, rng)]
 
     def ask(posed: Sequence[tuple[Any, Question]]) -> list[str]:
         return answer(model, processor, [medium for medium, _ in posed], [question.text for _, question in posed])
 
     said, paired = ask(asked), ask(pairs)
     right = [is_right(question, text) for (_, question), text in zip(asked, said, strict=True)]
-    kinds = [question.kind for _, question in asked]
+    kinds_asked = [question.kind for _, question in asked]
     both = [is_right(question, text) for (_, question), text in zip(pairs, paired, strict=True)]
     yes = [text.startswith(YES) for text in paired]
     return {
-        "pictures_or_clips": len(media),
+        "rows": number,
         "questions": len(asked),
         "accuracy": _share(right),
-        "by_kind": by_kind(kinds, right),
+        "by_kind": by_kind(kinds_asked, right),
         "hallucination_pairs": _share([a and b for a, b in zip(both[::2], both[1::2], strict=True)]),
         "yes_share": _share(yes),
     }
@@ -97,5 +110,3 @@ def by_kind(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, float]:
 
 def _share(ones: Sequence[bool]) -> float:
     return round(sum(ones) / len(ones), 4)
-
-

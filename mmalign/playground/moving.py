@@ -21,14 +21,18 @@ NUM_FRAMES = 8
 FRAMES_PER_SECOND = 4.0
 WAYS = ("left", "right", "up", "down")
 TWO_SHARE = 0.6
-_HALF_WAY = 6.0
+HALF_WAY = 5.5
 # What `world.Scenes.shift` must grow by for a garment to go that way.
 _SHIFTS = ((1.0, 0.0), (-1.0, 0.0), (0.0, 1.0), (0.0, -1.0))
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A garment on its way. garment, colour, way: indices into GARMENTS, COLOURS, WAYS; scale, aside in pixels, aside across the way."""
+    """A garment on its way.
+
+    garment, colour, way: indices into GARMENTS, COLOURS, WAYS. scale: its size, and aside: how far it is off the middle across its
+    way, in pixels. tint: offset of the hue (turns), saturation, value.
+    """
 
     photograph: int
     garment: int
@@ -41,7 +45,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Clip:
-    """One or two things in the order in which they appear. starts: the frame in which each does; it is there until the next one."""
+    """One or two things in the order in which they appear. starts: the frame in which each does; it stays until the next one."""
 
     things: tuple[Thing, ...]
     starts: tuple[int, ...]
@@ -64,8 +68,7 @@ def _draw(labels: np.ndarray, row: int, rng: np.random.Generator) -> Clip:
     background, *colours = rng.permutation(len(world.COLOURS))[: 1 + number].tolist()
 
     def tint() -> tuple[float, float, float]:
-        """Offset of the hue (turns), saturation, value."""
-        jitter, saturation, value = rng.random(3)
+        jitter, saturation, value = rng.random(3).tolist()
         return (jitter - 0.5) * 10 / 360, 0.55 + 0.45 * saturation, 0.65 + 0.35 * value
 
     things = tuple(
@@ -74,8 +77,8 @@ def _draw(labels: np.ndarray, row: int, rng: np.random.Generator) -> Clip:
             garment=int(labels[photograph]),
             colour=colour,
             way=int(rng.integers(len(WAYS))),
-            scale=float(rng.uniform(18, 22)),
-            aside=float(rng.uniform(-4, 4)),
+            scale=float(rng.uniform(22, 26)),
+            aside=float(rng.uniform(-3, 3)),
             tint=tint(),
         )
         for photograph, colour in zip((first, second), colours, strict=False)
@@ -114,7 +117,7 @@ def shown_in(clip: Clip, frame: int) -> tuple[Thing, tuple[float, float]]:
     """What is there in a frame, and how far it is shifted, as `world.Scenes` says it: leftwards and upwards."""
     at = max(number for number, start in enumerate(clip.starts) if start <= frame)
     start, stop = (*clip.starts, NUM_FRAMES)[at : at + 2]
-    along = _HALF_WAY * (2 * (frame - start) / (stop - 1 - start) - 1)
+    along = HALF_WAY * (2 * (frame - start) / (stop - 1 - start) - 1)
     thing = clip.things[at]
     x, y = _SHIFTS[thing.way]
     return thing, (along * x + thing.aside * abs(y), along * y + thing.aside * abs(x))
@@ -124,5 +127,8 @@ def to_video(frames: Float[Tensor, "8 3 32 32"]) -> VideoClip:
     """A composed clip as data sets hold one: frames of 8 bits."""
     pictures = (frames.movedim(1, -1) * 255).round().byte().numpy()
     return VideoClip(
-        tuple(Image.fromarray(picture) for picture in pictures), tuple(range(len(pictures))), FRAMES_PER_SECOND, len(pictures)
+        tuple(Image.fromarray(picture) for picture in pictures),
+        tuple(range(len(pictures))),
+        FRAMES_PER_SECOND,
+        len(pictures),
     )

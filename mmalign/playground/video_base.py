@@ -24,10 +24,18 @@ from mmalign.playground import answer_base, chat, moving, moving_questions, phot
 from mmalign.playground.fit import FitConfig
 
 EYE = FitConfig(
-    steps=1_500, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=51
+    steps=3_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=51
 )
 ANSWERS = FitConfig(
-    steps=1_500, batch_size=24, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=52, save_every=100
+    steps=1_500,
+    batch_size=24,
+    learning_rate=2e-3,
+    warmup=100,
+    weight_decay=1e-2,
+    ema=0.99,
+    constant=True,
+    seed=52,
+    save_every=100,
 )
 EYE_STREAM, STREAM = 711, 712
 PATCH, SIDE, WIDTH = 8, 4, 96
@@ -142,10 +150,12 @@ def dialogues(tokenizer: PreTrainedTokenizerFast) -> chat.Chat:
 
 def _place(shift: float) -> int:
     """Which quarter of the way a garment is at."""
-    return min(int((shift + 6.001) / 12.002 * PLACES), PLACES - 1)
+    return min(int((shift / (2 * moving.HALF_WAY) + 0.5) * PLACES), PLACES - 1)
 
 
-def train(work_dir: Path) -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor, list[dict[str, float]]]:
+def train(
+    work_dir: Path,
+) -> tuple[LlavaOnevisionForConditionalGeneration, LlavaOnevisionProcessor, list[dict[str, float]]]:
     """Trains eye and answers; the model, its processor and both curves."""
     processor = build_processor()
     model = build(processor.tokenizer)

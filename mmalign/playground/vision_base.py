@@ -19,10 +19,18 @@ from mmalign.playground import answer_base, chat, photographs, picture_questions
 from mmalign.playground.fit import FitConfig
 
 EYE = FitConfig(
-    steps=1_500, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
+    steps=3_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
 )
 ANSWERS = FitConfig(
-    steps=1_500, batch_size=32, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=42, save_every=100
+    steps=1_500,
+    batch_size=32,
+    learning_rate=2e-3,
+    warmup=100,
+    weight_decay=1e-2,
+    ema=0.99,
+    constant=True,
+    seed=42,
+    save_every=100,
 )
 EYE_STREAM, STREAM = 701, 702
 PATCH, SIDE, WIDTH = 8, 4, 96
