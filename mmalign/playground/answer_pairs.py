@@ -28,7 +28,7 @@ from mmalign.playground.photographs import GARMENTS, Split
 from mmalign.playground.questions import NO, WORD, YES, is_right, words
 from mmalign.playground.world import COLOURS
 
-NUMBER = {"train": 600, "test": 200}
+NUMBER: dict[Split, int] = {"train": 600, "test": 200}
 DESCRIBE_SHARE = 0.5
 # Each row asks for a description and for so many other kinds.
 KINDS_A_ROW = 3

@@ -19,7 +19,7 @@ from mmalign.playground import answer_base, chat, photographs, picture_questions
 from mmalign.playground.fit import FitConfig
 
 EYE = FitConfig(
-    steps=3_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
+    steps=2_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
 )
 ANSWERS = FitConfig(
     steps=1_500,
