@@ -5,12 +5,10 @@ wrong in words that could be true of some other picture or clip, so that the rej
 which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the photographs.
 """
 
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmalign.data.answer_records import AnswerPair, Span, Turn
+from mmalign.data.answer_records import Picture, VideoClip
 from mmalign.playground import answer_worlds
 from mmalign.playground.answer_worlds import WorldName
 from mmalign.playground.answering import answer, by_kind
@@ -58,47 +56,31 @@ class Answered:
     right: bool
 
 
-class MistakePairs:
-    """Mistakes of a world as pairs: what `load_answers` gives of other sources."""
+def load(world: WorldName, split: Split) -> list[dict[str, Any]]:
+    """The pairs that ship with the package, in the columns of RRPO's release, as `load_answers` reads them."""
+    stored = json.loads(path_of(world, split).read_text(encoding="utf-8"))
+    return as_rows(world, split, [Mistake(**mistake) for mistake in stored])
 
-    def __init__(self, world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> None:
-        self.world, self.split, self.mistakes = world, split, list(mistakes)
 
-    @property
-    def name(self) -> str:
-        """As reports call it."""
-        return f"playground-{self.world} ({self.split})"
-
-    def __len__(self) -> int:
-        return len(self.mistakes)
-
-    def __getitem__(self, row: int) -> AnswerPair:
-        mistake = self.mistakes[row]
-        (seen,) = answer_worlds.see(self.world, self.split, [mistake.row], seed=_STREAM[self.world])
-        chosen_marks, rejected_marks = differing_words(mistake.answer, mistake.pred)
-        return AnswerPair(
-            row=row,
-            prompt=(Turn("user", (seen.medium, mistake.question)),),
-            chosen=mistake.answer,
-            rejected=mistake.pred,
-            chosen_marks=chosen_marks,
-            rejected_marks=rejected_marks,
-            fields=("answer", "pred"),
+def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
+    """Mistakes with their clean pictures or clips, composed again."""
+    shown = answer_worlds.see(world, split, [mistake.row for mistake in mistakes], seed=_STREAM[world])
+    rows = []
+    for mistake, seen in zip(mistakes, shown, strict=True):
+        answer_masked, pred_masked = tagged(mistake.answer, mistake.pred)
+        rows.append(
+            {
+                "question": mistake.question,
+                "answer": mistake.answer,
+                "pred": mistake.pred,
+                "answer_masked": answer_masked,
+                "pred_masked": pred_masked,
+                "src": mistake.kind,
+                "sample_id": f"{world}-{split}-{mistake.row}",
+                **_medium(seen.medium),
+            }
         )
-
-    def fingerprint(self) -> str:
-        """sha256 of world, split and rows."""
-        return hashlib.sha256(json.dumps(self._content).encode()).hexdigest()
-
-    @cached_property
-    def _content(self) -> list[Any]:
-        return [self.world, self.split, [asdict(mistake) for mistake in self.mistakes]]
-
-
-def load(world: WorldName, split: Split) -> MistakePairs:
-    """The pairs that ship with the package."""
-    rows = json.loads(path_of(world, split).read_text(encoding="utf-8"))
-    return MistakePairs(world, split, [Mistake(**row) for row in rows])
+    return rows
 
 
 def path_of(world: WorldName, split: Split) -> Path:
@@ -162,11 +144,30 @@ def could_be_true(world: WorldName, mistake: Mistake) -> bool:
     )
 
 
-def differing_words(chosen: str, rejected: str) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-    """Where two texts of equally many words differ: characters [start, stop) of each differing word, in either."""
-    sides = [[match.span() for match in WORD.finditer(text)] for text in (chosen, rejected)]
-    apart = [(a, b) for a, b in zip(*sides, strict=True) if chosen[slice(*a)] != rejected[slice(*b)]]
-    return tuple(a for a, _ in apart), tuple(b for _, b in apart)
+def tagged(chosen: str, rejected: str) -> tuple[str, str]:
+    """Two texts of equally many words, each with <MASK>…</MASK> around the words in which they differ."""
+    sides = [list(WORD.finditer(text)) for text in (chosen, rejected)]
+    apart = [(a.span(), b.span()) for a, b in zip(*sides, strict=True) if a.group() != b.group()]
+    spans = [[pair[side] for pair in apart] for side in (0, 1)]
+    return _with_tags(chosen, spans[0]), _with_tags(rejected, spans[1])
+
+
+def _with_tags(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    for start, stop in reversed(spans):
+        text = f"{text[:start]}<MASK>{text[start:stop]}</MASK>{text[stop:]}"
+    return text
+
+
+def _medium(medium: Picture | VideoClip) -> dict[str, Any]:
+    if isinstance(medium, Picture):
+        return {"image": medium.image}
+    clip = {
+        "frames": list(medium.frames),
+        "fps": medium.frames_per_second,
+        "indices": list(medium.indices),
+        "total_frames": medium.total_frames,
+    }
+    return {"video": clip}
 
 
 def _sort(word: str) -> int:

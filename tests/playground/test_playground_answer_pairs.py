@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mmalign.data.answer_records import Picture, VideoClip
+from mmalign.data.answers import load_answers
 from mmalign.playground import answer_pairs, answer_worlds
-from mmalign.playground.answer_pairs import Mistake, MistakePairs, could_be_true, differing_words
+from mmalign.playground.answer_pairs import Mistake, as_rows, could_be_true, tagged
 
 WORLDS = ("vision", "video")
 
@@ -73,21 +74,18 @@ def test_too_few_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_pair_shows_the_clean_row_and_marks_the_errors(world: Any) -> None:
-    stream = answer_pairs._STREAM[world]
-    (seen,) = answer_worlds.see(world, "test", [9], seed=stream)
+    (seen,) = answer_worlds.see(world, "test", [9], seed=answer_pairs._STREAM[world])
     truth = answer_worlds.questions_of(world).ask(seen.shown, "describe", np.random.default_rng(0))
-    first, background = truth.answer.split()[0], truth.answer.split()[-2]
+    background = truth.answer.split()[-2]
     pred = truth.answer.replace(background, "mauve")
-    pairs = MistakePairs(world, "test", [Mistake(9, "describe", truth.text, truth.answer, pred, True)])
-    pair = pairs[0]
+    rows = as_rows(world, "test", [Mistake(9, "describe", truth.text, truth.answer, pred, True)])
+    pair = load_answers(rows)[0]
     (medium,) = pair.media
     assert isinstance(medium, Picture if world == "vision" else VideoClip) and _bytes(medium) == _bytes(seen.medium)
+    assert medium == seen.medium or world == "vision"
     assert pair.prompt[0].parts[1] == truth.text and (pair.chosen, pair.rejected) == (truth.answer, pred)
     assert [pair.chosen[slice(*span)] for span in pair.chosen_marks or ()] == [background]
     assert [pair.rejected[slice(*span)] for span in pair.rejected_marks or ()] == ["mauve"]
-    assert first in pair.chosen and len(pairs) == 1
-    other = MistakePairs(world, "train", pairs.mistakes)
-    assert pairs.fingerprint() != other.fingerprint() and len(pairs.fingerprint()) == 64
 
 
 def test_what_could_be_true() -> None:
@@ -103,11 +101,12 @@ def test_what_could_be_true() -> None:
     assert usable("describe", "red bag, pink background", "red boot, pink background", "vision")
 
 
-def test_words_that_differ_are_marked_without_punctuation() -> None:
+def test_words_that_differ_are_tagged_without_punctuation() -> None:
     chosen, rejected = "red bag moving up, pink background", "red t-shirt moving left, pink background"
-    a, b = differing_words(chosen, rejected)
-    assert [chosen[slice(*span)] for span in a] == ["bag", "up"]
-    assert [rejected[slice(*span)] for span in b] == ["t-shirt", "left"]
+    assert tagged(chosen, rejected) == (
+        "red <MASK>bag</MASK> moving <MASK>up</MASK>, pink background",
+        "red <MASK>t-shirt</MASK> moving <MASK>left</MASK>, pink background",
+    )
 
 
 def _bytes(medium: Any) -> list[bytes]:
