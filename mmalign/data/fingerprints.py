@@ -81,9 +81,16 @@ def add_value(sha: Any, value: Any, texts: list[str]) -> None:
                 texts.append(str(value))
 
 
-def paths_in(table: Any) -> list[str]:
-    """The paths, in an arrow table or batch, of pictures that do not lie in it themselves."""
-    return [text for name in sorted(set(MEDIA) & set(table.schema.names)) for text in _texts_of(table.column(name))]
+def digest_of(value: Any) -> str:
+    """sha256 of a raw value; paths in it by their text."""
+    sha = hashlib.sha256()
+    add_value(sha, value, [])
+    return sha.hexdigest()
+
+
+def paths_in(table: Any, media: Sequence[str] = MEDIA) -> list[str]:
+    """The paths, in these columns of an arrow table or batch, of pictures that do not lie in it themselves."""
+    return [text for name in sorted(set(media) & set(table.schema.names)) for text in _texts_of(table.column(name))]
 
 
 def _of_picture(image: Any) -> bytes:
