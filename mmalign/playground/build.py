@@ -161,7 +161,7 @@ def _build_answers(world: WorldName, target: Path, model: Any, processor: Any, c
 def build_mistakes(work_dir: Path) -> None:
     """Collects the mistakes of both as preference pairs."""
     measured = {}
-    for world, folder in FOLDERS.items():
+    for world, folder in ANSWERERS.items():
         model, processor = answering.load(folder)
         for split, number in answer_pairs.NUMBER.items():
             mistakes, counted = answer_pairs.find(model, processor, world, split, number)
@@ -170,7 +170,7 @@ def build_mistakes(work_dir: Path) -> None:
     write_json(CURVES / "mistakes-measured.json", measured)
 
 
-FOLDERS: dict[WorldName, Path] = {"vision": VISION, "video": VIDEO}
+ANSWERERS: dict[WorldName, Path] = {"vision": VISION, "video": VIDEO}
 
 STEPS: dict[str, Callable[[Path], None]] = {
     "photographs": build_photographs,
