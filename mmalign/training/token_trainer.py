@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mmalign import losses
-from mmalign.data import default_cache_dir
 from mmalign.data.answer_tokens import AnswerBatch, padding_token
 from mmalign.denoisers.parts import evaluating
 from mmalign.likelihood.answers import token_weights
@@ -21,23 +20,31 @@ from mmalign.likelihood.media import media_inputs
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.token_head import check_head
 from mmalign.training.align_trainer import AlignTrainer, Losses
-from mmalign.training.answer_cache import ReferenceTokens
+from mmalign.training.answer_cache import VERIFIED
 from mmalign.training.devices import on_device
 from mmalign.training.estimate import trained_passes
 from mmalign.training.gradients import EveryWeightLearns
 from mmalign.training.health import Finding
+from mmalign.training.kept_reference import KeptReference
 from mmalign.training.token_batches import Collator, placeholders_of, text_of_prompts
 from mmalign.training.token_card import write_token_card
 from mmalign.training.token_config import TokenConfig
 from mmalign.training.token_data import Answers, check_answers, prepare_answers
 from mmalign.training.token_health import token_findings, token_panel
 from mmalign.training.token_loading import check_model, load_answering_model
-from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, measure_answers, media_features, states
+from mmalign.training.token_measurement import (
+    AnswerMeasurement,
+    AnswerPolicy,
+    measure_answers,
+    media_features,
+    reference_scores,
+    states,
+)
 from mmalign.training.token_parts import parts_of, sees
 from mmalign.training.token_weights import answers_trainable, load_answering, save_answering
+from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
-_HALF_TOLERANCE, _TOLERANCE = 0.1, 1e-3
 
 
 class TokenTrainer(AlignTrainer):
@@ -61,6 +68,7 @@ class TokenTrainer(AlignTrainer):
     args: TokenConfig
     collate: Collator
     _model: Any
+    _kept: KeptReference | None
     _train: Answers
     _eval: Answers | None
 
@@ -87,6 +95,7 @@ class TokenTrainer(AlignTrainer):
         else:
             self._model, self.processor = model.model, model.processor
         self._part_of = parts_of(self._model)
+        self._placeholders = placeholders_of(self.processor)
         if self.processor is None:
             raise ValueError(f"processing_class is missing: the processor or tokenizer of {type(model).__name__}")
         self.collate = Collator(padding_token(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
@@ -146,19 +155,39 @@ class TokenTrainer(AlignTrainer):
     def make_reference(self, ref_model: Any) -> Reference:
         """The policy with its adapter off, a frozen copy, or none where no loss needs one."""
         args = self.args
-        ref_model = getattr(ref_model, "model", ref_model) if not isinstance(ref_model, nn.Module) else ref_model
+        if isinstance(ref_model, (str, os.PathLike)):
+            ref_model, _ = load_answering_model(ref_model, dtype=self._model.dtype)
+        elif ref_model is not None and not isinstance(ref_model, nn.Module):
+            ref_model = ref_model.model
         if ref_model is not None and ref_model.dtype != self._model.dtype:
             raise ValueError("ref_model has another dtype than the policy, and rounding would look like preference")
         # A model of somebody else's may see otherwise.
         trained = {self._part_of(name) for name, p in self.network.named_parameters() if p.requires_grad}
         self._shares_media = ref_model is None and trained <= {"lm"}
         needed = not args.is_reference_free or args.needs_kl
+        self._kept = None
+        if args.reference_cache:
+            fingerprint = Reference("copy", ref_model or self._model).fingerprint()
+            self._kept = KeptReference(args, fingerprint, self._model.dtype, self.accelerator.mixed_precision)
+            copied = ref_model is None and (args.reference == "copy" or not has_adapter(self._model))
+            if copied and self._kept.holds(self._train, self._eval):
+                self._verify_kept(self._kept)
+                return make_reference(self.network, kind="none")
         return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
 
+    @torch.no_grad()
+    def _verify_kept(self, kept: KeptReference) -> None:
+        """What is kept is compared with the model itself, which has not been trained yet, so that no copy of it is needed."""
+        reference, rows = Reference("copy", self._model), self._train.dataset
+        with on_device([self.network], self.args.device), evaluating([self.network]):
+            for index in range(min(VERIFIED, len(rows))):
+                batch = self._counted(self.collate([rows[index]])["batch"].to(self.args.device))
+                with self.accelerator.autocast():
+                    live, _ = reference_scores(self.network, reference, batch, None)
+                kept.settle(self._train, batch, kept.find(self._train, batch), live)
+
     def set_up(self) -> None:
-        """What is kept of the reference."""
-        self._kept: dict[str, ReferenceTokens] = {}
-        self._placeholders = placeholders_of(self.processor)
+        """What is still to be looked at."""
         self._saw_media = self._checked_head = False
 
     def own_callbacks(self) -> list[TrainerCallback]:
@@ -201,9 +230,14 @@ class TokenTrainer(AlignTrainer):
         """Policy and reference on a batch's tokens; the reference from the cache where it is kept there."""
         batch = self._counted(batch.to(self.args.device))
         self._check_head(batch)
-        cache = self._cache_of(data)
-        known = None if cache is None else cache.find(batch.rows, batch.supervised)
-        verified = known is not None and cache is not None and cache.to_verify
+        kept = self._kept
+        known = None if kept is None else kept.find(data, batch)
+        verifies = kept is not None and kept.of(data).to_verify and self.reference.kind != "none"
+        if kept is not None and known is None and self.reference.kind == "none":
+            raise ValueError(
+                f"the reference of row {batch.rows[0]} is not in {kept.of(data).path}, and no copy of it was made, since all other "
+                "rows were there: give these rows as eval_dataset when the trainer is made"
+            )
         with self._dropout_keyed(batch.rows, epoch):
             measured = measure_answers(
                 model,
@@ -212,17 +246,14 @@ class TokenTrainer(AlignTrainer):
                 batch,
                 weights=self._weights,
                 shares_media=self._shares_media,
-                known_reference=None if verified else known,
+                known_reference=None if verifies else known,
                 kl=self.args.needs_kl or (epoch < 0 and known is None and self.reference.kind != "none"),
                 entropy=True,
                 autocast=self.accelerator.autocast,
             )
-        if cache is not None and measured.reference is not None:
-            if verified and known is not None:
-                cache.verify(batch.rows, known, measured.reference)
-            elif known is None:
-                cache.keep(batch.rows, measured.reference, batch.supervised)
-        return measured
+        if kept is None:
+            return measured
+        return replace(measured, reference=kept.settle(data, batch, known, measured.reference))
 
     def _check_head(self, batch: AnswerBatch) -> None:
         """Once: the head is read as the model reads it."""
@@ -271,27 +302,12 @@ class TokenTrainer(AlignTrainer):
 
     # What is kept of the reference.
 
-    def _cache_of(self, data: Answers) -> ReferenceTokens | None:
-        if not self.args.reference_cache:
-            return None
-        if data.fingerprint not in self._kept:
-            folder = Path(self.args.cache_dir) if self.args.cache_dir else default_cache_dir()
-            half = self.accelerator.mixed_precision != "no" or self._model.dtype.itemsize < 4
-            parts = {
-                "reference": self.reference.fingerprint(),
-                "rows": data.fingerprint,
-                "joint": self.args.joint,
-                "dtype": str(self._model.dtype),
-                "autocast": self.accelerator.mixed_precision,
-            }
-            self._kept[data.fingerprint] = ReferenceTokens(
-                folder, parts, tolerance=_HALF_TOLERANCE if half else _TOLERANCE
-            )
-        return self._kept[data.fingerprint]
+    def _reference_fingerprint(self) -> str:
+        return super()._reference_fingerprint() if self._kept is None else self._kept.fingerprint
 
     def _write_kept(self) -> None:
-        for cache in self._kept.values():
-            cache.write(self.args.world_size, self.args.process_index)
+        if self._kept is not None:
+            self._kept.write()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `AlignTrainer.train`; what was kept of the reference is written when it is over."""

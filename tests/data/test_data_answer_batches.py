@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mmalign.data.answer_records import AnswerPair, Turn
 from mmalign.data.answer_tokens import (
-    AnswerBatch,
     AnswerTokens,
     EncodedAnswers,
     collate_answers,
@@ -149,5 +148,4 @@ def test_a_batch_goes_to_a_device_whole() -> None:
     tensors = [moved.supervised, moved.marked, moved.label, *moved.inputs.values(), *moved.media.values()]
     assert moved.prompt_inputs is not None
     assert all(tensor.is_meta for tensor in [*tensors, *moved.prompt_inputs.values()])
-    assert isinstance(moved, AnswerBatch)
     assert moved.rows == batch.rows

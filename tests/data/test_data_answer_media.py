@@ -11,9 +11,10 @@ from PIL import Image
 
 from mmalign.data import InvalidRow, clear_cache, load_answers
 from mmalign.data import answer_media as module
+from mmalign.data.ahead import in_order
 from mmalign.data.answer_media import ClipReading, open_clip
 from mmalign.data.answer_records import VideoClip
-from mmalign.data.clips import Limits, write_clip
+from mmalign.data.clips import Limits, sample_clip, write_clip
 from mmalign.data.images import BadImage
 
 TOTAL, RATE = 20, 10
@@ -166,7 +167,7 @@ def test_a_video_is_decoded_once(video: bytes, tmp_path: Path, monkeypatch: pyte
         assert clip.frames_per_second == expected.frames_per_second
         assert all(np.array_equal(a, b) for a, b in zip(clip.frames, expected.frames, strict=True))
     assert kept.fingerprint() == plain.fingerprint() != load_answers(rows, num_frames=4, **options).fingerprint()
-    files = list((tmp_path / "cache").iterdir())
+    files = list((tmp_path / "cache").glob("*.safetensors"))
     for other in (
         {"num_frames": 4},
         {"fps": 5},
@@ -174,14 +175,30 @@ def test_a_video_is_decoded_once(video: bytes, tmp_path: Path, monkeypatch: pyte
         {"num_frames": 3, "max_pixels": 999},
     ):
         load_answers(rows, **options, **other)[0]
-    assert len(files) == 1 and len(list((tmp_path / "cache").iterdir())) == 5
+    assert len(files) == 1 and len(list((tmp_path / "cache").glob("*.safetensors"))) == 5
     assert clear_cache(tmp_path / "cache") > 0 and not list((tmp_path / "cache").iterdir())
+
+
+def test_readers_at_once_decode_a_video_once(video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        decoded.append(1)
+        return sample_clip(*args, **options)
+
+    monkeypatch.setattr(module, "sample_clip", counted)
+    reading = ClipReading(num_frames=3, cache=tmp_path)
+    clips = list(in_order(lambda _: open_clip(video, reading), range(8), 4))
+    assert len(decoded) == 1 and all(told(clip) == [0, 10, 19] for clip in clips)
+    # What is said of the video beside it is no part of the file.
+    other = open_clip({"frames": video, "fps": 5}, reading)
+    assert (other.frames_per_second, clips[0].frames_per_second, len(decoded)) == (5, RATE, 2)
 
 
 def test_kept_frames_that_were_changed_are_refused(video: bytes, tmp_path: Path) -> None:
     reading = ClipReading(num_frames=3, cache=tmp_path)
     open_clip(video, reading)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.safetensors")
     whole = file.read_bytes()
     for damaged in (
         whole[:-1] + bytes([whole[-1] ^ 1]),

@@ -278,6 +278,14 @@ def test_a_processor_that_counts_otherwise_than_the_model_is_named(
             encode_answers(pair(shown), processor, config)
 
 
+def test_a_picture_that_onevision_shrinks_is_counted_as_its_processor_does() -> None:
+    model, processor = tiny_vlm("llava_onevision")
+    small, config = copy.deepcopy(processor), copy.deepcopy(model.config)
+    small.vision_aspect_ratio = config.vision_aspect_ratio = "anyres_max_1"
+    row = pair(picture(100, 60))
+    assert len(encode_answers(row, small, config).prompt) < len(encode("llava_onevision", row).prompt)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_placeholder_in_the_text_is_named_where_it_stands(kind: str) -> None:
     processor = tiny_vlm(kind)[1]

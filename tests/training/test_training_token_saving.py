@@ -116,41 +116,70 @@ def test_a_kept_reference_gives_the_same_losses_and_is_asked_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = counted(monkeypatch)
-    data = rows("lfm2_vl", 12)
+    data = rows("lfm2_vl", 10)
 
-    def run(folder: str, **options: Any) -> TokenTrainer:
-        made = trainer(
-            tmp_path / folder, "lfm2_vl", train_dataset=data, max_steps=12, cache_dir=str(tmp_path / "kept"), **options
-        )
+    def run(folder: str, max_steps: int = 5, **options: Any) -> list[float]:
+        calls.clear()
+        options |= {"train_dataset": data, "max_steps": max_steps, "cache_dir": str(tmp_path / "kept")}
+        made = trainer(tmp_path / folder, "lfm2_vl", **options)
         made.train()
-        return made
+        return losses_of(made)
 
-    live = losses_of(run("live"))
-    assert len(calls) == 12
-    calls.clear()
-    first = run("first", reference_cache=True)
-    assert len(calls) == 6
-    calls.clear()
-    second = run("second", reference_cache=True)
+    live = run("live")
+    assert len(calls) == 5
+    assert run("first", max_steps=10, reference_cache=True)[:5] == pytest.approx(live, abs=1e-5)
+    # The second epoch finds what the first one kept.
+    assert len(calls) == 5
+    assert run("second", reference_cache=True) == pytest.approx(live, abs=1e-5)
     # Eight rows of a file that was found are compared with the reference itself.
     assert len(calls) == 4
-    for other in (first, second):
-        assert losses_of(other) == pytest.approx(live, abs=1e-5)
-    # Per token, so another form needs no pass either.
-    calls.clear()
-    mean = run("mean", reference_cache=True, logps="mean", seed=3, data_seed=42)
-    assert len(calls) == 4 and len(mean._kept) == 1
-    calls.clear()
+    # Per token, so another form needs no more.
+    run("mean", reference_cache=True, logps="mean")
+    assert len(calls) == 4
     run("longer", reference_cache=True, max_length=300)
-    assert len(calls) == 6
-    assert len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == 2
+    assert len(calls) == 5 and len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == 2
+
+
+def test_with_all_rows_kept_no_copy_of_the_reference_is_made(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "peft_config": None,
+        "reference_cache": True,
+        "cache_dir": str(tmp_path / "kept"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_dataset": rows("lfm2_vl", 2, seed=1),
+    }
+    first = trainer(tmp_path / "first", "lfm2_vl", **options)
+    assert first.reference.kind == "copy"
+    first.train()
+    first.evaluate()
+    first._write_kept()
+    second = trainer(tmp_path / "second", "lfm2_vl", **options)
+    assert second.reference.kind == "none" and second.facts == first.facts
+    second.train()
+    assert losses_of(second) == pytest.approx(losses_of(first), abs=1e-5)
+    assert second.evaluate()["eval_loss"] == pytest.approx(first.evaluate()["eval_loss"], abs=1e-5)
+    third = trainer(tmp_path / "first", "lfm2_vl", **options)
+    third.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert losses_of(third)[2:] == pytest.approx(losses_of(first)[2:], abs=1e-5)
+    with pytest.raises(ValueError, match="the reference of row 0 is not in .*, and no copy of it was made"):
+        second.evaluate(rows("lfm2_vl", 2, seed=2))
+    assert second._kept is not None
+    table = second._kept.of(second._train)
+    table._table = {key: value + 0.01 for key, value in table._table.items()}
+    table._new = True
+    table.path.unlink()
+    table.write()
+    with pytest.raises(ValueError, match="does not hold what the reference says now"):
+        trainer(tmp_path / "fourth", "lfm2_vl", **options)
 
 
 def test_a_kept_reference_that_is_wrong_is_refused(tmp_path: Path) -> None:
     options: dict[str, Any] = {"reference_cache": True, "cache_dir": str(tmp_path / "kept"), "max_steps": 3}
     run = trainer(tmp_path / "run", **options)
     run.train()
-    (cache,) = run._kept.values()
+    assert run._kept is not None
+    cache = run._kept.of(run._train)
     wrong = ReferenceTokens(tmp_path / "wrong", cache._parts)
     for (row, side), value in cache._table.items():
         wrong._table[row, side] = value + 0.01

@@ -295,11 +295,29 @@ def test_evaluation_tells_the_kl_and_is_the_same_every_time(tmp_path: Path, capl
     assert "1 of 3 evaluation prompts also occur in training" in caplog.text
     told = run.evaluate()
     again = run.evaluate()
-    assert told == again and told["eval_kl"] > 0
+    assert told == again
     rows_apart = [run.evaluate([row])["eval_loss"] for row in held_out]
     assert told["eval_loss"] == pytest.approx(sum(rows_apart) / 3, rel=1e-4)
     with pytest.raises(ValueError, match="eval_dataset is the training data"):
         trainer(tmp_path, eval_dataset=rows())
+
+
+def test_the_kl_is_that_of_whole_distributions_and_teaches(tmp_path: Path) -> None:
+    run = trainer(tmp_path, peft_config="moved")
+    run.args.needs_kl = True  # type: ignore[misc]
+    measured = run.measure(run.model, batch(run)["batch"], epoch=0, data=run._train)
+    policy = plain_log_probs(run.network, run, whole=True)
+    with run.reference.model(run.network) as frozen:
+        reference = plain_log_probs(frozen, run, whole=True)
+    expected = [
+        (r[side].exp() * (r[side] - p[side])).sum(-1) for side in (0, 1) for p, r in zip(policy, reference, strict=True)
+    ]
+    kl = measured.policy.kl
+    assert kl is not None
+    torch.testing.assert_close(kl[measured.supervised].detach(), torch.cat(expected), rtol=1e-3, atol=1e-6)
+    kl.sum().backward()
+    assert all(p.grad is not None for p in run.network.parameters() if p.requires_grad)
+    assert trainer(tmp_path, eval_dataset=rows(seed=1)).evaluate()["eval_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_where_the_constructor_raises_the_model_is_as_it_was(tmp_path: Path) -> None:

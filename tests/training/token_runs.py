@@ -87,8 +87,13 @@ def batch(run: TokenTrainer, number: int = 2) -> dict[str, Any]:
     return run.collate([run._train.dataset[index] for index in range(number)])
 
 
-def plain_log_probs(model: torch.nn.Module, run: TokenTrainer, number: int = 2) -> list[list[torch.Tensor]]:
-    """Of each row and side the log-probabilities of its supervised tokens, from a plain pass over all logits."""
+def plain_log_probs(
+    model: torch.nn.Module, run: TokenTrainer, number: int = 2, whole: bool = False
+) -> list[list[torch.Tensor]]:
+    """Of each row and side the log-probabilities of its supervised tokens, from a plain pass over all logits.
+
+    whole: of the whole vocabulary there.
+    """
     told = []
     for index in range(number):
         encoded = run._train.dataset[index]["encoded"]
@@ -99,6 +104,6 @@ def plain_log_probs(model: torch.nn.Module, run: TokenTrainer, number: int = 2) 
                 logits = model(input_ids=ids[None]).logits[0].log_softmax(-1)
             own = torch.cat([torch.zeros(len(encoded.prompt), dtype=torch.bool), answer.supervised])
             places = own.nonzero()[:, 0]
-            sides.append(logits[places - 1, ids[places]])
+            sides.append(logits[places - 1] if whole else logits[places - 1, ids[places]])
         told.append(sides)
     return told
