@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmalign.data.answer_records import AnswerPair, Picture, VideoClip
+from mmalign.data.answer_records import AnswerPair, Picture, Turn, VideoClip
 from mmalign.data.answered_chats import AnsweredChat, common_start, read_answer
 from mmalign.data.chats import write_answer, write_prompt
 from mmalign.data.placeholders import check_placeholders
@@ -120,13 +120,7 @@ def encode_answers(
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
     options = template_kwargs or {}
     sides = [(pair.chosen, pair.chosen_marks), (pair.rejected, pair.rejected_marks)]
-    try:
-        _check_media(pair, processor)
-        prompt = write_prompt(pair.prompt, processor, options)
-        ids, text, media = _read_prompt(pair, prompt, processor, processor_kwargs or {})
-        check_placeholders(ids, media, config)
-    except ValueError as error:
-        raise InvalidRow(BadRow(pair.row, "prompt", str(error))) from error
+    prompt, ids, text, media = _encoded(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
     read: list[AnsweredChat] = []
@@ -158,6 +152,26 @@ def encode_answers(
     return EncodedAnswers(pair.row, ids[:length], tuple(answers), extras, media, pair.label)
 
 
+def encode_prompt(
+    turns: Sequence[Turn],
+    row: int,
+    processor: Any,
+    config: Any,
+    *,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> EncodedAnswers:
+    """A conversation that the model is to go on with, as an EncodedAnswers without answers; options as in encode_answers."""
+    _check_options(None, None, processor_kwargs or {})
+    _, ids, text, media = _encoded(row, turns, processor, config, processor_kwargs or {}, template_kwargs or {})
+    return EncodedAnswers(row, ids, (), text, media, 1.0)
+
+
+def collate_prompts(items: Sequence[EncodedAnswers], pad_id: int) -> dict[str, Tensor]:
+    """The prompts with their media as `model.generate` reads them, padded on the left."""
+    return _padded_prompts(items, pad_id) | _joined_media(items)
+
+
 def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prompt: bool = False) -> AnswerBatch:
     """The rows as one batch; ValueError if pairs and single answers, or clips of different lengths, meet in it."""
     counts = {len(item.answers) for item in items}
@@ -174,8 +188,7 @@ def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prom
     inputs = _padded(sequences, pad_id, "right")
     prompts = None
     if shared_prompt:
-        prompts = _padded([item.prompt for item in items], pad_id, "left")
-        prompts |= _padded_extras([(item, len(item.prompt)) for item in items], "left")
+        prompts = _padded_prompts(items, pad_id)
     else:
         inputs |= _padded_extras([(item, len(ids)) for (item, _), ids in zip(answers, sequences, strict=True)], "right")
     return AnswerBatch(
@@ -205,15 +218,35 @@ def _check_options(max_length: int | None, truncate: str | None, processor_kwarg
             raise ValueError(f"processor_kwargs cannot take {taken[0]!r}: {instead}")
 
 
-def _check_media(pair: AnswerPair, processor: Any) -> None:
-    for medium in pair.media:
+def _encoded(
+    row: int,
+    turns: Sequence[Turn],
+    processor: Any,
+    config: Any,
+    processor_kwargs: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any],
+) -> tuple[str, Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The prompt as the template writes it, its ids, what else is told of each token, and its media; InvalidRow."""
+    media = [medium for turn in turns for medium in turn.media]
+    try:
+        _check_media(media, processor)
+        prompt = write_prompt(turns, processor, template_kwargs)
+        ids, text, tensors = _read_prompt(media, prompt, processor, processor_kwargs)
+        check_placeholders(ids, tensors, config)
+    except ValueError as error:
+        raise InvalidRow(BadRow(row, "prompt", str(error))) from error
+    return prompt, ids, text, tensors
+
+
+def _check_media(media: Sequence[Picture | VideoClip], processor: Any) -> None:
+    for medium in media:
         kind, reader = ("picture", "image_processor") if isinstance(medium, Picture) else ("clip", "video_processor")
         if not hasattr(processor, reader):
             raise ValueError(f"holds a {kind}, which {type(processor).__name__} cannot read")
 
 
 def _read_prompt(
-    pair: AnswerPair, prompt: str, processor: Any, options: Mapping[str, Any]
+    media: Sequence[Picture | VideoClip], prompt: str, processor: Any, options: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     tokenizer = getattr(processor, "tokenizer", processor)
     # The processor may write into what it is given.
@@ -221,9 +254,9 @@ def _read_prompt(
     # As apply_chat_template does: a tokenizer's template is complete, a processor's is if it writes the start token.
     if processor is tokenizer or (tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)):
         keywords["add_special_tokens"] = False
-    if pictures := [medium.image for medium in pair.media if isinstance(medium, Picture)]:
+    if pictures := [medium.image for medium in media if isinstance(medium, Picture)]:
         keywords["images"] = [pictures]
-    if clips := [medium for medium in pair.media if isinstance(medium, VideoClip)]:
+    if clips := [medium for medium in media if isinstance(medium, VideoClip)]:
         keywords["videos"] = [list(clip.frames) for clip in clips]
         keywords["video_metadata"] = [_metadata(clip) for clip in clips]
         keywords["do_sample_frames"] = False
@@ -267,6 +300,11 @@ def _padded(sequences: list[Tensor], value: int, side: str) -> dict[str, Tensor]
         "input_ids": pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side),
         "attention_mask": pad_sequence(mask, batch_first=True, padding_side=side),
     }
+
+
+def _padded_prompts(items: Sequence[EncodedAnswers], pad_id: int) -> dict[str, Tensor]:
+    ids = _padded([item.prompt for item in items], pad_id, "left")
+    return ids | _padded_extras([(item, len(item.prompt)) for item in items], "left")
 
 
 def _padded_extras(rows: list[tuple[EncodedAnswers, int]], side: str) -> dict[str, Tensor]:
