@@ -54,7 +54,7 @@ class AnswerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerEvaluation:
-    """What grading found. kinds: () where questions have none; pairs: None where none are paired. likelihoods, retention: where asked for."""
+    """What grading found. kinds: () where questions have none; pairs, retention, likelihoods: None where there are none."""
 
     aligned_label: str
     base_label: str | None
@@ -144,7 +144,7 @@ def answer_retention(
     num_resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Retention:
-    """Whether the aligned model still answers questions that its training was not about: the share of right ones may fall by `tolerance`."""
+    """Whether the aligned model still answers what its training was not about: the share of right answers may fall by `tolerance`."""
     _check(questions, aligned, base)
     ours, theirs = (
         np.array([one.score for one in grade(questions, [told.answer for told in side.answers], grader)])
@@ -158,7 +158,9 @@ def answer_retention(
 def _corrected(groups: list[AnswerGroup]) -> list[AnswerGroup]:
     """The groups with their p-values corrected for each other."""
     p_values = [group.difference.p_value for group in groups if group.difference is not None]
-    return [replace(group, p_corrected=p) for group, p in zip(groups, holm(p_values), strict=True)] if p_values else groups
+    return (
+        [replace(group, p_corrected=p) for group, p in zip(groups, holm(p_values), strict=True)] if p_values else groups
+    )
 
 
 def _check(questions: Sequence[Question], aligned: AnswerFile, base: AnswerFile | None) -> None:

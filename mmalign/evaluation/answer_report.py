@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmalign.data.answer_records import Picture
+from mmalign.data.clips import glance
+from mmalign.data.questions import QuestionSource
 from mmalign.evaluation.answer_evaluation import AnswerEvaluation, AnswerGroup, AnswerRow
 from mmalign.evaluation.answer_grades import Accuracy
 from mmalign.evaluation.findings import retention_line
@@ -27,6 +30,18 @@ _FEW = 500
 # A share of answers above which a note is due.
 _MANY_UNREADABLE, _MANY_CUT = 0.02, 0.02
 Shown = Callable[[int], Image.Image | None]
+
+
+def picture_of(questions: QuestionSource) -> Shown:
+    """The first picture of a question, or three frames of its first clip; None of one about words alone."""
+
+    def show(row: int) -> Image.Image | None:
+        media = next((medium for turn in questions.prompt(row) for medium in turn.media), None)
+        if media is None:
+            return None
+        return media.image if isinstance(media, Picture) else glance(media.frames)
+
+    return show
 
 
 def write_answer_report(
@@ -69,8 +84,8 @@ def write_answer_report(
         ),
         _gallery(
             "Unlearnt",
-            f"The first {count(min(num_lost, len(lost)), 'question')} of {len(lost)} that {text(result.base_label)} answers better than "
-            f"{text(result.aligned_label)}.",
+            f"The first {count(min(num_lost, len(lost)), 'question')} of {len(lost)} that {text(result.base_label)} answers better "
+            f"than {text(result.aligned_label)}.",
             lost[:num_lost],
             result,
             picture,
@@ -157,11 +172,13 @@ def notes(result: AnswerEvaluation) -> list[str]:
         "would give.",
     ]
     if result.kinds and result.base_label is not None:
-        lines.append("p-values of kinds of questions are corrected (Holm) for their number; that of all questions is not.")
+        lines.append(
+            "p-values of kinds of questions are corrected (Holm) for their number; that of all questions is not."
+        )
     if found.method == "wilson":
         lines.append(
-            "Intervals of shares are Wilson's at the effective number of independent questions, where there are too few prompts, right or "
-            "wrong answers for bootstrap percentiles."
+            "Intervals of shares are Wilson's at the effective number of independent questions, where there are too few prompts, right "
+            "or wrong answers for bootstrap percentiles."
         )
     if found.num_clusters < _FEW:
         lines.append(f"{count(found.num_clusters, 'prompt')} is few: plan on {_FEW} or more for a claim.")
@@ -178,7 +195,9 @@ def _size(found: Accuracy) -> str:
 
 def _points(difference: Difference) -> str:
     """`+8.2 points (+3.1 to +13.0)`"""
-    value, low, high = (number(100 * end, 1.0, sign=True) for end in (difference.value, difference.low, difference.high))
+    value, low, high = (
+        number(100 * end, 1.0, sign=True) for end in (difference.value, difference.low, difference.high)
+    )
     return f"{value} points ({low} to {high})"
 
 
@@ -246,7 +265,8 @@ def _likelihoods(result: AnswerEvaluation) -> str:
         return ""
     return (
         '<section><h2>Given answers</h2><p class="quiet lead">What the models say of answers that stand in the data, without '
-        f"generating any: a pair is ranked right where its preferred answer gained more log-probability over the base.</p>{lines}</section>\n"
+        "generating any: a pair is ranked right where its preferred answer gained more log-probability over the base.</p>"
+        f"{lines}</section>\n"
     )
 
 
@@ -271,18 +291,23 @@ def _card(row: AnswerRow, result: AnswerEvaluation, image: Image.Image | None) -
     shown = ""
     if image is not None:
         uri = data_uri(image)
-        shown = f'<div class="side"><img src="{uri}" loading="lazy" alt="what question {row.question.row} is about"></div>'
+        shown = (
+            f'<div class="side"><img src="{uri}" loading="lazy" alt="what question {row.question.row} is about"></div>'
+        )
     right = f'<p class="outcome">right: {text(", or ".join(row.question.right))}</p>' if row.question.right else ""
     said = _said(result.aligned_label, row.aligned, row.aligned_score)
     if row.base is not None and row.base_score is not None:
         said += _said(str(result.base_label), row.base, row.base_score)
-    return f'<figure class="pair">{shown}<figcaption><p class="prompt" dir="auto">{text(row.question.text)}</p>{right}{said}</figcaption></figure>'
+    asked = f'<p class="prompt" dir="auto">{text(row.question.text)}</p>'
+    return f'<figure class="pair">{shown}<figcaption>{asked}{right}{said}</figcaption></figure>'
 
 
 def _said(label: str, answer: str, score: float) -> str:
     mood = "win" if score == 1 else "loss" if score == 0 else "even"
     mark = {"win": "\N{CHECK MARK}", "loss": "\N{MULTIPLICATION SIGN}"}.get(mood, percent(score))
-    return f'<p class="outcome" dir="auto"><span class="{mood}">{mark}</span> {text(label)}: {text(answer or MINUS)}</p>'
+    return (
+        f'<p class="outcome" dir="auto"><span class="{mood}">{mark}</span> {text(label)}: {text(answer or MINUS)}</p>'
+    )
 
 
 def _notes(result: AnswerEvaluation) -> str:

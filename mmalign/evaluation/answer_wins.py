@@ -17,7 +17,7 @@ from mmalign.evaluation.win_rate import WinRate, win_rate
 Verdict = Literal["a", "b", "same", "inconsistent", "unreadable"]
 # (the question, first answer, second answer) → what the judge says: "1", "2", or something that is neither.
 AnswerJudge = Callable[[Question, str, str], str]
-# A ridge on the length's weight: where the longer answer always wins it would have no end. Small, for what it holds back is told as quality.
+# A ridge on the length's weight, which has no end where the longer answer always wins; small, for what it holds back counts as quality.
 _RIDGE = 1e-3
 _NEWTON_STEPS = 100
 
@@ -107,7 +107,7 @@ def length_controlled(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> ControlledRate:
-    """The win rate at equal lengths: σ(θ) of P(win) = σ(θ + φ · tanh(Δ / std Δ)), AlpacaEval 2's less its term of a question's difficulty.
+    """The win rate at equal lengths: σ(θ) of P(win) = σ(θ + φ · tanh(Δ / std Δ)); AlpacaEval 2's without how hard a question is.
 
     wins: (N,) 1, ½ or 0. longer: (N,) Δ, by how much a's answer is longer, in any unit. The interval is θ ± t · its standard error,
     clustered by prompt (a sandwich), on the scale of log-odds. Where every comparison ends the same, length explains nothing, and rate
