@@ -13,6 +13,7 @@ from mmalign.cli.answer_models import answering_options, load_answering
 from mmalign.cli.fields import OTHERS, OWN, USUAL, documented_fields
 from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag
 from mmalign.cli.terminal import Interrupted, command, rank_prefix
+from mmalign.cli.trained import checkpoints, how_to_go_on
 
 _METHOD = "the method: what is compared, and the loss"
 _DATA = (
@@ -106,7 +107,7 @@ def train_answers(method: str, pipeline_class: Any, given: Given, words: list[st
     try:
         pipe.align(source, eval_dataset=evaluated, peft_config=_lora(given, pipe, config), **options)
     except KeyboardInterrupt:
-        raise Interrupted(train.how_to_go_on(method, words, folder)) from None
+        raise Interrupted(how_to_go_on(method, words, folder)) from None
     if not rank_prefix():
         if given["save_pipeline"]:
             pipe.save_pretrained(folder / "pipeline")
@@ -159,7 +160,7 @@ def _farewell(given: Given, folder: Path) -> str:
     }
     lines = ["", f"saved in {folder}:"]
     lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
-    lines += [f"  {path.name}" for path in train.checkpoints(folder)[-1:]]
+    lines += [f"  {path.name}" for path in checkpoints(folder)[-1:]]
     whole = ["--model", str(folder), "--base", given["model"]]
     model = whole if given["full"] else ["--model", given["model"], "--lora", str(folder)]
     data = ["--data", "questions.jsonl"]

@@ -179,8 +179,8 @@ def _group(name: str, ours: Sequence[Graded], theirs: Sequence[Graded] | None, r
     options: dict[str, Any] = {"num_resamples": rules.num_resamples, "confidence": rules.confidence}
     difference = None
     if theirs is not None:
-        scores = [[one.score for one in side] for side in (ours, theirs)]
-        difference = paired_difference(*scores, [one.question.cluster for one in ours], **options)
+        aligned, base = ([one.score for one in side] for side in (ours, theirs))
+        difference = paired_difference(aligned, base, [one.question.cluster for one in ours], **options)
     return AnswerGroup(
         name=name,
         aligned=accuracy(ours, **options),

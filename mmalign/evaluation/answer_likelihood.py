@@ -86,7 +86,8 @@ def compare_likelihoods(
         found = interval(array, clusters, **shared)
         return Estimate(float(array.mean()), found.low, found.high, len(array), clusters.count, confidence)
 
-    ranking = estimated(np.sign(margins) / 2 + 0.5, proportion_interval) if margins else None
+    ranks = [float(np.sign(margin)) / 2 + 0.5 for margin in margins]
+    ranking = estimated(ranks, proportion_interval) if ranks else None
     return AnswerLikelihoods(ranking, estimated(divergences, mean_interval), tuple(margins))
 
 

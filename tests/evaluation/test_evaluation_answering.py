@@ -73,8 +73,12 @@ class Counting:
             return inner.generate(**inputs)
 
         self.model = SimpleNamespace(
-            generate=generate, config=inner.config, device=inner.device, modules=inner.modules, generation_config=inner.generation_config
-        )  # fmt: skip
+            generate=generate,
+            config=inner.config,
+            device=inner.device,
+            modules=inner.modules,
+            generation_config=inner.generation_config,
+        )
 
 
 def test_a_stop_loses_one_batch_and_half_a_line_at_most(tmp_path):
