@@ -1,7 +1,7 @@
 """Tiny random models that see, with their families' own processors, made offline and the same for every run of a seed.
 
 `from tiny_vlm import tiny_vlm` with `tests` on sys.path. KINDS see, TEXT_KINDS only read: their processor is a tokenizer. Each has some
-fifty thousand parameters, a hidden width of 32, a byte-level vocabulary of about 500 tokens, and a tile or frame of 16×16 pixels (of
+fifty thousand parameters, a hidden width of 32, a byte-level vocabulary of about 400 tokens, and a tile or frame of 16×16 pixels (of
 LFM2-VL 32×32). VIDEO_KINDS watch clips too. Padding is token 0 everywhere, as in LFM2.
 
 "smolvlm" skips the test where num2words, which its processor imports, is missing. picture() and clip() are noise to show them.
@@ -81,7 +81,7 @@ def chatml(media: dict[str, str], marks: bool, bos: bool = False) -> str:
 
 
 def tiny_tokenizer(special: tuple[str, ...] = (), names: dict[str, str] | None = None, end: str = _END) -> Any:
-    """A byte-level tokenizer of some 500 tokens: pad 0, start 1, the turns' marks, then `special`; names: an attribute → its token."""
+    """A byte-level tokenizer of some 400 tokens: pad 0, start 1, the turns' marks, then `special`; names: an attribute → its token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

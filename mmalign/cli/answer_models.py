@@ -107,8 +107,15 @@ def asking_options(group: str) -> list[Option]:
     ]
 
 
-def load_answering(given: Given, *, name: str | None = None, lora: str | None = None) -> Any:
-    """The model that was asked for, with its processor and its LoRA, on its device."""
+def load_answering(
+    given: Given,
+    pipeline_class: Any = None,
+    *,
+    name: str | None = None,
+    lora: str | None = None,
+    device: str | None = None,
+) -> Any:
+    """The model that was asked for, with its processor and its LoRA, on its device. pipeline_class: none is `TokenPipeline`."""
     import torch
 
     from mmalign.training.token_pipeline import TokenPipeline
@@ -116,7 +123,7 @@ def load_answering(given: Given, *, name: str | None = None, lora: str | None = 
     options: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])}
     if name is None and given["revision"] is not None:
         options["revision"] = given["revision"]
-    pipe = TokenPipeline.from_pretrained(name or given["model"], **options)
+    pipe = (pipeline_class or TokenPipeline).from_pretrained(name or given["model"], **options)
     if lora is not None:
         folder = Path(lora).expanduser()
         if folder.is_dir() and not (folder / _ADAPTER).is_file():
@@ -126,15 +133,22 @@ def load_answering(given: Given, *, name: str | None = None, lora: str | None = 
         pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
     # Nothing is trained here.
     pipe.model.requires_grad_(False)
-    return pipe.to(best_device(given.values.get("device")))
+    return pipe.to(best_device(device or given.values.get("device")))
 
 
 def questions_of(given: Given) -> Any:
     """The questions of --data."""
     from mmalign.data.questions import load_questions
 
-    names = ("split", "root", "max_rows", "num_frames", "fps")
-    return load_questions(given["data"], **{name: given[name] for name in names})
+    names = ("split", "root", "max_rows")
+    return load_questions(given["data"], **{name: given[name] for name in names}, **frames_of(given))
+
+
+def frames_of(given: Given) -> dict[str, Any]:
+    """Which frames of a clip are read, and where they are kept, so that a video is decoded once."""
+    from mmalign.data import default_cache_dir
+
+    return {name: given[name] for name in ("num_frames", "fps")} | {"frame_cache": default_cache_dir() / "frames"}
 
 
 def asking_of(given: Given) -> dict[str, Any]:

@@ -36,7 +36,7 @@ VERBS = {
         Verb(
             "train",
             "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd; "
-            "one that answers: rrpo, or token-dpo",
+            "one that answers: rrpo, lfm2-vl, or token-dpo",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),
@@ -117,6 +117,12 @@ VERBS = {
             "an aligned model as other tools load it: diffusers, peft, kohya, ComfyUI, or merged",
             "mmalign export runs/smpo --format kohya --output aligned.safetensors",
             "mmalign.cli.export",
+        ),
+        Verb(
+            "merge",
+            "several fine-tuned models of one base as one: soup, task arithmetic, TIES, DARE, DELLA",
+            "mmalign merge runs/dpo runs/ln-pref --base LiquidAI/LFM2-VL-450M --method ties --output merged",
+            "mmalign.cli.merge",
         ),
         Verb(
             "validate-data",

@@ -14,6 +14,7 @@ from mmalign.cli.answer_models import (
     answering_options,
     asking_of,
     asking_options,
+    frames_of,
     load_answering,
     question_options,
     questions_of,
@@ -170,7 +171,7 @@ def _check(given: Given) -> None:
 def _others(given: Given) -> Any:
     from mmalign.data.questions import load_questions
 
-    return load_questions(given["retention_data"], num_frames=given["num_frames"], fps=given["fps"])
+    return load_questions(given["retention_data"], **frames_of(given))
 
 
 def _base(given: Given, pipe: Any) -> _Base | None:
@@ -198,7 +199,7 @@ def _weighed(given: Given, pipe: Any, base: _Base) -> Any:
         pipe.model,
         base.acting,
         pipe.processor,
-        load_answers(given["given_answers"], num_frames=given["num_frames"], fps=given["fps"]),
+        load_answers(given["given_answers"], **frames_of(given)),
         batch_size=given["batch_size"],
         processor_kwargs=given["processor_kwargs"],
         num_resamples=given["num_resamples"],

@@ -65,6 +65,11 @@ METHODS = {
         "RRPO",
         "models that watch clips: phrases in which answers differ, the rest held to the base (arXiv:2504.12083)",
     ),
+    "lfm2-vl": (
+        "mmalign.pipelines.vision.lfm2_vl",
+        "LFM2VL",
+        "LFM2-VL and LFM2: DPO and every pair loss, with distillation from a larger one (arXiv:2511.23404)",
+    ),
     "token-dpo": (
         "mmalign.training.token_pipeline",
         "Token",
@@ -72,7 +77,7 @@ METHODS = {
     ),
 }
 # Those that train models that answer in tokens; see train_answers.py.
-ANSWERING = ("rrpo", "token-dpo")
+ANSWERING = ("rrpo", "lfm2-vl", "token-dpo")
 # Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
 ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd", *ANSWERING)]
 PAIRS = (

@@ -78,6 +78,7 @@ def answering_command(
 
 _EXAMPLES = {
     "rrpo": "llava-hf/llava-onevision-qwen2-7b-ov-hf --data pairs.jsonl --preset llava-video --lora-r 128",
+    "lfm2-vl": "LiquidAI/LFM2-VL-450M --data pairs.jsonl --preset leap",
     "token-dpo": "LiquidAI/LFM2-VL-450M --data pairs.jsonl",
 }
 
@@ -98,8 +99,7 @@ def train_answers(method: str, pipeline_class: Any, given: Given, words: list[st
     options = train.config_options(given, config_class)
     config = train.checked_config(options, config_class)
     # The trainer brings the model to its device.
-    pipe_of = load_answering(Given(given.values | {"device": "cpu"}))
-    pipe = pipeline_class.from_parts(pipe_of.model, pipe_of.processor)
+    pipe = load_answering(given, pipeline_class, device="cpu")
     source, evaluated = _sources(given, config)
     if source is not given["data"]:
         options |= {"train_split": None, "eval_split": None, "num_frames": None}
@@ -119,18 +119,20 @@ def _sources(given: Given, config: Any) -> tuple[Any, Any]:
     """The data as they were named; opened here where an option says how, which the trainer has no field for."""
     if given["max_rows"] is None and given["root"] is None:
         return given["data"], given["eval_data"]
+    from mmalign.data import default_cache_dir
     from mmalign.data.answers import load_answers
 
+    shared = {"num_frames": config.num_frames, "frame_cache": Path(config.cache_dir or default_cache_dir()) / "frames"}
     source = load_answers(
         given["data"],
         split=config.train_split,
         root=given["root"],
         max_rows=given["max_rows"],
-        num_frames=config.num_frames,
+        **shared,
     )
     held_out = given["eval_data"]
     if held_out is not None:
-        held_out = load_answers(held_out, split=config.eval_split, root=given["root"], num_frames=config.num_frames)
+        held_out = load_answers(held_out, split=config.eval_split, root=given["root"], **shared)
     return source, held_out
 
 

@@ -192,8 +192,12 @@ def _contact_sheet(source: PairSource | AnswerSource, report: DataReport) -> Any
         shown += _shown_answers(record) if answers else [_shown_pair(record)]
     if not shown:
         return None
-    titles = ["asked about"] if answers else ["preferred", "other"] if source.sides == 2 else ["picture"]
     pictures, captions = zip(*shown, strict=True)
+    if answers:
+        # Wide enough for what is said.
+        size: dict[str, int] = {"cell_size": 256, "max_caption_lines": 8}
+        return side_by_side(pictures, captions, ["asked about"], rows_per_line=min(4, len(shown)), **size)
+    titles = ["preferred", "other"] if source.sides == 2 else ["picture"]
     return side_by_side(pictures, captions, titles, rows_per_line=min(4 // len(titles), len(shown)))
 
 
@@ -214,6 +218,6 @@ def _shown_answers(pair: AnswerPair) -> list[tuple[list[Image.Image], str]]:
 
     asked = " ".join(part for part in pair.prompt[-1].parts if isinstance(part, str))
     other = ("(liked)" if pair.label else "(not liked)") if pair.rejected is None else f"rather than {pair.rejected}"
-    caption = f"row {pair.row}: {asked} → {pair.chosen} {other}"
+    caption = f"row {pair.row}: {asked} | {pair.chosen} | {other}"
     media = [glance(medium.image if isinstance(medium, Picture) else medium.frames) for medium in pair.media[-1:]]
     return [(media, " ".join(caption.split()))] if media else []

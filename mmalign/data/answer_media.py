@@ -4,8 +4,8 @@ A clip is what clips.py reads, or frames with what is known of their video:
 {"frames": a list or a folder of pictures, "fps": of the video, "indices": of the frames in it, "total_frames": in all}.
 Only "frames" is needed; frames without indices are all there are.
 
-cache/frames-<key>.safetensors    frames (F, H, W, 3) uint8, indices (F,)    key = sha256 of the file's content and of all that decides
-                                                                              which of its frames are read, and in which size
+cache/frames-<key>.safetensors    frames (F, H, W, 3) uint8; which they are, in its notes
+    key = sha256 of the file's content and of all that decides which of its frames are read, and in which size
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,25 @@ class _Known:
 def open_clip(value: Any, reading: ClipReading, *, roots: Sequence[Path] = (), absolute: bool = False) -> VideoClip:
     """A clip of any sort as its sampled frames. Raises BadImage; ValueError where it is not said which frames of a video are read."""
     value, known = _with_knowledge(value) if _are_frames(value) else (content(value), _Known())
-    kept = None if reading.cache is None else _cache_file(value, reading, roots, absolute)
-    if kept is not None and kept.is_file():
-        return _load(kept)
+    kept = None if reading.cache is None else _cache_file(value, known, reading, reading.cache, roots, absolute)
+    if kept is None:
+        return _decoded(value, known, reading, roots, absolute)
+    if not kept.is_file():
+        from filelock import FileLock
+
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(kept.with_suffix(".lock")):
+            if not kept.is_file():
+                _keep(kept, _decoded(value, known, reading, roots, absolute))
+    return _load(kept)
+
+
+def _decoded(value: Any, known: _Known, reading: ClipReading, roots: Sequence[Path], absolute: bool) -> VideoClip:
     # Processors want the rate of animations too.
     sampled = sample_clip(
         value, _pick(reading, known), roots=roots, absolute=absolute, limits=reading.limits, timed=True
     )
-    clip = _clip(sampled, reading, known)
-    if kept is not None:
-        _keep(kept, clip)
-    return clip
+    return _clip(sampled, reading, known)
 
 
 def _pick(reading: ClipReading, known: _Known) -> Pick:
@@ -115,7 +123,9 @@ def _at_rate(indices: Sequence[int], source: float, fps: float) -> list[int]:
     numbers = np.asarray(indices, dtype=float) - indices[0]
     step = source / fps
     times = np.arange(math.floor(numbers[-1] / step + 1e-9) + 1) * step
-    found = [int(np.abs(numbers - time).argmin()) for time in times]
+    after = np.searchsorted(numbers, times).clip(max=len(numbers) - 1)
+    before = (after - 1).clip(min=0)
+    found = np.where(times - numbers[before] <= numbers[after] - times, before, after).tolist()
     if len(set(found)) < len(found):
         raise BadImage(f"holds fewer than {fps:g} frames a second (fps): {len(indices)} of a video with {source:g}")
     return found
@@ -175,21 +185,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _cache_file(value: Any, reading: ClipReading, roots: Sequence[Path], absolute: bool) -> Path | None:
+def _cache_file(
+    value: Any, known: _Known, reading: ClipReading, folder: Path, roots: Sequence[Path], absolute: bool
+) -> Path | None:
     """Where the frames of a video file or its bytes are kept; None for anything else, which is soon read."""
     source = inside(value, roots, absolute, folders=True) if isinstance(value, str | Path) else value
-    if reading.cache is None or (isinstance(source, Path) and source.is_dir()) or video_kind(source) is None:
+    if (isinstance(source, Path) and source.is_dir()) or video_kind(source) is None:
         return None
     held = files_fingerprint([("", source)]) if isinstance(source, Path) else hashlib.sha256(source).hexdigest()
-    asked = (reading.num_frames, reading.fps, reading.source_fps, astuple(reading.limits))
+    asked = (known, replace(reading, cache=None))
     key = hashlib.sha256(repr((_FORMAT, held, asked)).encode()).hexdigest()
-    return reading.cache / f"frames-{key}.safetensors"
+    return folder / f"frames-{key}.safetensors"
 
 
 def _keep(path: Path, clip: VideoClip) -> None:
     frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in clip.frames]))
-    notes = {"fps": clip.frames_per_second, "total": clip.total_frames, "indices": clip.indices}
-    write_shard(path, {"frames": frames}, notes | {"sha256": _digest(frames)})
+    known = [list(clip.indices), clip.frames_per_second, clip.total_frames]
+    write_shard(path, {"frames": frames}, {"known": known, "sha256": _digest(frames, known)})
 
 
 def _load(path: Path) -> VideoClip:
@@ -198,17 +210,18 @@ def _load(path: Path) -> VideoClip:
 
     try:
         notes, frames = read_notes(path), read_shard(path)["frames"]
-        whole = notes["sha256"] == _digest(frames)
+        known = notes["known"]
+        whole = notes["sha256"] == _digest(frames, known)
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(_damaged(path)) from error
     if not whole:
         raise ValueError(_damaged(path))
-    pictures = tuple(Image.fromarray(frame) for frame in frames.numpy())
-    return VideoClip(pictures, tuple(notes["indices"]), notes["fps"], notes["total"])
+    indices, rate, total = known
+    return VideoClip(tuple(Image.fromarray(frame) for frame in frames.numpy()), tuple(indices), rate, total)
 
 
-def _digest(frames: torch.Tensor) -> str:
-    return hashlib.sha256(repr(tuple(frames.shape)).encode() + frames.numpy().tobytes()).hexdigest()
+def _digest(frames: torch.Tensor, known: list[Any]) -> str:
+    return hashlib.sha256(repr((tuple(frames.shape), known)).encode() + frames.numpy().tobytes()).hexdigest()
 
 
 def _damaged(path: Path) -> str:

@@ -9,8 +9,8 @@ The family's own processor reads the prompt, once; an answer is what the chat te
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,16 +18,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmalign.data.answer_records import AnswerPair, Picture, Turn, VideoClip
+from mmalign.data.answer_records import AnswerPair, Span, Turn
 from mmalign.data.answered_chats import AnsweredChat, common_start, read_answer
 from mmalign.data.chats import write_answer, write_prompt
 from mmalign.data.placeholders import check_placeholders
+from mmalign.data.prompt_tokens import check_keywords, check_media, read_prompt
 from mmalign.data.records import BadRow, InvalidRow
-
-_PER_TOKEN = ("mm_token_type_ids", "token_type_ids")
-_OURS = {"text", "images", "videos", "video_metadata", "return_tensors", "add_special_tokens", "padding"}
-_SAMPLING = {"do_sample_frames", "num_frames", "fps"}
-_CUTTING = {"truncation", "max_length"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,40 +110,30 @@ def encode_answers(
     max_length: tokens of prompt and answer together; a longer row is refused, or, with truncate="answer", loses its answer's end.
     processor_kwargs, template_kwargs: for the processor (an image budget) and for its chat template.
     """
-    _check_options(max_length, truncate, processor_kwargs or {})
-    tokenizer = getattr(processor, "tokenizer", processor)
+    _check_options(max_length, truncate)
+    check_keywords(processor_kwargs or {})
+    tokenizer, options = getattr(processor, "tokenizer", processor), template_kwargs or {}
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
-    options = template_kwargs or {}
-    sides = [(pair.chosen, pair.chosen_marks), (pair.rejected, pair.rejected_marks)]
-    prompt, ids, text, media = _encoded(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
+    prompt, (ids, text, media) = _read(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
     read: list[AnsweredChat] = []
-    for (answer, marks), field in zip(sides, pair.fields, strict=False):
-        if answer is None:
-            continue
-        try:
+    for answer, marks, field in _sides(pair):
+        with _refusing(pair.row, field):
             written = write_answer(pair.prompt, prompt, answer, processor, options)
             read.append(read_answer(prompt, written, marks or (), tokenizer, control))
-        except ValueError as error:
-            raise InvalidRow(BadRow(pair.row, field, str(error))) from error
     # A token that reaches over the border belongs to the answers; then the prompt ends before it, for both alike.
     alone = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    kept = min(common_start(alone, one.ids) for one in read)
-    lost = len(alone) - kept
-    if ids[len(ids) - lost - 1 :].tolist() != alone[kept - 1 :]:
-        raise ValueError(
-            f"{type(processor).__name__} adds tokens behind the prompt: its chat template and tokenizer disagree"
-        )
-    length = len(ids) - lost
+    kept = min(common_start(alone, chat.ids) for chat in read)
+    length = len(ids) - (len(alone) - kept)
+    if ids[length - 1 :].tolist() != alone[kept - 1 :]:
+        raise ValueError(f"{type(processor).__name__} adds tokens behind the prompt, where the answer should follow")
     answers = []
-    for one, field in zip(read, pair.fields, strict=False):
-        tokens = AnswerTokens(*(torch.tensor(values[kept:]) for values in (one.ids, one.supervised, one.marked)))
-        try:
-            answers.append(_fit(tokens, length, max_length, truncate))
-        except ValueError as error:
-            raise InvalidRow(BadRow(pair.row, field, str(error))) from error
+    for chat, (_, _, field) in zip(read, _sides(pair), strict=True):
+        masks = (torch.tensor(values[kept:]) for values in (chat.ids, chat.supervised, chat.marked))
+        with _refusing(pair.row, field):
+            answers.append(_fit(AnswerTokens(*masks), length, max_length, truncate))
     extras = {name: values[:length] for name, values in text.items()}
     return EncodedAnswers(pair.row, ids[:length], tuple(answers), extras, media, pair.label)
 
@@ -162,8 +148,8 @@ def encode_prompt(
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> EncodedAnswers:
     """A conversation that the model is to go on with, as an EncodedAnswers without answers; options as in encode_answers."""
-    _check_options(None, None, processor_kwargs or {})
-    _, ids, text, media = _encoded(row, turns, processor, config, processor_kwargs or {}, template_kwargs or {})
+    check_keywords(processor_kwargs or {})
+    _, (ids, text, media) = _read(row, turns, processor, config, processor_kwargs or {}, template_kwargs or {})
     return EncodedAnswers(row, ids, (), text, media, 1.0)
 
 
@@ -202,80 +188,46 @@ def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prom
     )
 
 
-def _check_options(max_length: int | None, truncate: str | None, processor_kwargs: Mapping[str, Any]) -> None:
-    if truncate not in (None, "answer"):
-        raise ValueError(
-            f"truncate must be None or 'answer', got {truncate!r}: a prompt that is cut loses its pictures"
-        )
-    if truncate is not None and max_length is None:
-        raise ValueError("truncate needs max_length")
-    for names, instead in (
-        (_OURS, "it is set here"),
-        (_SAMPLING, "frames are sampled when the data is loaded: load_answers(…, num_frames=…)"),
-        (_CUTTING, "use max_length and truncate of encode_answers"),
-    ):
-        if taken := sorted(names & processor_kwargs.keys()):
-            raise ValueError(f"processor_kwargs cannot take {taken[0]!r}: {instead}")
-
-
-def _encoded(
+def _read(
     row: int,
     turns: Sequence[Turn],
     processor: Any,
     config: Any,
     processor_kwargs: Mapping[str, Any],
     template_kwargs: Mapping[str, Any],
-) -> tuple[str, Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The prompt as the template writes it, its ids, what else is told of each token, and its media; InvalidRow."""
+) -> tuple[str, tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+    """The prompt as the template writes it, and what `read_prompt` makes of it; InvalidRow."""
     media = [medium for turn in turns for medium in turn.media]
-    try:
-        _check_media(media, processor)
+    with _refusing(row, "prompt"):
+        check_media(media, processor)
         prompt = write_prompt(turns, processor, template_kwargs)
-        ids, text, tensors = _read_prompt(media, prompt, processor, processor_kwargs)
-        check_placeholders(ids, tensors, config)
+        read = read_prompt(prompt, media, processor, processor_kwargs)
+        check_placeholders(read[0], read[2], config)
+    return prompt, read
+
+
+@contextmanager
+def _refusing(row: int, field: str) -> Iterator[None]:
+    """What the family's processor or template cannot read is the row's fault, and named so."""
+    try:
+        yield
     except ValueError as error:
-        raise InvalidRow(BadRow(row, "prompt", str(error))) from error
-    return prompt, ids, text, tensors
+        raise InvalidRow(BadRow(row, field, str(error))) from error
 
 
-def _check_media(media: Sequence[Picture | VideoClip], processor: Any) -> None:
-    for medium in media:
-        kind, reader = ("picture", "image_processor") if isinstance(medium, Picture) else ("clip", "video_processor")
-        if not hasattr(processor, reader):
-            raise ValueError(f"holds a {kind}, which {type(processor).__name__} cannot read")
+def _sides(pair: AnswerPair) -> list[tuple[str, tuple[Span, ...] | None, str]]:
+    """Each answer with its marks and its field, the chosen one first."""
+    sides = [(pair.chosen, pair.chosen_marks, pair.fields[0])]
+    return sides if pair.rejected is None else [*sides, (pair.rejected, pair.rejected_marks, pair.fields[1])]
 
 
-def _read_prompt(
-    media: Sequence[Picture | VideoClip], prompt: str, processor: Any, options: Mapping[str, Any]
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    tokenizer = getattr(processor, "tokenizer", processor)
-    # The processor may write into what it is given.
-    keywords = copy.deepcopy(dict(options))
-    # As apply_chat_template does: a tokenizer's template is complete, a processor's is if it writes the start token.
-    if processor is tokenizer or (tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)):
-        keywords["add_special_tokens"] = False
-    if pictures := [medium.image for medium in media if isinstance(medium, Picture)]:
-        keywords["images"] = [pictures]
-    if clips := [medium for medium in media if isinstance(medium, VideoClip)]:
-        keywords["videos"] = [list(clip.frames) for clip in clips]
-        keywords["video_metadata"] = [_metadata(clip) for clip in clips]
-        keywords["do_sample_frames"] = False
-    out = dict(processor(text=[prompt], return_tensors="pt", **keywords))
-    ids = out.pop("input_ids")[0]
-    out.pop("attention_mask", None)
-    text = {name: out.pop(name)[0] for name in _PER_TOKEN if name in out}
-    return ids, text, {name: torch.as_tensor(value) for name, value in out.items()}
-
-
-def _metadata(clip: VideoClip) -> dict[str, Any]:
-    return {
-        "total_num_frames": clip.total_frames,
-        "fps": clip.frames_per_second,
-        "duration": clip.total_frames / clip.frames_per_second,
-        "width": clip.frames[0].width,
-        "height": clip.frames[0].height,
-        "frames_indices": list(clip.indices),
-    }
+def _check_options(max_length: int | None, truncate: str | None) -> None:
+    if truncate not in (None, "answer"):
+        raise ValueError(
+            f"truncate must be None or 'answer', got {truncate!r}: a prompt that is cut loses its pictures"
+        )
+    if truncate is not None and max_length is None:
+        raise ValueError("truncate needs max_length")
 
 
 def _fit(answer: AnswerTokens, prompt: int, max_length: int | None, truncate: str | None) -> AnswerTokens:
@@ -318,7 +270,7 @@ def _padded_extras(rows: list[tuple[EncodedAnswers, int]], side: str) -> dict[st
             batch_first=True,
             padding_side=side,
         )
-        for name in rows[0][0].text
+        for name in dict.fromkeys(name for item, _ in rows for name in item.text)
     }
 
 

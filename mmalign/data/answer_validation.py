@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mmalign.data.answer_forms import RawAnswers
 from mmalign.data.answer_records import AnswerPair, Picture
@@ -47,9 +45,8 @@ def validate_answers(source: AnswerSource, *, workers: int = 4, progress: bool =
 
     rows = checked_rows(check, len(source), source.unit, workers, progress)
     good = [seen for seen, bad in rows if seen is not None and bad is None]
-    told: Sequence[Any] = [(seen and seen.told, bad) for seen, bad in rows]
     return AnswerReport(
-        **findings(told),
+        **findings([(None if seen is None else seen.told, bad) for seen, bad in rows]),
         num_pictures=sum(seen.pictures for seen in good),
         num_clips=sum(seen.clips for seen in good),
         num_marked=sum(seen.marked for seen in good),

@@ -31,7 +31,8 @@ def read_answer(
     last = first + len(written.text)
     read = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = list(read["input_ids"]), [_dark(whole, *place) for place in read["offset_mapping"]]
-    own = [_meets(place, (first, last)) for place in places]
+    # A space that the template sets before the answer is the model's to say; other words of its are not.
+    own = [_meets(place, (first if written.before.strip() else len(prompt), last)) for place in places]
     for token, mine in zip(ids, own, strict=True):
         if mine and token in control:
             raise ValueError(

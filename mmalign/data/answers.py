@@ -213,5 +213,5 @@ def load_answers(
         given |= {"fps": fps, "source_fps": source_fps, "longest_side": longest_side, "frame_cache": frame_cache}
         refuse("an AnswerSource", **given)
         return source
-    rows, name = open_rows(source, split=split, revision=revision, root=root, pictures=False)
+    rows, name = open_rows(source, split=split, revision=revision, root=root, max_rows=max_rows, pictures=False)
     return AnswerSource(rows, name, reading, max_rows=max_rows)

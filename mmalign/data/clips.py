@@ -219,6 +219,8 @@ def _rate_of_animation(image: Image.Image, total: int) -> float | None:
     milliseconds = 0.0
     for at in range(total):
         image.seek(at)
+        # WebP tells only then.
+        image.load()
         milliseconds += image.info.get("duration") or 0
     return 1000 * total / milliseconds if milliseconds > 0 else None
 

@@ -27,7 +27,7 @@ def check_placeholders(ids: Tensor, media: Mapping[str, Tensor], config: Any) ->
         if found != wanted:
             raise ValueError(
                 f"{found} {kind} placeholders in the prompt, but the model makes {wanted} features of its media; "
-                "processor and model disagree, or the text itself holds a placeholder"
+                "processor and model disagree, the text itself holds a placeholder, or pictures and clips cannot stand together"
             )
 
 
@@ -79,9 +79,7 @@ def _grids(media: Mapping[str, Tensor], merge: int) -> Counts:
 def _tiles(media: Mapping[str, Tensor], length: int) -> Counts:
     if "pixel_values" not in media:
         return {}
-    # What is zero throughout is padding to the models that take (samples, tiles, …), and cannot be a picture.
-    tiles = media["pixel_values"].flatten(0, -4).flatten(1)
-    return {"image": int(tiles.any(dim=1).sum()) * length}
+    return {"image": media["pixel_values"].shape[:-3].numel() * length}
 
 
 def _llava(media: Mapping[str, Tensor], config: Any) -> Counts:

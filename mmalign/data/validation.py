@@ -107,7 +107,7 @@ def validate_pairs(
         return told, None
 
     seen = checked_rows(check, len(source), source.unit, workers, progress)
-    return DataReport(**findings([(told and _told(told), bad) for told, bad in seen]))
+    return DataReport(**findings([(None if told is None else _told(told), bad) for told, bad in seen]))
 
 
 def checked_rows(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mmalign.data.shards import read_notes, read_shard, write_shard
 
-_VERIFIED = 8
+# So many rows of a table that was found are compared with the reference itself.
+VERIFIED = 8
 
 
 class ReferenceTokens:
@@ -29,10 +30,14 @@ class ReferenceTokens:
         key = hashlib.sha256(json.dumps(self._parts, sort_keys=True).encode()).hexdigest()
         self.path = cache_dir / f"answers-{key}.safetensors"
         self._table = self._read()
-        self._to_verify = _VERIFIED if self._table else 0
+        self._to_verify = VERIFIED if self._table else 0
         self._tolerance = tolerance
         self._new = False
         self.found = self.asked = 0
+
+    def holds(self, rows: list[int], sides: int) -> bool:
+        """Whether all answers of these rows are known."""
+        return all(key in self._table for key in _keys(rows, sides * len(rows)))
 
     def find(self, rows: list[int], supervised: Bool[Tensor, "R T"]) -> Float[Tensor, "R T"] | None:
         """The log-probabilities of these rows' answers, [chosen…, rejected…]; None unless all of them are known."""
@@ -59,8 +64,8 @@ class ReferenceTokens:
         gap = float((known - live).abs().max())
         if not gap <= self._tolerance:
             raise ValueError(
-                f"{self.path} does not hold what the reference says now (rows {rows[:5]}, {gap:.2g} apart): delete it, and the run will "
-                "make it anew"
+                f"{self.path} does not hold what the reference says now (rows {rows[:5]}, {gap:.2g} apart): delete it, and the run "
+                "will make it anew"
             )
         self._to_verify -= len(rows)
 

@@ -17,6 +17,7 @@ _PAPERS = {
     "longalign": ("LongAlign", "2410.11817"),
     "ppd": ("PPD", "2501.06655"),
     "self-npo": ("Self-NPO", "2505.11777"),
+    "token-dpo": ("preferences between answers", None),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

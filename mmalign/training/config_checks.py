@@ -1,4 +1,4 @@
-"""Which options go together, of a denoiser's training above all: told when the config is made, before a picture is read or a weight is moved."""
+"""Which options go together, of a denoiser's training above all: told when the config is made, before anything is read or moved."""
 
 import typing
 from functools import cache

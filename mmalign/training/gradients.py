@@ -24,6 +24,6 @@ class EveryWeightLearns(TrainerCallback):
         idle = [name for name, parameter in self._weights() if parameter.grad is None]
         if idle:
             raise ValueError(
-                f"{len(idle)} trained weights got no gradient at the first step ({', '.join(idle[:3])}): nothing that the loss reads goes "
-                "through them; leave them out of peft_config or trained_parts"
+                f"{len(idle)} trained weights got no gradient at the first step ({', '.join(idle[:3])}): nothing that the loss reads "
+                "goes through them; leave them out of peft_config or trained_parts"
             )

@@ -12,6 +12,9 @@ _HYPER = (
     "discopop_tau",
     "simpo_gamma",
     "cpo_alpha",
+    "ln_pref_omega",
+    "ln_pref_lambda",
+    "ln_pref_margin",
 )
 
 
@@ -27,6 +30,9 @@ class LossConfig:
     discopop_tau: float | None = None
     simpo_gamma: float | None = None
     cpo_alpha: float | None = None
+    ln_pref_omega: float | None = None
+    ln_pref_lambda: float | None = None
+    ln_pref_margin: float | None = None
 
     def list_losses(self) -> None:
         """A single name becomes a list of one."""

@@ -71,18 +71,21 @@ class SavingTrainer(Trainer):
     def facts(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to continue a run."""
         adapted = has_adapter(self.network)
-        # A run without a reference still starts from a base, and a LoRA fits that base only.
-        base = Reference("adapter", self.network) if adapted and self.reference.kind == "none" else self.reference
         adapter = {k: v for k, v in adapter_config(self.network).items() if k not in _VOLATILE} if adapted else None
         facts = {
             "method": self.args.method,
-            "reference model": base.fingerprint(),
+            "reference model": self._reference_fingerprint(),
             "data": self._train.fingerprint,
             "batch": self.args.rows_per_step,
             "peft_config": adapter,
             **self.args.identity(),
         }
         return cast(dict[str, Any], json.loads(json.dumps(facts)))
+
+    def _reference_fingerprint(self) -> str:
+        # A run without a reference still starts from a base, and a LoRA fits that base only.
+        without = has_adapter(self.network) and self.reference.kind == "none"
+        return (Reference("adapter", self.network) if without else self.reference).fingerprint()
 
     def averaged(self) -> AbstractContextManager:
         """The network with the weights that count: the moving average where one is kept."""

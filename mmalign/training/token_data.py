@@ -1,21 +1,25 @@
-"""Rows of answers for training: checked once before it starts, then encoded anew whenever one is needed, since media are too large to keep."""
+"""Rows of answers for training: checked once before it starts, then encoded anew whenever one is needed.
+
+Media are too large to keep in memory, and quick to read beside a step of a model that sees.
+"""
 
 import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.answer_records import AnswerPair
-from mmalign.data.answer_tokens import AnswerBatch, EncodedAnswers, collate_answers, encode_answers
+from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
 from mmalign.data.answers import AnswerSource, load_answers, oriented
 from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
+from mmalign.data.storage import default_cache_dir
 from mmalign.training.token_config import TokenConfig
 
 logger = logging.getLogger("mmalign")
@@ -95,6 +99,12 @@ class Answers:
         return hashlib.sha256(f"{self.encoder.fingerprint()}/{self.dataset.rows}".encode()).hexdigest()
 
     @property
+    def prompts(self) -> set[str | None]:
+        """What tells the prompts of the rows that are used from others."""
+        told = self.encoder.source.prompts()
+        return {told[row] for row in self.dataset.rows}
+
+    @property
     def left_out(self) -> str:
         """Which rows are left out and why, in one line; empty where none is."""
         total = len(self.bad_rows) + len(self.dataset)
@@ -109,7 +119,10 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     if isinstance(data, Answers):
         return data
     split = args.eval_split if evaluated else args.train_split
-    source = load_answers(data, split=split, num_frames=args.num_frames)
+    opened = isinstance(data, AnswerSource)
+    # Frames of a video are taken out of its file once.
+    frames = None if opened else Path(args.cache_dir or default_cache_dir()) / "frames"
+    source = load_answers(data, split=split, num_frames=args.num_frames, frame_cache=frames)
     encoder = Encoder(
         source, args.taken, args.taking(), processor, config, args.max_length, args.truncate, args.processor_kwargs
     )
@@ -144,43 +157,13 @@ def check_answers(train: Answers, evaluated: Answers | None, args: TokenConfig) 
         raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
     if evaluated.sides != train.sides:
         raise ValueError(f"{train.name} and {evaluated.name} differ: one holds pairs, the other single answers")
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Rows as a batch: {"row": numbers, "batch": AnswerBatch}, and with `mismatched` each prompt with the next row's answer."""
-
-    pad_id: int
-    shared_prompt: bool = False
-    mismatched: bool = False
-
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        encoded: list[EncodedAnswers] = [item["encoded"] for item in items]
-        batch = collate_answers(encoded, self.pad_id, shared_prompt=self.shared_prompt)
-        found: dict[str, Any] = {"row": [item["row"] for item in items], "batch": batch}
-        if self.mismatched:
-            others = [*encoded[1:], encoded[0]]
-            mixed = [replace(one, answers=other.answers[:1]) for one, other in zip(encoded, others, strict=True)]
-            found["mismatched"] = collate_answers(mixed, self.pad_id, shared_prompt=self.shared_prompt)
-        return found
-
-
-def text_of_prompts(batch: AnswerBatch, placeholders: set[int]) -> torch.Tensor:
-    """Where the words of the prompts stand: no padding, no first token, no place of a picture, nothing behind the answers (S·B, T)."""
-    ids, told = batch.inputs["input_ids"], batch.inputs["attention_mask"].bool().clone()
-    told[:, 0] = False
-    for token in placeholders:
-        told &= ids != token
-    if (kinds := batch.inputs.get("mm_token_type_ids")) is not None:
-        told &= kinds == 0
-    first = batch.supervised.int().argmax(1, keepdim=True)
-    return told & (torch.arange(ids.shape[1], device=ids.device) < first)
-
-
-def placeholders_of(processor: Any) -> set[int]:
-    """The tokens that stand for pictures, clips and sound."""
-    found = {getattr(processor, f"{kind}_token_id", None) for kind in ("image", "video", "audio")}
-    return {token for token in found if token is not None}
+    known, asked = train.prompts, evaluated.prompts
+    if shared := known & asked:
+        logger.warning(
+            "%d of %d evaluation prompts also occur in training: accuracy on them may be memory, not preference",
+            len(shared),
+            len(asked),
+        )
 
 
 @dataclass(frozen=True)
@@ -214,8 +197,12 @@ def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | B
     loader = DataLoader(
         _Probe(encoder, length), batch_size=8, num_workers=args.dataloader_num_workers, collate_fn=_as_they_are
     )
-    rows = tqdm(loader, desc="reading rows", unit_scale=8, disable=args.disable_tqdm)
-    return [one for batch in rows for one in batch]
+    checked: list[_Good | BadRow] = []
+    with tqdm(total=length, desc="reading rows", disable=args.disable_tqdm) as bar:
+        for rows in loader:
+            checked += rows
+            bar.update(len(rows))
+    return checked
 
 
 def _as_they_are(items: list[Any]) -> list[Any]:

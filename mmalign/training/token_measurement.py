@@ -45,7 +45,10 @@ class AnswerPolicy(nn.Module):
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """transformers' own verb, without re-entrance; it takes no options, and `inherited.py` refuses any."""
-        cast(Any, self.network).activation_checkpointing_enable()
+        network = cast(Any, self.network)
+        network.activation_checkpointing_enable()
+        # Without re-entrance nothing needs a gradient at the embeddings, and through the frozen layers below a LoRA it costs time.
+        network.disable_input_require_grads()
 
     def activation_checkpointing_disable(self) -> None:
         """Undoes it."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ Message = dict[str, Any]
 
 
 class TokenPipeline:
-    """`pipe(question, images=[…])` answers, `pipe.align(pairs, output_dir=…)` aligns, `pipe.save_pretrained(…)` saves for transformers."""
+    """`pipe(question, images=[…])` answers, `pipe.align(pairs, output_dir=…)` aligns, `pipe.save_pretrained(…)` is for transformers."""
 
     config_class: ClassVar[type[TokenConfig]] = TokenConfig
     trainer_class: ClassVar[type[TokenTrainer]] = TokenTrainer

@@ -1,4 +1,4 @@
-"""The trainer of models that answer in tokens: `AlignTrainer` around a transformers model and its processor, one loss of `mmalign.losses`."""
+"""The trainer of models that answer in tokens: `AlignTrainer` around a transformers model and its processor."""
 
 import logging
 import os
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from mmalign import losses
-from mmalign.data import default_cache_dir
 from mmalign.data.answer_tokens import AnswerBatch, padding_token
 from mmalign.denoisers.parts import evaluating
 from mmalign.likelihood.answers import token_weights
@@ -21,29 +20,31 @@ from mmalign.likelihood.media import media_inputs
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.token_head import check_head
 from mmalign.training.align_trainer import AlignTrainer, Losses
-from mmalign.training.answer_cache import ReferenceTokens
+from mmalign.training.answer_cache import VERIFIED
 from mmalign.training.devices import on_device
 from mmalign.training.estimate import trained_passes
 from mmalign.training.gradients import EveryWeightLearns
 from mmalign.training.health import Finding
+from mmalign.training.kept_reference import KeptReference
+from mmalign.training.token_batches import Collator, placeholders_of, text_of_prompts
 from mmalign.training.token_card import write_token_card
 from mmalign.training.token_config import TokenConfig
-from mmalign.training.token_data import (
-    Answers,
-    Collator,
-    check_answers,
-    placeholders_of,
-    prepare_answers,
-    text_of_prompts,
-)
+from mmalign.training.token_data import Answers, check_answers, prepare_answers
 from mmalign.training.token_health import token_findings, token_panel
 from mmalign.training.token_loading import check_model, load_answering_model
-from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, measure_answers, media_features, states
+from mmalign.training.token_measurement import (
+    AnswerMeasurement,
+    AnswerPolicy,
+    measure_answers,
+    media_features,
+    reference_scores,
+    states,
+)
 from mmalign.training.token_parts import parts_of, sees
 from mmalign.training.token_weights import answers_trainable, load_answering, save_answering
+from mmalign.training.weights import has_adapter
 
 logger = logging.getLogger("mmalign")
-_HALF_TOLERANCE, _TOLERANCE = 0.1, 1e-3
 
 
 class TokenTrainer(AlignTrainer):
@@ -58,14 +59,16 @@ class TokenTrainer(AlignTrainer):
         ref_model: another model to compare with; None takes the policy with its adapter off, or a frozen copy.
         callbacks: as in transformers.
 
-    Raises ValueError for half-precision weights that would be trained without an adapter, for targets of the LoRA that name no layer, and
-    for rows that cannot be used. Where it raises, the model is as it was.
+    Raises ValueError for half-precision weights that would be trained without an adapter, for targets of the LoRA that name no layer,
+    and for rows that cannot be used. Where it raises, the model is as it was.
     """
 
     config_class: type[TokenConfig] = TokenConfig
     data_forms: ClassVar[str] = "a hub id, a folder, a .json, .jsonl or parquet file, or rows"
     args: TokenConfig
+    collate: Collator
     _model: Any
+    _kept: KeptReference | None
     _train: Answers
     _eval: Answers | None
 
@@ -92,6 +95,7 @@ class TokenTrainer(AlignTrainer):
         else:
             self._model, self.processor = model.model, model.processor
         self._part_of = parts_of(self._model)
+        self._placeholders = placeholders_of(self.processor)
         if self.processor is None:
             raise ValueError(f"processing_class is missing: the processor or tokenizer of {type(model).__name__}")
         self.collate = Collator(padding_token(self.processor), args.share_prompt, mismatched="kto" in args.loss_type)
@@ -129,10 +133,20 @@ class TokenTrainer(AlignTrainer):
         """ValueError where the rows do not suit the loss, or fill no batch."""
         check_answers(self._train, self._eval, args)
         super().check_data(args, alike)
-        if "kto" in args.loss_type and min(args.per_device_train_batch_size, args.per_device_eval_batch_size) < 2:
-            raise ValueError(
-                "loss_type 'kto' measures its baseline on prompts with another row's answer: batches need two rows at least"
-            )
+        if self.collate.mismatched:
+            self._check_mismatches(args)
+
+    def _check_mismatches(self, args: TokenConfig) -> None:
+        """KTO's baseline needs another row in every batch."""
+        sizes = {"train": args.per_device_train_batch_size, "eval": args.per_device_eval_batch_size}
+        for (name, size), data in zip(sizes.items(), (self._train, self._eval), strict=True):
+            mine = 0 if data is None else len(range(args.process_index, len(data.dataset), args.world_size))
+            short = mine % size == 1 and (name == "eval" or not args.dataloader_drop_last)
+            if data is not None and (size < 2 or short):
+                raise ValueError(
+                    "loss_type 'kto' measures its baseline on prompts with another row's answer, and a batch would have one row: "
+                    f"change per_device_{name}_batch_size"
+                )
 
     def made_trainable(self, args: TokenConfig, peft_config: Any) -> AbstractContextManager[None]:
         """A LoRA, or the weights of the parts that are trained."""
@@ -141,19 +155,39 @@ class TokenTrainer(AlignTrainer):
     def make_reference(self, ref_model: Any) -> Reference:
         """The policy with its adapter off, a frozen copy, or none where no loss needs one."""
         args = self.args
-        ref_model = getattr(ref_model, "model", ref_model) if not isinstance(ref_model, nn.Module) else ref_model
+        if isinstance(ref_model, (str, os.PathLike)):
+            ref_model, _ = load_answering_model(ref_model, dtype=self._model.dtype)
+        elif ref_model is not None and not isinstance(ref_model, nn.Module):
+            ref_model = ref_model.model
         if ref_model is not None and ref_model.dtype != self._model.dtype:
             raise ValueError("ref_model has another dtype than the policy, and rounding would look like preference")
         # A model of somebody else's may see otherwise.
         trained = {self._part_of(name) for name, p in self.network.named_parameters() if p.requires_grad}
         self._shares_media = ref_model is None and trained <= {"lm"}
         needed = not args.is_reference_free or args.needs_kl
+        self._kept = None
+        if args.reference_cache:
+            fingerprint = Reference("copy", ref_model or self._model).fingerprint()
+            self._kept = KeptReference(args, fingerprint, self._model.dtype, self.accelerator.mixed_precision)
+            copied = ref_model is None and (args.reference == "copy" or not has_adapter(self._model))
+            if copied and self._kept.holds(self._train, self._eval):
+                self._verify_kept(self._kept)
+                return make_reference(self.network, kind="none")
         return make_reference(self.network, ref_model, kind=args.reference if needed else "none")
 
+    @torch.no_grad()
+    def _verify_kept(self, kept: KeptReference) -> None:
+        """What is kept is compared with the model itself, which has not been trained yet, so that no copy of it is needed."""
+        reference, rows = Reference("copy", self._model), self._train.dataset
+        with on_device([self.network], self.args.device), evaluating([self.network]):
+            for index in range(min(VERIFIED, len(rows))):
+                batch = self._counted(self.collate([rows[index]])["batch"].to(self.args.device))
+                with self.accelerator.autocast():
+                    live, _ = reference_scores(self.network, reference, batch, None)
+                kept.settle(self._train, batch, kept.find(self._train, batch), live)
+
     def set_up(self) -> None:
-        """What is kept of the reference."""
-        self._kept: dict[str, ReferenceTokens] = {}
-        self._placeholders = placeholders_of(self.processor)
+        """What is still to be looked at."""
         self._saw_media = self._checked_head = False
 
     def own_callbacks(self) -> list[TrainerCallback]:
@@ -185,11 +219,11 @@ class TokenTrainer(AlignTrainer):
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Answers) -> Losses:
         """The losses of a batch: of B pairs B, of single answers one each (a pair is two), with the panel."""
         measured = self.measure(model, inputs["batch"], epoch=epoch, data=data)
-        kl = self._baseline(inputs["mismatched"]) if "mismatched" in inputs else None
+        kl = self._baseline(inputs["mismatched"], epoch) if "mismatched" in inputs else None
         loss = self.loss_of(measured, kl)
         panel = self.panel(measured, loss.detach())
         if kl is not None:
-            panel["kl_baseline"] = float(kl.sum()), float(kl.numel())
+            panel["kl_baseline"] = float(kl), 1.0
         return Losses(loss, inputs["row"] * (len(loss) // len(inputs["row"])), panel)
 
     def panel(self, measured: AnswerMeasurement, loss: Tensor) -> dict[str, tuple[float, float]]:
@@ -200,9 +234,14 @@ class TokenTrainer(AlignTrainer):
         """Policy and reference on a batch's tokens; the reference from the cache where it is kept there."""
         batch = self._counted(batch.to(self.args.device))
         self._check_head(batch)
-        cache = self._cache_of(data)
-        known = None if cache is None else cache.find(batch.rows, batch.supervised)
-        verified = known is not None and cache is not None and cache.to_verify
+        kept = self._kept
+        known = None if kept is None else kept.find(data, batch)
+        verifies = kept is not None and kept.of(data).to_verify and self.reference.kind != "none"
+        if kept is not None and known is None and self.reference.kind == "none":
+            raise ValueError(
+                f"the reference of row {batch.rows[0]} is not in {kept.of(data).path}, and no copy of it was made, since all other "
+                "rows were there: give these rows as eval_dataset when the trainer is made"
+            )
         with self._dropout_keyed(batch.rows, epoch):
             measured = measure_answers(
                 model,
@@ -211,17 +250,14 @@ class TokenTrainer(AlignTrainer):
                 batch,
                 weights=self._weights,
                 shares_media=self._shares_media,
-                known_reference=None if verified else known,
+                known_reference=None if verifies else known,
                 kl=self.args.needs_kl or (epoch < 0 and known is None and self.reference.kind != "none"),
                 entropy=True,
                 autocast=self.accelerator.autocast,
             )
-        if cache is not None and measured.reference is not None:
-            if verified and known is not None:
-                cache.verify(batch.rows, known, measured.reference)
-            elif known is None:
-                cache.keep(batch.rows, measured.reference, batch.supervised)
-        return measured
+        if kept is None:
+            return measured
+        return replace(measured, reference=kept.settle(data, batch, known, measured.reference))
 
     def _check_head(self, batch: AnswerBatch) -> None:
         """Once: the head is read as the model reads it."""
@@ -249,8 +285,8 @@ class TokenTrainer(AlignTrainer):
         return token_weights(batch.supervised, self.args.logps, ld_alpha=self.args.ld_alpha)
 
     @torch.no_grad()
-    def _baseline(self, batch: AnswerBatch) -> Tensor:
-        """KTO's log-ratios of prompts with another row's answer, over all processes; no gradient passes through them."""
+    def _baseline(self, batch: AnswerBatch, epoch: int) -> Tensor:
+        """KTO's mean log-ratio of prompts with another row's answer; in training over all processes."""
         with evaluating([self.network]):
             measured = measure_answers(
                 AnswerPolicy(self.network),
@@ -261,32 +297,21 @@ class TokenTrainer(AlignTrainer):
                 shares_media=self._shares_media,
                 autocast=self.accelerator.autocast,
             )
-        assert measured.log_ratios is not None
-        return self.accelerator.gather(measured.log_ratios)
+        ratios = measured.log_ratios
+        assert ratios is not None
+        told = torch.stack([ratios.sum(), ratios.new_tensor(float(len(ratios)))])
+        # Processes evaluate as many batches as each has.
+        total, count = self.accelerator.reduce(told, "sum") if epoch >= 0 else told
+        return total / count
 
     # What is kept of the reference.
 
-    def _cache_of(self, data: Answers) -> ReferenceTokens | None:
-        if not self.args.reference_cache:
-            return None
-        if data.fingerprint not in self._kept:
-            folder = Path(self.args.cache_dir) if self.args.cache_dir else default_cache_dir()
-            half = self.accelerator.mixed_precision != "no" or self._model.dtype.itemsize < 4
-            parts = {
-                "reference": self.reference.fingerprint(),
-                "rows": data.fingerprint,
-                "joint": self.args.joint,
-                "dtype": str(self._model.dtype),
-                "autocast": self.accelerator.mixed_precision,
-            }
-            self._kept[data.fingerprint] = ReferenceTokens(
-                folder, parts, tolerance=_HALF_TOLERANCE if half else _TOLERANCE
-            )
-        return self._kept[data.fingerprint]
+    def _reference_fingerprint(self) -> str:
+        return super()._reference_fingerprint() if self._kept is None else self._kept.fingerprint
 
     def _write_kept(self) -> None:
-        for cache in self._kept.values():
-            cache.write(self.args.world_size, self.args.process_index)
+        if self._kept is not None:
+            self._kept.write()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As `AlignTrainer.train`; what was kept of the reference is written when it is over."""

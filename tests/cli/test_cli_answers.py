@@ -12,9 +12,10 @@ from tiny_vlm import picture, tiny_vlm
 from mmalign.cli import train
 from mmalign.cli.dispatch import main
 from mmalign.pipelines.video.rrpo import RRPOConfig
+from mmalign.pipelines.vision.lfm2_vl import LFM2VLConfig
 from mmalign.training.token_pipeline import TokenConfig
 
-CONFIGS = {"rrpo": RRPOConfig, "token-dpo": TokenConfig}
+CONFIGS = {"rrpo": RRPOConfig, "lfm2-vl": LFM2VLConfig, "token-dpo": TokenConfig}
 TINY = ["--use-cpu", "--disable-tqdm", "--save-strategy", "no", "--per-device-train-batch-size", "4"]
 
 

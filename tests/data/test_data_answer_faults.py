@@ -48,9 +48,7 @@ def test_each_fault_is_named_once_and_costs_its_own_row_only(form: str, folder: 
     assert len(report.usable) == len(faults) + 1
     for at in report.usable:
         assert told(source[at]) == expected and source[at].row == at
-    media = [
-        medium for turn, parts in [(t, p) for t, p in expected[0]] for medium in parts if medium in ("image", "clip")
-    ]
+    media = [part for _, parts in expected[0] for part in parts]
     assert report.num_pictures == media.count("image") * len(report.usable)
     assert report.num_clips == media.count("clip") * len(report.usable)
     assert report.num_marked == (len(report.usable) if expected[3] or expected[4] else 0)

@@ -1,6 +1,8 @@
 """Answer pairs become the tokens that the family's own processor makes of the whole chat, and say which rows cannot."""
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,9 +51,8 @@ def media(shows: str) -> tuple[Picture | VideoClip, ...]:
     return {"nothing": (), "pictures": (picture(), picture(30, 50)), "clip": (clip(),)}[shows]
 
 
-def whole_chat(kind: str, of: AnswerPair, answer: str, **asked: Any) -> Any:
+def whole_chat(processor: Any, of: AnswerPair, answer: str, **asked: Any) -> Any:
     """The family's own reading of the answered chat, by the documented way."""
-    _, processor = tiny_vlm(kind)
     form = {"Picture": "image", "VideoClip": "video"}
 
     def part(one: Any) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def whole_chat(kind: str, of: AnswerPair, answer: str, **asked: Any) -> Any:
         {"role": turn.role, "content": [part(one) for one in turn.parts]} for turn in of.prompt
     ]
     chat.append({"role": "assistant", "content": [part(answer)]})
-    if kind in TEXT_KINDS:
+    if not hasattr(processor, "tokenizer"):
         chat = [{"role": turn["role"], "content": turn["content"][0]["text"]} for turn in chat]
         return processor.apply_chat_template(chat, return_dict=True, return_tensors="pt", **asked)
     options: dict[str, Any] = {}
@@ -93,7 +94,7 @@ def test_prompt_and_answer_are_what_the_processor_makes_of_the_whole_chat(kind: 
     encoded = encode(kind, row)
     _, processor = tiny_vlm(kind)
     for answer, said in zip(encoded.answers, (CHOSEN, REJECTED), strict=True):
-        whole = whole_chat(kind, row, said)
+        whole = whole_chat(processor, row, said)
         ids = torch.cat([encoded.prompt, answer.ids]).tolist()
         theirs = whole["input_ids"][0].tolist()
         if kind == "llava_next_video":  # nothing in its template ends a turn
@@ -110,7 +111,7 @@ def test_prompt_and_answer_are_what_the_processor_makes_of_the_whole_chat(kind: 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_a_model_that_only_reads_takes_its_tokenizer_for_a_processor(kind: str) -> None:
     encoded = encode(kind, pair())
-    theirs = whole_chat(kind, pair(), CHOSEN)["input_ids"][0].tolist()
+    theirs = whole_chat(tiny_vlm(kind)[1], pair(), CHOSEN)["input_ids"][0].tolist()
     ids = torch.cat([encoded.prompt, encoded.answers[0].ids]).tolist()
     assert ids == theirs[: len(ids)]
     assert not encoded.media
@@ -147,18 +148,44 @@ def test_the_answer_and_its_end_token_are_supervised_and_nothing_else(kind: str)
 def test_templates_with_and_without_generation_marks_agree(kind: str) -> None:
     row = pair(*(() if kind in TEXT_KINDS else (picture(),)))
     encoded = encode(kind, row)
-    whole = whole_chat(kind, row, CHOSEN, return_assistant_tokens_mask=True)
+    model, processor = tiny_vlm(kind)
+    whole = whole_chat(processor, row, CHOSEN, return_assistant_tokens_mask=True)
     theirs = torch.as_tensor(whole["assistant_masks"])[0].bool()
     ours = torch.cat([torch.zeros(len(encoded.prompt), dtype=torch.bool), encoded.answers[0].supervised])
     assert theirs[: len(ours)].tolist() == ours.tolist()
     assert not theirs[len(ours) :].any()
-    model, processor = tiny_vlm(kind)
     plain = copy.deepcopy(processor)
     plain.chat_template = plain.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     assert plain.chat_template != processor.chat_template
     again = encode_answers(row, plain, model.config)
     assert again.answers[0].ids.tolist() == encoded.answers[0].ids.tolist()
     assert again.answers[0].supervised.tolist() == encoded.answers[0].supervised.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("lfm2", "lfm2_v2_training"),
+        ("lfm2_vl", "lfm2_2_5_vl"),
+        ("qwen2_5_vl", "qwen2_5_vl_training"),
+        ("qwen3_vl", "qwen3_vl_training"),
+        ("smolvlm", "smolvlm_training"),
+    ],
+)
+def test_published_templates_are_supervised_as_a_peer_marks_them(kind: str, name: str) -> None:
+    peer = importlib.util.find_spec("trl")
+    if peer is None or not peer.submodule_search_locations:
+        pytest.skip("needs trl, which carries the published templates with its marks")
+    model, processor = tiny_vlm(kind)
+    published = copy.deepcopy(processor)
+    published.chat_template = Path(peer.submodule_search_locations[0], "chat_templates", f"{name}.jinja").read_text()
+    row = pair(*(() if kind in TEXT_KINDS else (picture(),)))
+    encoded = encode_answers(row, published, model.config)
+    whole = whole_chat(published, row, CHOSEN, return_assistant_tokens_mask=True)
+    ids = torch.cat([encoded.prompt, encoded.answers[0].ids]).tolist()
+    assert torch.as_tensor(whole["input_ids"])[0].tolist()[: len(ids)] == ids
+    ours = [False] * len(encoded.prompt) + encoded.answers[0].supervised.tolist()
+    assert torch.as_tensor(whole["assistant_masks"])[0].bool().tolist()[: len(ids)] == ours
 
 
 @pytest.mark.parametrize(
@@ -251,6 +278,14 @@ def test_a_processor_that_counts_otherwise_than_the_model_is_named(
             encode_answers(pair(shown), processor, config)
 
 
+def test_a_picture_that_onevision_shrinks_is_counted_as_its_processor_does() -> None:
+    model, processor = tiny_vlm("llava_onevision")
+    small, config = copy.deepcopy(processor), copy.deepcopy(model.config)
+    small.vision_aspect_ratio = config.vision_aspect_ratio = "anyres_max_1"
+    row = pair(picture(100, 60))
+    assert len(encode_answers(row, small, config).prompt) < len(encode("llava_onevision", row).prompt)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_placeholder_in_the_text_is_named_where_it_stands(kind: str) -> None:
     processor = tiny_vlm(kind)[1]
@@ -304,6 +339,8 @@ def test_options_reach_the_processor_and_stay_as_they_were() -> None:
     for name, instead in (("num_frames", "load_answers"), ("max_length", "truncate"), ("images", "set here")):
         with pytest.raises(ValueError, match=f"processor_kwargs cannot take '{name}': .*{instead}"):
             encode("lfm2_vl", pair(), processor_kwargs={name: 1})
+    with pytest.raises(ValueError, match="processor_kwargs cannot take 'truncation'"):
+        encode("lfm2_vl", pair(), processor_kwargs={"text_kwargs": {"truncation": True}})
 
 
 def test_a_token_over_the_border_belongs_to_the_answers() -> None:
