@@ -35,7 +35,8 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd",
+            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd; "
+            "one that answers: rrpo, lfm2-vl, or token-dpo",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),
@@ -68,6 +69,18 @@ VERBS = {
             "several evaluations of the same prompts against each other, refused where numbers may not be compared",
             "mmalign compare runs/smpo/evaluation runs/dpo/evaluation --names SmPO DPO",
             "mmalign.cli.compare",
+        ),
+        Verb(
+            "answer",
+            "a model's answers to questions about text, pictures or clips, kept line by line",
+            "mmalign answer --model LiquidAI/LFM2-VL-450M --data questions.jsonl",
+            "mmalign.cli.answer",
+        ),
+        Verb(
+            "evaluate-answers",
+            "how many answers are right, beside the base's, with intervals, as report.html",
+            "mmalign evaluate-answers --model LiquidAI/LFM2-VL-450M --lora runs/token-dpo --data questions.jsonl",
+            "mmalign.cli.evaluate_answers",
         ),
         Verb(
             "score",
@@ -134,7 +147,7 @@ VERBS = {
 
 _HELP = """usage: mmalign VERB [options]
 
-Preference alignment for text-to-image and text-to-video models.
+Preference alignment for models that draw pictures or clips, and for models that answer.
 
 {verbs}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mmalign.data.answer_records import AnswerPair, Span
+from mmalign.data.answer_records import AnswerPair, Span, Turn
 from mmalign.data.answered_chats import AnsweredChat, common_start, read_answer
 from mmalign.data.chats import write_answer, write_prompt
 from mmalign.data.placeholders import check_placeholders
@@ -115,11 +115,7 @@ def encode_answers(
     tokenizer, options = getattr(processor, "tokenizer", processor), template_kwargs or {}
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
-    with _refusing(pair.row, "prompt"):
-        check_media(pair.media, processor)
-        prompt = write_prompt(pair.prompt, processor, options)
-        ids, text, media = read_prompt(prompt, pair.media, processor, processor_kwargs or {})
-        check_placeholders(ids, media, config)
+    prompt, (ids, text, media) = _read(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
     read: list[AnsweredChat] = []
@@ -142,6 +138,26 @@ def encode_answers(
     return EncodedAnswers(pair.row, ids[:length], tuple(answers), extras, media, pair.label)
 
 
+def encode_prompt(
+    turns: Sequence[Turn],
+    row: int,
+    processor: Any,
+    config: Any,
+    *,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> EncodedAnswers:
+    """A conversation that the model is to go on with, as an EncodedAnswers without answers; options as in encode_answers."""
+    check_keywords(processor_kwargs or {})
+    _, (ids, text, media) = _read(row, turns, processor, config, processor_kwargs or {}, template_kwargs or {})
+    return EncodedAnswers(row, ids, (), text, media, 1.0)
+
+
+def collate_prompts(items: Sequence[EncodedAnswers], pad_id: int) -> dict[str, Tensor]:
+    """The prompts with their media as `model.generate` reads them, padded on the left."""
+    return _padded_prompts(items, pad_id) | _joined_media(items)
+
+
 def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prompt: bool = False) -> AnswerBatch:
     """The rows as one batch; ValueError if pairs and single answers, or clips of different lengths, meet in it."""
     counts = {len(item.answers) for item in items}
@@ -158,8 +174,7 @@ def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prom
     inputs = _padded(sequences, pad_id, "right")
     prompts = None
     if shared_prompt:
-        prompts = _padded([item.prompt for item in items], pad_id, "left")
-        prompts |= _padded_extras([(item, len(item.prompt)) for item in items], "left")
+        prompts = _padded_prompts(items, pad_id)
     else:
         inputs |= _padded_extras([(item, len(ids)) for (item, _), ids in zip(answers, sequences, strict=True)], "right")
     return AnswerBatch(
@@ -171,6 +186,24 @@ def collate_answers(items: Sequence[EncodedAnswers], pad_id: int, *, shared_prom
         torch.tensor([item.label for item in items]),
         prompts,
     )
+
+
+def _read(
+    row: int,
+    turns: Sequence[Turn],
+    processor: Any,
+    config: Any,
+    processor_kwargs: Mapping[str, Any],
+    template_kwargs: Mapping[str, Any],
+) -> tuple[str, tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+    """The prompt as the template writes it, and what `read_prompt` makes of it; InvalidRow."""
+    media = [medium for turn in turns for medium in turn.media]
+    with _refusing(row, "prompt"):
+        check_media(media, processor)
+        prompt = write_prompt(turns, processor, template_kwargs)
+        read = read_prompt(prompt, media, processor, processor_kwargs)
+        check_placeholders(read[0], read[2], config)
+    return prompt, read
 
 
 @contextmanager
@@ -219,6 +252,11 @@ def _padded(sequences: list[Tensor], value: int, side: str) -> dict[str, Tensor]
         "input_ids": pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side),
         "attention_mask": pad_sequence(mask, batch_first=True, padding_side=side),
     }
+
+
+def _padded_prompts(items: Sequence[EncodedAnswers], pad_id: int) -> dict[str, Tensor]:
+    ids = _padded([item.prompt for item in items], pad_id, "left")
+    return ids | _padded_extras([(item, len(item.prompt)) for item in items], "left")
 
 
 def _padded_extras(rows: list[tuple[EncodedAnswers, int]], side: str) -> dict[str, Tensor]:

@@ -20,14 +20,16 @@ from mmalign.data.answer_forms import (
 )
 from mmalign.data.answer_media import MAX_VIDEO_FRAMES, ClipReading, open_clip
 from mmalign.data.answer_records import AnswerPair, Part, Picture, Turn
-from mmalign.data.answer_turns import Medium
+from mmalign.data.answer_turns import Medium, RawTurn
 from mmalign.data.clips import Limits
 from mmalign.data.fingerprints import digest_of
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.raw import bad
-from mmalign.data.records import EndOfSource, InvalidRow
+from mmalign.data.records import BadRow, EndOfSource, InvalidRow
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
 from mmalign.data.sources import open_rows, refuse
+
+_TIE = 0.5
 
 
 class AnswerSource:
@@ -109,7 +111,7 @@ class AnswerSource:
         """The same with its pictures and clips; InvalidRow where they cannot be used."""
         return AnswerPair(
             row=row,
-            prompt=tuple(Turn(turn.role, tuple(self._part(part, row) for part in turn.parts)) for turn in raw.prompt),
+            prompt=open_turns(raw.prompt, row, self._rows, self.reading),
             chosen=raw.chosen,
             rejected=raw.rejected,
             label=raw.label,
@@ -120,27 +122,55 @@ class AnswerSource:
             user_id=raw.user_id,
         )
 
-    def _part(self, part: str | Medium, row: int) -> Part:
-        if isinstance(part, str):
-            return part
-        place: dict[str, Any] = {"roots": self._rows.roots, "absolute": self._rows.absolute}
-        try:
-            if part.kind == "video":
-                return open_clip(part.value, self.reading, **place)
-            return Picture(to_rgb(part.value, max_pixels=self.reading.limits.max_pixels, **place))
-        except BadImage as error:
-            name = part.value.get("path") if isinstance(part.value, Mapping) else part.value
-            shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
-            where = f" in {shown}" if shown and shown not in str(error) else ""
-            raise bad(row, part.field, f"{error}{where}") from error
-
     def _prompt(self, row: int) -> str | None:
         try:
-            prompt = self.raw(row).prompt
+            return identity_of(self.raw(row).prompt)
         except InvalidRow:
             return None
-        media = [medium.value for turn in prompt for medium in turn.media]
-        return digest_of(media) if media else "\n".join(f"{turn.role}: {turn.text}" for turn in prompt)
+
+
+def oriented(pair: AnswerPair) -> AnswerPair:
+    """The pair with the preferred answer as the chosen one; InvalidRow for a tie, from which nothing is learnt."""
+    if pair.rejected is None or pair.label > _TIE:
+        return pair
+    if pair.label == _TIE:
+        raise InvalidRow(BadRow(pair.row, "label", "a tie: neither answer is preferred"))
+    return replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_marks=pair.rejected_marks,
+        rejected_marks=pair.chosen_marks,
+        fields=(pair.fields[1], pair.fields[0]),
+        label=1 - pair.label,
+        scores={name: (b, a) for name, (a, b) in pair.scores.items()},
+    )
+
+
+def open_turns(turns: Sequence[RawTurn], row: int, rows: Rows, reading: ClipReading) -> tuple[Turn, ...]:
+    """A conversation with its pictures and clips; InvalidRow where one cannot be used."""
+    return tuple(Turn(turn.role, tuple(_opened(part, row, rows, reading) for part in turn.parts)) for turn in turns)
+
+
+def identity_of(prompt: Sequence[RawTurn]) -> str:
+    """What tells a prompt from others: its media by their content, or its text where it has none. Nothing is decoded."""
+    media = [medium.value for turn in prompt for medium in turn.media]
+    return digest_of(media) if media else "\n".join(f"{turn.role}: {turn.text}" for turn in prompt)
+
+
+def _opened(part: str | Medium, row: int, rows: Rows, reading: ClipReading) -> Part:
+    if isinstance(part, str):
+        return part
+    place: dict[str, Any] = {"roots": rows.roots, "absolute": rows.absolute}
+    try:
+        if part.kind == "video":
+            return open_clip(part.value, reading, **place)
+        return Picture(to_rgb(part.value, max_pixels=reading.limits.max_pixels, **place))
+    except BadImage as error:
+        name = part.value.get("path") if isinstance(part.value, Mapping) else part.value
+        shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
+        where = f" in {shown}" if shown and shown not in str(error) else ""
+        raise bad(row, part.field, f"{error}{where}") from error
 
 
 def load_answers(

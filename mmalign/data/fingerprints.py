@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,14 @@ def digest_of(value: Any) -> str:
     sha = hashlib.sha256()
     add_value(sha, value, [])
     return sha.hexdigest()
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """sha256 of the files that a model's processor is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        found = (path for path in Path(folder).rglob("*") if path.is_file())
+        return files_fingerprint((path.relative_to(folder).as_posix(), path) for path in found)
 
 
 def paths_in(table: Any, media: Sequence[str] = MEDIA) -> list[str]:

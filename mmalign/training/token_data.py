@@ -6,9 +6,8 @@ Media are too large to keep in memory, and quick to read beside a step of a mode
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.answer_records import AnswerPair
 from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
-from mmalign.data.answers import AnswerSource, load_answers
+from mmalign.data.answers import AnswerSource, load_answers, oriented
+from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.storage import default_cache_dir
-from mmalign.training.checkpoints import file_hash
 from mmalign.training.token_config import TokenConfig
 
 logger = logging.getLogger("mmalign")
-_TIE = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,33 +60,6 @@ class Encoder:
             "processor_kwargs": self.processor_kwargs,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def oriented(pair: AnswerPair) -> AnswerPair:
-    """The pair with the preferred answer as the chosen one; InvalidRow for a tie, from which nothing is learnt."""
-    if pair.rejected is None or pair.label > _TIE:
-        return pair
-    if pair.label == _TIE:
-        raise InvalidRow(BadRow(pair.row, "label", "a tie: neither answer is preferred"))
-    return replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_marks=pair.rejected_marks,
-        rejected_marks=pair.chosen_marks,
-        fields=(pair.fields[1], pair.fields[0]),
-        label=1 - pair.label,
-        scores={name: (b, a) for name, (a, b) in pair.scores.items()},
-    )
-
-
-def processor_fingerprint(processor: Any) -> str:
-    """sha256 of the files that a processor is saved as."""
-    with tempfile.TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        told = [(path.relative_to(folder).as_posix(), file_hash(path)) for path in files]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class EncodedRows(Dataset[dict[str, Any]]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
@@ -20,7 +20,7 @@ from mmalign.likelihood.answers import (
 )
 from mmalign.likelihood.media import encode_media
 from mmalign.likelihood.reference import Reference
-from mmalign.likelihood.token_head import TokenHead, head_of
+from mmalign.likelihood.token_head import TokenHead, base_head_of
 from mmalign.losses import PairLogProbs, UnpairedLogProbs
 
 
@@ -137,13 +137,7 @@ def reference_scores(
     with reference.model(network) as frozen:
         hidden = states(frozen, batch, features or media_features(frozen, batch))
         found = score_answers(frozen, hidden, batch.inputs["input_ids"], batch.supervised)
-        return found.log_prob, (hidden, _head_of(frozen))
-
-
-def _head_of(frozen: nn.Module) -> TokenHead:
-    """The head as it is without adapters, whatever is switched on when it is called."""
-    head = head_of(frozen)
-    return replace(head, module=getattr(head.module, "base_layer", head.module))
+        return found.log_prob, (hidden, base_head_of(frozen))
 
 
 def measure_answers(
