@@ -9,6 +9,8 @@ from mmalign.cli.models import DTYPES, best_device, device_option
 from mmalign.cli.options import Alias, Given, Option, mapping_or_text, number, one_of, whole
 
 _ADAPTER = "adapter_model.safetensors"
+# How an answer is compared with what is right.
+GRADERS = ("auto", "yes-no", "choice", "text")
 ALIASES = [
     Alias("model_name_or_path", "is model", lambda value: {"model": value}),
     Alias("pretrained_model_name_or_path", "is model", lambda value: {"model": value}),

@@ -95,6 +95,12 @@ VERBS = {
             "mmalign.cli.make_pairs",
         ),
         Verb(
+            "make-answer-pairs",
+            "preference pairs of a model's own mistakes about clips that are hard to see, for rrpo",
+            "mmalign make-answer-pairs --model MODEL --data videos/questions.jsonl --output videos/pairs.jsonl",
+            "mmalign.cli.make_answer_pairs",
+        ),
+        Verb(
             "embed-users",
             "who compared the pairs of a data set, as tokens for `train ppd`; --probe: can they be told apart?",
             "mmalign embed-users --data playground --encoder playground --output users.safetensors",

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmalign.cli.answer_models import (
     ALIASES,
+    GRADERS,
     answering_options,
     asking_of,
     asking_options,
@@ -23,7 +24,6 @@ from mmalign.cli.options import Command, Given, Option, UsageError, number, one_
 
 _MODELS, _WHAT, _HOW, _JUDGED = "the models", "what is asked", "how they answer", "how answers are graded"
 _ALSO = "what else is asked"
-_GRADERS = ("auto", "yes-no", "choice", "text")
 VERB = Command(
     prog="mmalign evaluate-answers",
     description="Grades a model's answers to questions of which the right answers are known; with --lora or --base it is compared with "
@@ -50,8 +50,8 @@ VERB = Command(
         Option(
             name="grader",
             help="auto goes by what is right: yes or no (a whole word of the first sentence), an option's letter, else a short text",
-            convert=one_of(*_GRADERS),
-            metavar="|".join(_GRADERS),
+            convert=one_of(*GRADERS),
+            metavar="|".join(GRADERS),
             default="auto",
             group=_JUDGED,
         ),

@@ -76,6 +76,15 @@ def differing_spans(
     return _joined(found[0]), _joined(found[1])
 
 
+def tagged(text: str, spans: Iterable[Span]) -> str:
+    """The text with <MASK>…</MASK> around these spans, in order; `parse_marks` reads it back."""
+    told, at = "", 0
+    for start, stop in spans:
+        told += f"{text[at:start]}<MASK>{text[start:stop]}</MASK>"
+        at = stop
+    return told + text[at:]
+
+
 def _pieces(tagged: str) -> list[str]:
     """The text outside, inside, outside … of the tags, in turn."""
     pieces = _TAG.split(tagged)

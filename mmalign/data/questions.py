@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mmalign.data.answer_forms import MEDIA_COLUMNS, REQUIRED, Form, read_answers, recognise, used_columns
 from mmalign.data.answer_media import ClipReading
@@ -47,6 +47,15 @@ class Question:
     kind: str = ""
     pair: str | None = None
     options: tuple[str, ...] = ()
+
+
+class Questions(Protocol):
+    """Questions by row, as `QuestionSource` has them."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> Question: ...
+    def prompt(self, row: int) -> tuple[Turn, ...]: ...
+    def fingerprint(self) -> str: ...
 
 
 class QuestionSource:
@@ -86,6 +95,15 @@ class QuestionSource:
     def prompt(self, row: int) -> tuple[Turn, ...]:
         """The conversation with its pictures and clips; InvalidRow where it cannot be read."""
         return open_turns(self._read(row)[0], row, self._rows, self.reading)
+
+    def turns(self, row: int) -> tuple[RawTurn, ...]:
+        """The conversation with its media as the source names them."""
+        return tuple(self._read(row)[0])
+
+    @property
+    def roots(self) -> Sequence[Path]:
+        """Folders that paths of media may point into."""
+        return self._rows.roots
 
     def fingerprint(self) -> str:
         """sha256 of the content and of what decides what is read of it."""

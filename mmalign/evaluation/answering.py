@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmalign.data.answer_tokens import collate_prompts, encode_prompt, padding_token
 from mmalign.data.fingerprints import processor_fingerprint
-from mmalign.data.questions import QuestionSource
+from mmalign.data.questions import Questions
 from mmalign.denoisers.parts import evaluating
 from mmalign.files import full_disk_explained
 from mmalign.rewards.fingerprints import module_hash, text_hash
@@ -51,7 +51,7 @@ def answering_fingerprint(pipe: Any) -> str:
 
 def answer(
     pipe: Any,
-    questions: QuestionSource,
+    questions: Questions,
     *,
     output: str | Path | None = None,
     batch_size: int = 8,
@@ -114,7 +114,7 @@ def read_answers(path: str | Path) -> AnswerFile:
 @torch.no_grad()
 def _generate(
     pipe: Any,
-    questions: QuestionSource,
+    questions: Questions,
     rows: list[int],
     processor_kwargs: Mapping[str, Any] | None,
     max_new_tokens: int,
