@@ -78,6 +78,11 @@ class TokenConfig(LossConfig, AlignConfig):
         """Losses of single answers, liked or not."""
         return any(losses.get(key).unpaired for key in self.loss_type)
 
+    @property
+    def is_per_token(self) -> bool:
+        """The losses divide log-ratios by the answers' lengths themselves."""
+        return all("chosen_length" in losses.get(key).inputs for key in self.loss_type)
+
     def loss_options(self) -> dict[str, Any]:
         """The hyper-parameters that go to `losses.compute`."""
         options = super().loss_options()

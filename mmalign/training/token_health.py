@@ -8,15 +8,20 @@ from mmalign.training.token_measurement import AnswerMeasurement
 
 
 @torch.no_grad()
-def token_panel(measured: AnswerMeasurement, loss: Tensor, *, beta: float) -> dict[str, tuple[float, float]]:
+def token_panel(
+    measured: AnswerMeasurement, loss: Tensor, *, beta: float, per_token: bool = False
+) -> dict[str, tuple[float, float]]:
     """Metric name → (sum, weight), so that steps and processes average exactly; a mean over rows, or over tokens where it is of tokens.
 
-    Rewards are β times the log-ratio or, without a reference, β times the log-probability.
+    Rewards are β times the log-ratio or, without a reference, β times the log-probability; per token of the answer where the loss reads
+    them so.
     """
     size = len(measured.label)
     log_probs = (measured.policy.log_prob * measured.weights).sum(1)
     ratios = measured.log_ratios
     rewards = beta * (log_probs if ratios is None else ratios)
+    if per_token:
+        rewards = rewards / (measured.weights != 0).sum(1).clamp(min=1)
     values = {"loss": loss}
     if measured.sides == 2:
         margin = rewards[:size] - rewards[size:]

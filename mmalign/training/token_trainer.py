@@ -228,7 +228,7 @@ class TokenTrainer(AlignTrainer):
 
     def panel(self, measured: AnswerMeasurement, loss: Tensor) -> dict[str, tuple[float, float]]:
         """Metric name → (sum, weight)."""
-        return token_panel(measured, loss, beta=self.args.beta)
+        return token_panel(measured, loss, beta=self.args.beta, per_token=self.args.is_per_token)
 
     def measure(self, model: nn.Module, batch: AnswerBatch, *, epoch: int, data: Answers) -> AnswerMeasurement:
         """Policy and reference on a batch's tokens; the reference from the cache where it is kept there."""

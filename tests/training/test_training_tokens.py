@@ -338,3 +338,19 @@ def test_adapters_come_off_without_a_trace(tmp_path: Path) -> None:
     without_adapters(pipe.model)
     ours, theirs = pipe.model.state_dict(), base.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ln_pref"])
+def test_rewards_are_told_as_the_loss_reads_them(loss_type: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, "lfm2", loss_type=loss_type, beta=2.0, max_steps=3)
+    run.train()
+    last = [entry for entry in run.state.log_history if "loss" in entry][-1]
+    inputs = batch(run)
+    measured = run.measure(run.model, inputs["batch"], epoch=-1, data=run._train)
+    pairs = measured.pairs()
+    lengths = (pairs.chosen_length, pairs.rejected_length) if loss_type == "ln_pref" else (1, 1)
+    expected = 2.0 * (pairs.chosen_logratio / lengths[0] - pairs.rejected_logratio / lengths[1])
+    told = run.panel(measured, run.loss_of(measured).detach())["rewards/margins"]
+    assert told[0] / told[1] == pytest.approx(float(expected.mean()), rel=1e-5)
+    torch.testing.assert_close(run.loss_of(measured), F.softplus(-expected))
+    assert last["rewards/margins"] > 0
