@@ -125,7 +125,7 @@ def load_answering(
     options: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])}
     if name is None and given["revision"] is not None:
         options["revision"] = given["revision"]
-    pipe = (pipeline_class or TokenPipeline).from_pretrained(name or given["model"], **options)
+    pipe: Any = (pipeline_class or TokenPipeline).from_pretrained(name or given["model"], **options)
     if lora is not None:
         folder = Path(lora).expanduser()
         if folder.is_dir() and not (folder / _ADAPTER).is_file():

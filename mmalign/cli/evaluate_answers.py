@@ -117,7 +117,7 @@ def run(argv: Sequence[str]) -> int:
     others = None if given["retention_data"] is None else _others(given)
     pipe = load_answering(given, lora=given["lora"])
     base = _base(given, pipe)
-    ask = partial(answer, **asking_of(given))
+    ask: Callable[..., Any] = partial(answer, **asking_of(given))
 
     def both(source: Any, name: str) -> tuple[Any, Any]:
         ours = ask(pipe, source, output=folder / f"{name}-aligned.jsonl", description=f"Answering {name}, aligned")

@@ -226,16 +226,17 @@ def _table(result: AnswerEvaluation) -> str:
             "n",
         )
     )
-    body = "".join(_row(group, result, last=at == len(groups) - 1) for at, group in enumerate(groups))
+    body = "".join(_row(group, result) for group in groups)
     about = "Pairs count as right where every question of them is answered right." if result.pairs else ""
     return (
         '<section><h2>Right answers</h2><p class="quiet lead">Share of questions that are answered right, with '
         f"{level(result.overall.aligned.confidence)} intervals. {about}</p>"
-        f"<table><thead><tr><th>Questions</th><th></th>{head}</tr></thead><tbody>{body}</tbody></table></section>\n"
+        f"<table><thead><tr><th>Questions</th><th></th>{head}</tr></thead><tbody>{body}</tbody>"
+        f'<tfoot><tr><td></td><td class="plot">{axis()}</td><td colspan="{6 if compared else 3}"></td></tr></tfoot></table></section>\n'
     )
 
 
-def _row(group: AnswerGroup, result: AnswerEvaluation, *, last: bool) -> str:
+def _row(group: AnswerGroup, result: AnswerEvaluation) -> str:
     found = group.aligned
     cells = [(capital(result.aligned_label), f"<b>{percent(found.rate)}</b>{_ends(found)}")]
     if group.base is not None and group.difference is not None and group.p_corrected is not None:
@@ -248,10 +249,9 @@ def _row(group: AnswerGroup, result: AnswerEvaluation, *, last: bool) -> str:
     cells += [("Not read", f"{found.unreadable:,}"), ("n", f"{found.num_questions:,}")]
     shown = "".join(f'<td class="number" data-label="{text(name)}">{value}</td>' for name, value in cells)
     label = f"{percent(found.rate)} right, interval {percent(found.low)} to {percent(found.high)}"
-    scale = axis() if last else ""
     return (
         f'<tr><td class="name">{text(capital(group.name))}</td><td class="plot">'
-        f"{share_plot(found.rate, found.low, found.high, label)}{scale}</td>{shown}</tr>"
+        f"{share_plot(found.rate, found.low, found.high, label)}{axis()}</td>{shown}</tr>"
     )
 
 
