@@ -35,7 +35,7 @@ ANSWERS = FitConfig(
     ema=0.99,
     constant=True,
     seed=52,
-    save_every=100,
+    save_every=50,
 )
 EYE_STREAM, STREAM = 711, 712
 PATCH, SIDE, WIDTH = 8, 4, 96

@@ -30,7 +30,7 @@ ANSWERS = FitConfig(
     ema=0.99,
     constant=True,
     seed=42,
-    save_every=100,
+    save_every=50,
 )
 EYE_STREAM, STREAM = 701, 702
 PATCH, SIDE, WIDTH = 8, 4, 96
