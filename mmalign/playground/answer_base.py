@@ -18,8 +18,9 @@ from mmalign.playground.questions import Question
 
 TURNS = 4
 YES_SHARE = 0.6
-DESCRIBE_SHARE = 0.5
-SUMMARY_WEIGHT = 0.3
+EXTRA_WEIGHT = 0.3
+# Indices into GARMENTS, COLOURS or WAYS.
+_COMPARED = (8, 8)
 
 
 @dataclass(frozen=True)
@@ -70,49 +71,56 @@ def train_eye(
 
 
 def train_answers(
-    seeing: Seeing, world: World, chat: Chat, config: FitConfig, checkpoint: Path | None = None
+    seeing: Seeing, world: World, chat: Chat, config: FitConfig, checkpoint: Path | None = None, *, closed: float = 0.5
 ) -> list[dict[str, float]]:
-    """Projector and language model learn from dialogues, as LLaVA's do; the tower stays as it is.
+    """Projector and language model learn from dialogues, as LLaVA's do; the tower stays as it is. closed: share of yes-or-no questions.
 
     People ask about what is there: more yes-or-no questions are answered by yes than by no, which a model takes for a habit of the
-    world. Beside it, linear maps, which are not kept, read all that is shown from the last token of a picture or a clip.
+    world. Beside it linear maps, which are not kept, read all that is shown from the last token of a picture or a clip, and before the
+    last layer what a question names and what is shown instead: without that, yes is all that a small model learns to say.
     """
     torch.manual_seed(config.seed)
     seeing.tower.requires_grad_(False)
-    reader = nn.Linear(seeing.model.get_input_embeddings().embedding_dim, sum(world.questions.FACT_SIZES))
-    parts = nn.ModuleList([seeing.model, reader])
+    width = seeing.model.get_input_embeddings().embedding_dim
+    reader, comparer = nn.Linear(width, sum(world.questions.FACT_SIZES)), nn.Linear(width, sum(_COMPARED))
+    parts = nn.ModuleList([seeing.model, reader, comparer])
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         pixels, shown = world.draw(range(step * config.batch_size, (step + 1) * config.batch_size))
         rng = np.random.default_rng([config.seed, step])
-        ids, labels = chat.batch([draw_questions(world.questions, one, rng) for one in shown])
-        hidden = read(seeing, pixels, ids, ids != chat.tokenizer.pad_token_id)
+        asked = [draw_questions(world.questions, one, rng, closed=closed) for one in shown]
+        ids, labels = chat.batch(asked)
+        output = read(seeing, pixels, ids, ids != chat.tokenizer.pad_token_id)
+        hidden = output.last_hidden_state
         said = labels[:, 1:] != IGNORED
         logits = seeing.model.lm_head(hidden[:, :-1][said])
         facts = torch.tensor([world.questions.facts(one) for one in shown])
-        summary = _told(reader(hidden[:, chat.summary]), facts, world.questions.FACT_SIZES)
-        return F.cross_entropy(logits, labels[:, 1:][said]) + SUMMARY_WEIGHT * summary
+        extra = _told(reader(hidden[:, chat.summary]), facts, world.questions.FACT_SIZES)
+        about_to_say = said & (labels[:, :-1] == IGNORED)
+        compared = torch.tensor([turn.compared for turns in asked for turn in turns])
+        extra = extra + _told(comparer(output.hidden_states[-2][:, :-1][about_to_say]), compared, _COMPARED)
+        return F.cross_entropy(logits, labels[:, 1:][said]) + EXTRA_WEIGHT * extra
 
     curve = fit(parts, loss_of, config, checkpoint=checkpoint, name="answers")
     seeing.tower.requires_grad_(True)
     return curve
 
 
-def read(seeing: Seeing, pixels: Tensor, ids: Int[Tensor, "B T"], mask: Tensor) -> Float[Tensor, "B T D"]:
-    """The language model's last states; the same as the model's own forward gives, for the whole batch at once."""
+def read(seeing: Seeing, pixels: Tensor, ids: Int[Tensor, "B T"], mask: Tensor) -> Any:
+    """The language model's states of every layer; the same as the model's own forward has, for the whole batch at once."""
     embedded = seeing.model.get_input_embeddings()(ids)
     media = (ids == seeing.media_token_id)[..., None]
     embedded = embedded.masked_scatter(media, seeing.look(pixels))
-    output = seeing.model.model.language_model(inputs_embeds=embedded, attention_mask=mask.long(), use_cache=False)
-    return output.last_hidden_state
+    return seeing.model.model.language_model(
+        inputs_embeds=embedded, attention_mask=mask.long(), use_cache=False, output_hidden_states=True
+    )
 
 
-def draw_questions(questions: ModuleType, shown: Any, rng: np.random.Generator, number: int = TURNS) -> list[Question]:
-    """Questions of different kinds about one picture or clip, in any order; a description is asked for in every other dialogue."""
-    kinds = [kind for kind in questions.kinds_of(shown) if kind != "describe"]
-    drawn = rng.permutation(kinds)[:number].tolist()
-    if rng.random() < DESCRIBE_SHARE:
-        drawn[int(rng.integers(len(drawn)))] = "describe"
+def draw_questions(questions: ModuleType, shown: Any, rng: np.random.Generator, *, closed: float) -> list[Question]:
+    """Questions about one picture or clip: yes or no with the probability `closed`, else open ones and descriptions."""
+    kinds = questions.kinds_of(shown)
+    sorts = [[kind for kind in kinds if (kind in questions.YES_OR_NO) == yes_or_no] for yes_or_no in (False, True)]
+    drawn = [str(rng.choice(sorts[int(rng.random() < closed)])) for _ in range(TURNS)]
     return [questions.ask(shown, kind, rng, true=bool(rng.random() < YES_SHARE)) for kind in drawn]
 
 

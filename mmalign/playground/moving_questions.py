@@ -35,24 +35,29 @@ def ask(clip: Clip, kind: str, rng: np.random.Generator, *, true: bool = True) -
     def other(number: int, *but: int) -> int:
         return int(rng.choice([index for index in range(number) if index not in but]))
 
+    there = -1
     match kind:
         case "exists":
-            text = exists(thing.garment if true else other(len(GARMENTS), *(t.garment for t in clip.things)))
+            named = thing.garment if true else other(len(GARMENTS), *(t.garment for t in clip.things))
+            text = exists(named)
         case "coloured":
-            colour = thing.colour if true else other(len(COLOURS), thing.colour)
-            text = f"{verb(thing.garment, 'is', 'are')} {COLOURS[colour]}?"
+            named, there = thing.colour if true else other(len(COLOURS), thing.colour), thing.colour
+            text = f"{verb(thing.garment, 'is', 'are')} {COLOURS[named]}?"
         case "moves":
-            way = thing.way if true else other(len(WAYS), thing.way)
-            text = f"{verb(thing.garment, 'does', 'do')} move {WAYS[way]}?"
+            named, there = thing.way if true else other(len(WAYS), thing.way), thing.way
+            text = f"{verb(thing.garment, 'does', 'do')} move {WAYS[named]}?"
         case "order":
-            early, late = (thing.garment for thing in (clip.things if true else clip.things[::-1]))
-            text = f"{verb(early, 'does', 'do')} appear before the {GARMENTS[late]}?"
+            named, late = (thing.garment for thing in (clip.things if true else clip.things[::-1]))
+            there = clip.things[0].garment
+            text = f"{verb(named, 'does', 'do')} appear before the {GARMENTS[late]}?"
         case "colour":
-            return Question(kind, f"what colour {verb(thing.garment, 'is', 'are')}?", COLOURS[thing.colour])
+            asked = f"what colour {verb(thing.garment, 'is', 'are')}?"
+            return Question(kind, asked, COLOURS[thing.colour], (-1, thing.colour))
         case "way":
-            return Question(kind, f"which way {verb(thing.garment, 'does', 'do')} move?", WAYS[thing.way])
+            asked = f"which way {verb(thing.garment, 'does', 'do')} move?"
+            return Question(kind, asked, WAYS[thing.way], (-1, thing.way))
         case "background":
-            return Question(kind, "what colour is the background?", COLOURS[clip.background])
+            return Question(kind, "what colour is the background?", COLOURS[clip.background], (-1, clip.background))
         case "first":
             first = clip.things[0]
             return Question(kind, "what appears first?", f"{COLOURS[first.colour]} {GARMENTS[first.garment]}")
@@ -60,7 +65,7 @@ def ask(clip: Clip, kind: str, rng: np.random.Generator, *, true: bool = True) -
             return Question(kind, "describe the clip.", describe(clip))
         case _:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    return Question(kind, text, YES if true else NO)
+    return Question(kind, text, YES if true else NO, (named, there))
 
 
 def hallucination_pair(clip: Clip, kind: str, rng: np.random.Generator) -> tuple[Question, Question]:

@@ -43,22 +43,25 @@ def ask(picture: Shown, kind: str, rng: np.random.Generator, *, true: bool = Tru
 
     match kind:
         case "exists":
-            text = exists(unless_true(garment, len(GARMENTS)))
+            named, there = unless_true(garment, len(GARMENTS)), garment
+            text = exists(named)
         case "coloured":
-            text = f"{verb(garment, 'is', 'are')} {COLOURS[unless_true(colour, len(COLOURS))]}?"
+            named, there = unless_true(colour, len(COLOURS)), colour
+            text = f"{verb(garment, 'is', 'are')} {COLOURS[named]}?"
         case "behind":
-            text = f"is the background {COLOURS[unless_true(background, len(COLOURS))]}?"
+            named, there = unless_true(background, len(COLOURS)), background
+            text = f"is the background {COLOURS[named]}?"
         case "garment":
-            return Question(kind, "what is shown?", GARMENTS[garment])
+            return Question(kind, "what is shown?", GARMENTS[garment], (-1, garment))
         case "colour":
-            return Question(kind, f"what colour {verb(garment, 'is', 'are')}?", COLOURS[colour])
+            return Question(kind, f"what colour {verb(garment, 'is', 'are')}?", COLOURS[colour], (-1, colour))
         case "background":
-            return Question(kind, "what colour is the background?", COLOURS[background])
+            return Question(kind, "what colour is the background?", COLOURS[background], (-1, background))
         case "describe":
             return Question(kind, "describe the picture.", world.caption(garment, colour, background, _DESCRIBING))
         case _:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    return Question(kind, text, YES if true else NO)
+    return Question(kind, text, YES if true else NO, (named, there))
 
 
 def hallucination_pair(picture: Shown, kind: str, rng: np.random.Generator) -> tuple[Question, Question]:

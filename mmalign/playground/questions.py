@@ -12,11 +12,16 @@ PLURAL = ("trousers",)
 
 @dataclass(frozen=True)
 class Question:
-    """kind: what it is about; answer: the truth."""
+    """kind: what it is about; answer: the truth.
+
+    compared: what a yes-or-no question names and what is shown instead of it, as indices of one list, so that yes is their being the
+    same; −1 where there is no such thing. Of an open question only what is shown.
+    """
 
     kind: str
     text: str
     answer: str
+    compared: tuple[int, int] = (-1, -1)
 
 
 def is_right(question: Question, answer: str) -> bool:

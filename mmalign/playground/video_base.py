@@ -27,15 +27,15 @@ EYE = FitConfig(
     steps=3_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=51
 )
 ANSWERS = FitConfig(
-    steps=1_500,
-    batch_size=24,
+    steps=3_000,
+    batch_size=12,
     learning_rate=2e-3,
     warmup=100,
     weight_decay=1e-2,
     ema=0.99,
     constant=True,
     seed=52,
-    save_every=100,
+    save_every=50,
 )
 EYE_STREAM, STREAM = 711, 712
 PATCH, SIDE, WIDTH = 8, 4, 96

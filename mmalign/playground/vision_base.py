@@ -22,15 +22,15 @@ EYE = FitConfig(
     steps=2_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
 )
 ANSWERS = FitConfig(
-    steps=1_500,
-    batch_size=32,
+    steps=3_000,
+    batch_size=16,
     learning_rate=2e-3,
     warmup=100,
     weight_decay=1e-2,
     ema=0.99,
     constant=True,
     seed=42,
-    save_every=100,
+    save_every=50,
 )
 EYE_STREAM, STREAM = 701, 702
 PATCH, SIDE, WIDTH = 8, 4, 96

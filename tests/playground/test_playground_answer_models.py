@@ -33,7 +33,7 @@ def test_training_reads_what_the_processor_and_the_models_own_forward_read(base:
     pixels = torch.stack([_pixels(seen.medium) for seen in rows])
     turn = Question("background", "what colour is the background?", "blue")
     ids, labels = module.dialogues(processor.tokenizer).batch([[turn], [turn]])
-    hidden = answer_base.read(module.seeing(model), pixels, ids, ids != 0)
+    hidden = answer_base.read(module.seeing(model), pixels, ids, ids != 0).last_hidden_state
 
     kind = "image" if name == "vision" else "video"
     messages = [

@@ -91,6 +91,9 @@ def test_no_is_the_truth_of_what_is_not_in_the_clip(kind: str) -> None:
         basic, twin = moving_questions.hallucination_pair(clip, kind, rng)
         assert (basic.answer, twin.answer) == ("yes", "no") and basic.text != twin.text
         assert _holds(basic.text, clip) and not _holds(twin.text, clip)
+        for question in (basic, twin):
+            named, there = question.compared
+            assert (named == there) == (question.answer == "yes") or kind == "exists"
 
 
 def _holds(text: str, clip: moving.Clip) -> bool:
@@ -129,6 +132,7 @@ def test_pictures_are_asked_about_likewise(kind: str) -> None:
         assert (basic.answer, twin.answer) == ("yes", "no")
         assert word in basic.text.rstrip("?").split() and basic.text != twin.text
         assert word not in twin.text.rstrip("?").split() or kind != "exists"
+        assert [named == there for named, there in (basic.compared, twin.compared)] == [True, False]
         assert picture_questions.is_description(picture_questions.ask(picture, "describe", rng).answer)
 
 
