@@ -39,14 +39,22 @@ if TYPE_CHECKING:
     from mmalign.pipelines.image.smpo import SmPOConfig as SmPOConfig
     from mmalign.pipelines.image.smpo import SmPOPipeline as SmPOPipeline
     from mmalign.pipelines.image.smpo import SmPOTrainer as SmPOTrainer
+    from mmalign.pipelines.video.rrpo import RRPOConfig as RRPOConfig
+    from mmalign.pipelines.video.rrpo import RRPOPipeline as RRPOPipeline
+    from mmalign.pipelines.video.rrpo import RRPOTrainer as RRPOTrainer
+    from mmalign.pipelines.vision.lfm2_vl import LFM2VLConfig as LFM2VLConfig
+    from mmalign.pipelines.vision.lfm2_vl import LFM2VLPipeline as LFM2VLPipeline
+    from mmalign.pipelines.vision.lfm2_vl import LFM2VLTrainer as LFM2VLTrainer
 
 _HOME = {
     **{f"DiffusionDPO{part}": "mmalign.pipelines.image.dpo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"DiffusionNPO{part}": "mmalign.pipelines.image.diffusion_npo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"DiffusionSFT{part}": "mmalign.pipelines.image.sft" for part in ("Config", "Pipeline", "Trainer")},
     **{f"InPO{part}": "mmalign.pipelines.image.inpo" for part in ("Config", "Pipeline", "Trainer")},
+    **{f"LFM2VL{part}": "mmalign.pipelines.vision.lfm2_vl" for part in ("Config", "Pipeline", "Trainer")},
     **{f"LongAlign{part}": "mmalign.pipelines.image.longalign" for part in ("Config", "Pipeline", "Trainer")},
     **{f"PPD{part}": "mmalign.pipelines.image.ppd" for part in ("Config", "Pipeline", "Trainer")},
+    **{f"RRPO{part}": "mmalign.pipelines.video.rrpo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SelfNPO{part}": "mmalign.pipelines.image.self_npo" for part in ("Config", "Pipeline", "Trainer")},
     **{f"SmPO{part}": "mmalign.pipelines.image.smpo" for part in ("Config", "Pipeline", "Trainer")},
 }

@@ -35,7 +35,8 @@ VERBS = {
         ),
         Verb(
             "train",
-            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd",
+            "align a model of pictures or clips: smpo, inpo, dpo, sft, self-npo, diffusion-npo, longalign, or ppd; "
+            "one that answers: rrpo, lfm2-vl, or token-dpo",
             "mmalign train smpo --model stabilityai/stable-diffusion-xl-base-1.0 --data my-pairs/ --preset sdxl",
             "mmalign.cli.train",
         ),
@@ -70,6 +71,18 @@ VERBS = {
             "mmalign.cli.compare",
         ),
         Verb(
+            "answer",
+            "a model's answers to questions about text, pictures or clips, kept line by line",
+            "mmalign answer --model LiquidAI/LFM2-VL-450M --data questions.jsonl",
+            "mmalign.cli.answer",
+        ),
+        Verb(
+            "evaluate-answers",
+            "how many answers are right, beside the base's, with intervals, as report.html",
+            "mmalign evaluate-answers --model LiquidAI/LFM2-VL-450M --lora runs/token-dpo --data questions.jsonl",
+            "mmalign.cli.evaluate_answers",
+        ),
+        Verb(
             "score",
             "what scorers say of pictures that are already there",
             "mmalign score --pictures pictures/ --scorers hpsv2.1 aesthetic",
@@ -80,6 +93,12 @@ VERBS = {
             "preference pairs from your own prompts: drawn by a model, judged by a scorer",
             "mmalign make-pairs --model playground --prompts playground --scorer playground --num-prompts 8",
             "mmalign.cli.make_pairs",
+        ),
+        Verb(
+            "make-answer-pairs",
+            "preference pairs of a model's own mistakes about clips that are hard to see, for rrpo",
+            "mmalign make-answer-pairs --model MODEL --data videos/questions.jsonl --output videos/pairs.jsonl",
+            "mmalign.cli.make_answer_pairs",
         ),
         Verb(
             "embed-users",
@@ -106,6 +125,12 @@ VERBS = {
             "mmalign.cli.export",
         ),
         Verb(
+            "merge",
+            "several fine-tuned models of one base as one: soup, task arithmetic, TIES, DARE, DELLA",
+            "mmalign merge runs/dpo runs/ln-pref --base LiquidAI/LFM2-VL-450M --method ties --output merged",
+            "mmalign.cli.merge",
+        ),
+        Verb(
             "validate-data",
             "read every preference pair as training would; problems by row, bad_rows.jsonl, a contact sheet",
             "mmalign validate-data my-pairs/",
@@ -128,7 +153,7 @@ VERBS = {
 
 _HELP = """usage: mmalign VERB [options]
 
-Preference alignment for text-to-image and text-to-video models.
+Preference alignment for models that draw pictures or clips, and for models that answer.
 
 {verbs}
 

@@ -19,6 +19,7 @@ _CANNOT = {
     "diffusion-npo": "diffusion-npo compares nothing, so there is nothing to probe",
     "longalign": "longalign compares nothing, so there is nothing to probe",
     "ppd": "ppd reads its users from the pairs, and the pairs that a probe holds out would be missed there",
+    **dict.fromkeys(train.ANSWERING, "a probe draws timesteps of denoisers, and a model that answers has none"),
 }
 METHODS = [name for name in train.METHODS if name not in _CANNOT]
 _GRID = "the probe"

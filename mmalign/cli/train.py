@@ -28,7 +28,8 @@ from mmalign.cli.options import (
     switch,
     whole,
 )
-from mmalign.cli.terminal import Interrupted, command, rank_prefix, without_options
+from mmalign.cli.terminal import Interrupted, rank_prefix
+from mmalign.cli.trained import checkpoints, farewell, how_to_go_on
 
 METHODS = {
     "smpo": (
@@ -59,9 +60,26 @@ METHODS = {
         "PPD",
         "one model for many users, told apart by a few pairs (arXiv:2501.06655)",
     ),
+    "rrpo": (
+        "mmalign.pipelines.video.rrpo",
+        "RRPO",
+        "models that watch clips: phrases in which answers differ, the rest held to the base (arXiv:2504.12083)",
+    ),
+    "lfm2-vl": (
+        "mmalign.pipelines.vision.lfm2_vl",
+        "LFM2VL",
+        "LFM2-VL and LFM2: DPO and every pair loss, with distillation from a larger one (arXiv:2511.23404)",
+    ),
+    "token-dpo": (
+        "mmalign.training.token_pipeline",
+        "Token",
+        "models that answer about text, pictures or clips: DPO, and every pair loss (arXiv:2305.18290)",
+    ),
 }
+# Those that train models that answer in tokens; see train_answers.py.
+ANSWERING = ("rrpo", "lfm2-vl", "token-dpo")
 # Those that learn from pairs, and whose result is drawn with by itself; PPD without a user draws what the base draws.
-ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd")]
+ALIGNING = [name for name in METHODS if name not in ("self-npo", "diffusion-npo", "longalign", "ppd", *ANSWERING)]
 PAIRS = (
     "preference pairs: a Hub id, a parquet, json or jsonl file, a folder with metadata.jsonl or of x_chosen.png, "
     'x_rejected.png, x.txt, WebDataset shards (x-{000..011}.tar), or "playground"'
@@ -112,17 +130,25 @@ def run(argv: Sequence[str]) -> int:
     exit_code = launch.relaunch([method, *words], given.chosen(launch.NAMES))
     if exit_code is not None:
         return exit_code
-    return _train(method, getattr(pipelines, f"{prefix}Pipeline"), given, words)
+    pipeline_class = getattr(pipelines, f"{prefix}Pipeline")
+    if method in ANSWERING:
+        from mmalign.cli.train_answers import train_answers
+
+        return train_answers(method, pipeline_class, given, words)
+    return _train(method, pipeline_class, given, words)
 
 
 def make_command(method: str, config_class: Any) -> Command:
     """The options of `mmalign train METHOD`."""
-    from mmalign.training.inherited import REFUSED
-
-    own = _run_options(method, config_class)
-    fields = options_of(config_class, refused=REFUSED, without={option.name for option in own} | {"local_rank"})
+    own = run_options(method, config_class)
+    without = {option.name for option in own} | {"local_rank"}
+    fields = options_of(config_class, refused=config_class.refused, without=without)
     refused = [Alias(name, reason) for name, reason in launch.REFUSED.items()]
     known = {option.name for option in (*own, *fields)}
+    if method in ANSWERING:
+        from mmalign.cli.train_answers import answering_command
+
+        return answering_command(method, config_class, own, [*fields, _SCALE_LR, *launch.OPTIONS], refused)
     return Command(
         prog=f"mmalign train {method}",
         description=METHODS[method][2][0].upper() + METHODS[method][2][1:] + ".",
@@ -140,7 +166,8 @@ def make_command(method: str, config_class: Any) -> Command:
     )
 
 
-def _run_options(method: str, config_class: Any) -> list[Option]:
+def run_options(method: str, config_class: Any) -> list[Option]:
+    """What a run is given beside its config's fields."""
     lora: dict[str, Any] = {"group": _LORA}
     return [
         *model_options(group=_DATA),
@@ -251,7 +278,8 @@ def method_of(words: list[str], verb: str = "train") -> tuple[str | None, list[s
 
 def completed(given: Given, config_class: Any) -> Given:
     """Puts the preset under the explicit options; the playground's pairs have their own, and a held-out split."""
-    name = given["preset"] or ("playground" if given["data"] == "playground" else None)
+    own = given["data"] == "playground" and "playground" in config_class.presets
+    name = given.values.get("preset") or ("playground" if own else None)
     preset = config_class.preset_options(name, given.chosen(given.explicit)) if name else {}
     if given.explicit & {"fp16", "bf16"}:
         preset = {name: value for name, value in preset.items() if name not in ("fp16", "bf16")}
@@ -278,7 +306,7 @@ def config_options(given: Given, config_class: Any) -> dict[str, Any]:
         config = config_class(**options)
         pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
         options["learning_rate"] = config.learning_rate * pairs
-        _say(
+        say(
             f"learning rate {config.learning_rate:g} × {pairs} pairs a step = {options['learning_rate']:g} (--scale-lr)"
         )
     options["resume_from_checkpoint"] = resume_from(given)
@@ -296,21 +324,15 @@ def _has_accelerator() -> bool:
     return torch.accelerator.is_available()
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     if not rank_prefix():
         print(message)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest step first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def resume_from(given: Given) -> str | None:
     """What the trainer resumes from: a folder, or "latest". An earlier run's checkpoints are never mixed with a new one's."""
     folder, asked = Path(given["output_dir"]), given["resume_from_checkpoint"]
-    found = _checkpoints(folder)
+    found = checkpoints(folder)
     if asked is None and found:
         if not given["overwrite"]:
             raise ValueError(
@@ -332,7 +354,7 @@ def adapter_of(given: Given, config_class: Any) -> Any:
     """`lora_of`, or None for a method that trains a part of its own."""
     if config_class.takes_lora:
         return lora_of(given)
-    touched = [*(["full"] if given["full"] else []), *_touched_lora(given)]
+    touched = [*(["full"] if given["full"] else []), *touched_lora(given)]
     if touched:
         raise UsageError(
             f"{flag(touched[0])} has no effect: {config_class.method} trains a part of its own, and no LoRA"
@@ -340,7 +362,8 @@ def adapter_of(given: Given, config_class: Any) -> Any:
     return None
 
 
-def _touched_lora(given: Given) -> list[str]:
+def touched_lora(given: Given) -> list[str]:
+    """The options of a LoRA that are not at their defaults."""
     # A printed configuration states the defaults too.
     stated = {"lora_r": 16, "lora_alpha": None, "lora_dropout": 0.0, "lora_target_modules": None}
     return [name for name, default in stated.items() if given[name] != default]
@@ -349,7 +372,7 @@ def _touched_lora(given: Given) -> list[str]:
 def lora_of(given: Given) -> Any:
     """The LoRA that is trained; None with --full."""
     if given["full"]:
-        touched = _touched_lora(given)
+        touched = touched_lora(given)
         if touched:
             raise UsageError(f"--full trains every weight, so {flag(touched[0])} has no effect; drop one of the two")
         return None
@@ -398,17 +421,23 @@ def source_of(given: Given, *, captioned: bool = False) -> Any:
     )
 
 
+def checked_config(options: dict[str, Any], config_class: Any) -> Any:
+    """The run's config; ValueError where it would use another number of processes than there are."""
+    config = config_class(**options)
+    if config.world_size != world_size():
+        raise ValueError(
+            f"{world_size()} processes run, but training would use {config.world_size}: on a machine without GPUs add --use-cpu"
+        )
+    return config
+
+
 def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> int:
     from mmalign.denoisers.parts import draws_clips
 
     config_class = pipeline_class.config_class
     lora, quantization = adapter_of(given, config_class), _base_quantization(given)
     options = config_options(given, config_class)
-    config = config_class(**options)
-    if config.world_size != world_size():
-        raise ValueError(
-            f"{world_size()} processes run, but training would use {config.world_size}: on a machine without GPUs add --use-cpu"
-        )
+    config = checked_config(options, config_class)
     # The trainer brings each part to its device while it is needed there.
     pipe = load_pipeline(given, pipeline_class, device="cpu", quantization=quantization)
     source = source_of(given, captioned=not config.needs_pairs)
@@ -418,83 +447,9 @@ def _train(method: str, pipeline_class: Any, given: Given, words: list[str]) -> 
     try:
         pipe.align(source, eval_dataset=given["eval_data"], peft_config=lora, **options)
     except KeyboardInterrupt:
-        raise Interrupted(_how_to_go_on(method, words, folder)) from None
+        raise Interrupted(how_to_go_on(method, words, folder)) from None
     if not rank_prefix():
         if given["full"] or given["save_pipeline"]:
             pipe.save_pretrained(folder / "pipeline")
-        print(_farewell(given, folder, config, judged=not draws_clips(pipe)))
+        print(farewell(given, folder, config, judged=not draws_clips(pipe)))
     return 0
-
-
-def _how_to_go_on(method: str, words: list[str], folder: Path) -> str:
-    found = _checkpoints(folder)
-    if not found:
-        return f"stopped before the first checkpoint in {folder} (--save-steps says how often one is written)"
-    kept = without_options(launch.typed([method, *words]), ["resume_from_checkpoint", "overwrite", "hub_token"])
-    again = command("mmalign", "train", *kept, "--resume-from-checkpoint", "latest")
-    return f"stopped; {found[-1]} is whole. Go on with:\n  {again}"
-
-
-def _farewell(given: Given, folder: Path, config: Any, *, judged: bool) -> str:
-    """Where everything was saved, and what to type next; `judged`: whether scorers read what the model draws."""
-    lines = ["", f"saved in {folder}:"]
-    wanted = {
-        "pytorch_lora_weights.safetensors": f'the LoRA; any diffusers pipeline takes it: pipe.load_lora_weights("{folder}")',
-        "user_attention": f'what was learned of users; PPDPipeline takes it: pipe.load_aligned("{folder}")',
-        "pipeline": f'the whole pipeline: DiffusionPipeline.from_pretrained("{folder / "pipeline"}")',
-        "smoothing.json": "the normaliser of the scorer's values",
-        "history.json": "everything that was logged",
-        "samples": "sample pictures",
-        "README.md": "the model card",
-    }
-    if config.trains_negative:
-        wanted["pytorch_lora_weights.safetensors"] = (
-            f'the negative side: SelfNPOPipeline.from_pretrained("{given["model"]}").load_negative("{folder}")'
-        )
-    lines += [f"  {name:<34}{what}" for name, what in wanted.items() if (folder / name).exists()]
-    lines += [f"  {path.name}" for path in _checkpoints(folder)[-1:]]
-    if (folder / "user_attention").exists():
-        return "\n".join([*lines, *_next_for_users(given, folder, config)])
-    held = [] if config.trained_on is None else ["--trained-on", config.trained_on]
-    if config.trains_negative:
-        return "\n".join([*lines, *_next_with_negative(given, folder, held)])
-    long = [] if config.long_prompts is None else ["--long-prompts", config.long_prompts]
-    model = (
-        ["--model", str(folder / "pipeline")] if given["full"] else ["--model", given["model"], "--lora", str(folder)]
-    )
-    base = ["--base", given["model"]]
-    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    lines += ["", "next:", "  " + command("mmalign", "generate", *model, *prompts, *long, "--num-prompts", "4")]
-    if judged:
-        lines.append("  " + command("mmalign", "evaluate", *model, *base, *prompts, *held, *long))
-    return "\n".join(lines)
-
-
-def _next_for_users(given: Given, folder: Path, config: Any) -> list[str]:
-    """Drawing for somebody: of the file that was trained with, of the scorers, or of users who were read when training started."""
-    from mmalign.data.users import SCORERS_FILE
-
-    lines = ["", "next (NAME is one of the users):"]
-    users = config.users or str(folder / SCORERS_FILE)
-    if not users.endswith(".safetensors"):
-        read = ["--data", given["data"], "--encoder", users, "--shots", str(config.user_shots)]
-        if given["root"] is not None:
-            read += ["--root", given["root"]]
-        lines.append("  " + command("mmalign", "embed-users", *read))
-        users = "users.safetensors"
-    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    model = ["--model", given["model"], "--lora", str(folder), "--users", users, "--user", "NAME"]
-    lines.append("  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"))
-    lines.append("  " + command("mmalign", "evaluate", *model, *prompts))
-    return lines
-
-
-def _next_with_negative(given: Given, folder: Path, held: list[str]) -> list[str]:
-    model = ["--model", given["model"], "--negative", str(folder)]
-    prompts = ["--prompts", "playground" if given["data"] == "playground" else "prompts.txt"]
-    return [
-        "",
-        "next (--lora adds what aligned the positive side):",
-        "  " + command("mmalign", "generate", *model, *prompts, "--num-prompts", "4"),
-        "  " + command("mmalign", "evaluate", *model, *prompts, *held),
-    ]

@@ -6,6 +6,9 @@ compared = compare(encoded.labels, None, ComparisonConfig(kind="human"))
 loader = DataLoader(PreferenceDataset(encoded, compared), collate_fn=collate)
 """
 
+from mmalign.data.answer_records import AnswerPair
+from mmalign.data.answer_validation import AnswerReport, validate_answers
+from mmalign.data.answers import AnswerSource, load_answers
 from mmalign.data.comparison import Compared, ComparisonConfig, compare
 from mmalign.data.dataset import PreferenceBatch, PreferenceDataset, PreferenceItem, collate
 from mmalign.data.encoded import EncodedPairs
@@ -19,6 +22,9 @@ from mmalign.data.storage import cache_size, clear_cache, default_cache_dir
 from mmalign.data.validation import DataReport, Problem, validate_pairs
 
 __all__ = [
+    "AnswerPair",
+    "AnswerReport",
+    "AnswerSource",
     "BadRow",
     "cache_size",
     "clear_cache",
@@ -31,6 +37,7 @@ __all__ = [
     "encode_pairs",
     "EncodedPairs",
     "InvalidRow",
+    "load_answers",
     "load_pairs",
     "Normalizer",
     "PairRecord",
@@ -41,5 +48,6 @@ __all__ = [
     "Problem",
     "score_pairs",
     "split_by_prompt",
+    "validate_answers",
     "validate_pairs",
 ]

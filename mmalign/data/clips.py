@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -49,6 +50,31 @@ MAX_CLIP_PIXELS = 2**28
 _PICTURE_BRANDS = {b"avif", b"avis", b"heic", b"mif1", b"msf1"}
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """max_pixels: of a frame. max_frames: of a source, whether all of them are used or not. longest_side: of a frame; larger ones are
+    shrunk to it.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    max_frames: int = MAX_FRAMES
+    longest_side: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Frames taken out of a clip, their numbers in it, how many it has, and how many a second; None where the source does not tell."""
+
+    frames: Clip
+    indices: tuple[int, ...]
+    total: int
+    frames_per_second: float | None
+
+
+# (frames there are, frames a second if known) → the numbers of those that are used, ascending.
+Pick: TypeAlias = Callable[[int, "float | None"], Sequence[int]]
+
+
 def read_clip(
     value: Any,
     num_frames: int,
@@ -58,8 +84,23 @@ def read_clip(
     max_pixels: int = MAX_PIXELS,
 ) -> Clip:
     """`num_frames` frames of a clip, evenly spaced from its first to its last, as `to_rgb` reads pictures. Raises BadImage."""
+    limits = Limits(max_pixels, MAX_FRAMES)
+    return sample_clip(value, evenly(num_frames), roots=roots, absolute=absolute, limits=limits).frames
+
+
+def sample_clip(
+    value: Any,
+    pick: Pick,
+    *,
+    roots: Sequence[Path] = (),
+    absolute: bool = False,
+    limits: Limits | None = None,
+    timed: bool = False,
+) -> Sampled:
+    """The frames of a clip that `pick` names, all of one size. timed: ask an animation how long it lasts, which reads all of it."""
     from PIL import Image
 
+    limits = limits or Limits()
     value = content(value)
     place = inside(value, roots, absolute, folders=True) if isinstance(value, str | Path) else None
     if place is not None and place.is_dir():
@@ -69,15 +110,26 @@ def read_clip(
             raise BadImage("an opened animation: pass its path, its bytes, or a list of its frames")
         value = [value]
     if isinstance(value, list | tuple):
-        frames = _of_list(value, num_frames, roots, absolute, max_pixels)
-    elif (kind := _container(value if place is None else place)) is not None:
-        frames = _of_video(value if place is None else place, kind, num_frames, max_pixels)
+        sampled = _of_list(value, pick, roots, absolute, limits)
+    elif (kind := video_kind(value if place is None else place)) is not None:
+        sampled = _of_video(value if place is None else place, kind, pick, limits)
     else:
-        frames = _of_animation(value, num_frames, roots, absolute, max_pixels)
-    sizes = {frame.size for frame in frames}
+        sampled = _of_animation(value, pick, roots, absolute, limits, timed)
+    sizes = {frame.size for frame in sampled.frames}
     if len(sizes) > 1:
         raise BadImage(f"frames of different sizes: {', '.join(f'{w}×{h}' for w, h in sorted(sizes)[:3])}")
-    return tuple(frames)
+    return sampled
+
+
+def evenly(wanted: int) -> Pick:
+    """The first frame, the last, and others evenly between: so many of them."""
+
+    def pick(total: int, frames_per_second: float | None) -> list[int]:
+        if total < wanted:
+            raise BadImage(f"holds {total} frame(s), and {wanted} are asked for (num_frames)")
+        return [int(at) for at in np.linspace(0, total - 1, wanted).round()]
+
+    return pick
 
 
 def fitted(
@@ -124,68 +176,92 @@ def frame_files(folder: Path) -> list[Path]:
     return sorted(files, key=order)
 
 
-def _evenly(total: int, wanted: int) -> list[int]:
-    """Which of `total` frames are used: the first, the last, and others evenly between."""
-    if total > MAX_FRAMES:
-        raise BadImage(f"more than {MAX_FRAMES} frames: cut the clip")
-    if total < wanted:
-        raise BadImage(f"holds {total} frame(s), and {wanted} are asked for (num_frames)")
-    return [int(at) for at in np.linspace(0, total - 1, wanted).round()]
+def _picked(pick: Pick, total: int, frames_per_second: float | None, limits: Limits) -> Sequence[int]:
+    if total > limits.max_frames:
+        raise BadImage(f"more than {limits.max_frames} frames: cut the clip")
+    wanted = pick(total, frames_per_second)
+    if not wanted:
+        raise BadImage("holds no frames")
+    return wanted
 
 
-def _of_list(
-    items: Sequence[Any], num_frames: int, roots: Sequence[Path], absolute: bool, max_pixels: int
-) -> list[Image.Image]:
-    frames = []
-    for at in _evenly(len(items), num_frames):
+def _of_list(items: Sequence[Any], pick: Pick, roots: Sequence[Path], absolute: bool, limits: Limits) -> Sampled:
+    frames: list[Image.Image] = []
+    wanted = _picked(pick, len(items), None, limits)
+    for at in wanted:
         try:
-            frames.append(to_rgb(items[at], roots=roots, absolute=absolute, max_pixels=max_pixels))
+            frame = to_rgb(items[at], roots=roots, absolute=absolute, max_pixels=limits.max_pixels)
         except BadImage as error:
             raise BadImage(f"frame {at}: {error}") from error
-        _check_room(frames[0].size, num_frames, max_pixels)
-    return frames
+        frames.append(_shrunk(frame, limits))
+        _check_room(frames[0].size, len(wanted), limits)
+    return Sampled(tuple(frames), tuple(wanted), len(items), None)
 
 
 def _of_animation(
-    value: Any, num_frames: int, roots: Sequence[Path], absolute: bool, max_pixels: int
-) -> list[Image.Image]:
+    value: Any, pick: Pick, roots: Sequence[Path], absolute: bool, limits: Limits, timed: bool
+) -> Sampled:
     frames = []
     with opened(value, roots, absolute) as image, damage_told():
-        _check_room(image.size, num_frames, max_pixels)
-        for at in _evenly(getattr(image, "n_frames", 1), num_frames):
+        total = getattr(image, "n_frames", 1)
+        _check_room(image.size, 1, limits)
+        rate = _rate_of_animation(image, min(total, limits.max_frames)) if timed else None
+        wanted = _picked(pick, total, rate, limits)
+        _check_room(_shown(image.size, limits), len(wanted), limits)
+        for at in wanted:
             image.seek(at)
-            frames.append(loaded(image, max_pixels))
-    return frames
+            frames.append(_shrunk(loaded(image, limits.max_pixels), limits))
+    return Sampled(tuple(frames), tuple(wanted), total, rate)
 
 
-def _of_video(source: Any, kind: str, num_frames: int, max_pixels: int) -> list[Image.Image]:
+def _rate_of_animation(image: Image.Image, total: int) -> float | None:
+    """Frames a second, on average; None where the file does not say how long they are shown."""
+    milliseconds = 0.0
+    for at in range(total):
+        image.seek(at)
+        # WebP tells only then.
+        image.load()
+        milliseconds += image.info.get("duration") or 0
+    return 1000 * total / milliseconds if milliseconds > 0 else None
+
+
+def _of_video(source: Any, kind: str, pick: Pick, limits: Limits) -> Sampled:
     """Decoded twice, for what a file says of its number of frames is not always so."""
     try:
         import av
     except ImportError as error:
         raise ImportError('reading .mp4, .mov and .webm files needs PyAV: pip install "mmalign[video]"') from error
 
-    def decoded() -> Generator[Any]:
+    @contextmanager
+    def container() -> Iterator[Any]:
         # An open file and a named format: FFmpeg opens nothing else, whatever the file refers to.
         with (
             io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source.open("rb") as file,
-            av.open(file, "r", format=kind) as container,
+            av.open(file, "r", format=kind) as opened_video,
         ):
-            yield from container.decode(video=0)
+            yield opened_video
 
     try:
-        with closing(decoded()) as frames:
-            total = sum(1 for _ in islice(_roomy(frames, num_frames, max_pixels), MAX_FRAMES + 1))
-        wanted = set(_evenly(total, num_frames))
-        with closing(decoded()) as frames:
-            return [_upright(frame) for at, frame in enumerate(islice(frames, max(wanted) + 1)) if at in wanted]
+        with container() as video:
+            rate = video.streams.video[0].average_rate
+            frames = _roomy(video.decode(video=0), 1, limits)
+            total = sum(1 for _ in islice(frames, limits.max_frames + 1))
+        rate = float(rate) if rate else None
+        wanted = _picked(pick, total, rate, limits)
+        with container() as video:
+            frames = _roomy(islice(video.decode(video=0), max(wanted) + 1), len(wanted), limits)
+            chosen = set(wanted)
+            used = [_shrunk(_upright(frame), limits) for at, frame in enumerate(frames) if at in chosen]
     except (av.FFmpegError, IndexError) as error:
         raise BadImage(f"damaged or truncated video, or none in the file ({type(error).__name__})") from error
+    return Sampled(tuple(used), tuple(wanted), total, rate)
 
 
-def _roomy(frames: Iterator[Any], num_frames: int, max_pixels: int) -> Iterator[Any]:
+def _roomy(frames: Iterator[Any], num_frames: int, limits: Limits) -> Iterator[Any]:
     for frame in frames:
-        _check_room((frame.width, frame.height), num_frames, max_pixels)
+        size = (frame.width, frame.height)
+        _check_room(size, 1, limits)
+        _check_room(_shown(size, limits), num_frames, limits)
         yield frame
 
 
@@ -194,7 +270,7 @@ def _upright(frame: Any) -> Image.Image:
     return image.rotate(frame.rotation, expand=True) if frame.rotation else image
 
 
-def _container(source: Any) -> str | None:
+def video_kind(source: Any) -> str | None:
     """FFmpeg's name for the format of a video file or its bytes, by their first bytes; None for anything else."""
     if isinstance(source, Path):
         with source.open("rb") as file:
@@ -208,10 +284,25 @@ def _container(source: Any) -> str | None:
     return "matroska" if start.startswith(b"\x1aE\xdf\xa3") else None
 
 
-def _check_room(size: tuple[int, int], num_frames: int, max_pixels: int) -> None:
+def _check_room(size: tuple[int, int], num_frames: int, limits: Limits) -> None:
     width, height = size
-    room = min(max_pixels, MAX_CLIP_PIXELS // num_frames)
+    room = min(limits.max_pixels, MAX_CLIP_PIXELS // max(1, num_frames))
     if width * height > room:
         raise BadImage(
             f"{num_frames} frames of {width}×{height}, and {room} pixels a frame are the limit: shrink the clip"
         )
+
+
+def _shown(size: tuple[int, int], limits: Limits) -> tuple[int, int]:
+    """The size in which a frame is kept."""
+    if limits.longest_side is None or max(size) <= limits.longest_side:
+        return size
+    scale = limits.longest_side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _shrunk(frame: Image.Image, limits: Limits) -> Image.Image:
+    from PIL import Image
+
+    size = _shown(frame.size, limits)
+    return frame if size == frame.size else frame.resize(size, Image.Resampling.BICUBIC)

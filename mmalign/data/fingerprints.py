@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,24 @@ def add_value(sha: Any, value: Any, texts: list[str]) -> None:
                 texts.append(str(value))
 
 
-def paths_in(table: Any) -> list[str]:
-    """The paths, in an arrow table or batch, of pictures that do not lie in it themselves."""
-    return [text for name in sorted(set(MEDIA) & set(table.schema.names)) for text in _texts_of(table.column(name))]
+def digest_of(value: Any) -> str:
+    """sha256 of a raw value; paths in it by their text."""
+    sha = hashlib.sha256()
+    add_value(sha, value, [])
+    return sha.hexdigest()
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """sha256 of the files that a model's processor is saved as."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        found = (path for path in Path(folder).rglob("*") if path.is_file())
+        return files_fingerprint((path.relative_to(folder).as_posix(), path) for path in found)
+
+
+def paths_in(table: Any, media: Sequence[str] = MEDIA) -> list[str]:
+    """The paths, in these columns of an arrow table or batch, of pictures that do not lie in it themselves."""
+    return [text for name in sorted(set(media) & set(table.schema.names)) for text in _texts_of(table.column(name))]
 
 
 def _of_picture(image: Any) -> bytes:

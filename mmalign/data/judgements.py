@@ -67,9 +67,7 @@ def _fraction(first: float, second: float, field: str, row: int) -> float:
 
 def _preferred(label: float, field: str, row: int) -> float:
     if not 0.5 <= label <= 1:
-        raise bad(
-            row, field, f"the preferred picture has a confidence or share of votes of {label:g}, expected 0.5 … 1"
-        )
+        raise bad(row, field, f"the preferred side has a confidence or share of votes of {label:g}, expected 0.5 … 1")
     return label
 
 

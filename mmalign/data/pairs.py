@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from mmalign.data.clips import PictureOrClip, frames_of, read_clip
 from mmalign.data.columns import (
     CAPTIONED,
     REQUIRED,
-    TAKE_CAPTIONED,
     Form,
     read_pair,
     read_prompt,
@@ -25,21 +22,13 @@ from mmalign.data.columns import (
     used_columns,
 )
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
-from mmalign.data.named import holds_pairs, holds_pictures, named_pairs, named_pictures
 from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad
 from mmalign.data.records import EndOfSource, InvalidRow, PairRecord
-from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, json_rows
-from mmalign.data.splits import choose_split, files_of_split
-from mmalign.data.streams import StreamRows, known_length
-from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
-
-PLAYGROUND = "playground"
-_FORMS = (
-    '"playground", a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder '
-    "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
-    "WebDataset shards (a .tar, a folder of them, or x-{000..011}.tar), a datasets.Dataset, or a list of dicts"
-)
+from mmalign.data.rows import DatasetRows, ParquetRows, Rows
+from mmalign.data.sources import open_rows, refuse
+from mmalign.data.streams import StreamRows
+from mmalign.data.tars import TarRows
 
 
 class _PairRows:
@@ -280,157 +269,17 @@ def load_pairs(
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     options = {"max_rows": max_rows, "max_pixels": max_pixels, "num_frames": num_frames, "captioned": captioned}
-    asked = {"streaming": streaming or None}
-    folder = None if root is None else Path(root).expanduser()
     if isinstance(source, PairSource):
-        _refuse(
-            "a PairSource", split=split, revision=revision, root=root, max_rows=max_rows, num_frames=num_frames, **asked
-        )
+        given = {"split": split, "revision": revision, "root": root, "max_rows": max_rows, "num_frames": num_frames}
+        refuse("a PairSource", **given, streaming=streaming or None)
         return source
-    if not isinstance(source, str | Path):
-        _refuse("data in memory", revision=revision, **asked)
-        return PairSource(_in_memory(source, split, folder, max_rows), type(source).__name__, **options)  # type: ignore[arg-type]
-    name = str(source)
-    local = Path(source).expanduser()
-    if name == PLAYGROUND:
-        _refuse("the playground", revision=revision, root=root, **asked)
-        rows: Rows = _playground(split or "train")
-    elif local.exists():
-        _refuse("a local path, which is read in place", revision=revision, **asked)
-        rows = _local(local, split, folder, captioned)
-    elif (shards := tar_files(name)) is not None:
-        _refuse("tar files", split=split, revision=revision, root=root, **asked)
-        rows = TarRows(shards)
-    elif (
-        isinstance(source, Path)
-        or name.startswith((".", "/", "~"))
-        or name.endswith((".parquet", ".json", ".jsonl", "/", *TAR_ENDINGS))
-    ):
-        raise ValueError(f"{name}: no such file or folder. A source is {_FORMS}")
-    elif streaming:
-        rows = _streamed(name, split or "train", revision, folder, max_rows)
-    else:
-        rows = _from_hub(name, split or "train", revision, folder)
-    return PairSource(rows, name if split is None else f"{name}[{split}]", **options)  # type: ignore[arg-type]
-
-
-def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int | None = None) -> Rows:
-    if isinstance(source, Mapping):
-        return _in_memory(choose_split(source, split), None, root, max_rows)
-    if split is not None:
-        raise ValueError(f"split={split!r} does not apply to {type(source).__name__}: pass the split itself")
-    if isinstance(source, Sequence):
-        return ListRows(source, root)
-    from datasets import Dataset, IterableDataset
-
-    if isinstance(source, Dataset):
-        return DatasetRows(source, () if root is None else (root,))
-    if isinstance(source, IterableDataset):
-        return _stream(source, "the stream", max_rows, root)
-    raise ValueError(f"cannot read pairs from {type(source).__name__}. A source is {_FORMS}")
-
-
-def _playground(split: str) -> Rows:
-    folder = Path(str(files("mmalign"))) / "assets" / "pairs"
-    if split not in ("train", "test"):
-        raise ValueError(f"the playground has the splits 'train' and 'test', not {split!r}")
-    if not (folder / f"{split}.parquet").is_file():
-        raise ValueError(
-            f"{folder / split}.parquet is missing: reinstall mmalign, or build it with "
-            "`python -m mmalign.playground.build pairs`"
-        )
-    return ParquetRows([folder / f"{split}.parquet"], folder)
-
-
-def _local(path: Path, split: str | None, root: Path | None, captioned: bool) -> Rows:
-    """What lies at a path that exists; only a save_to_disk DatasetDict and split-named parquet files know splits."""
-    if path.is_dir() and (path / "metadata.jsonl").is_file():
-        _refuse("a folder with metadata.jsonl", root=root)
-        path = path / "metadata.jsonl"
-    if path.is_file() and path.suffix in (".json", ".jsonl"):
-        _refuse("a JSON file", split=split)
-        return json_rows(path, root or path.parent)
-    if path.is_dir() and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        from datasets import load_from_disk
-
-        loaded = load_from_disk(str(path))
-        return _in_memory(loaded, split, root or path)
-    if path.is_file() and path.suffix == ".parquet":
-        _refuse("a single parquet file", split=split)
-        return ParquetRows([path], root or path.parent)
-    if path.is_file() and path.name.endswith(TAR_ENDINGS):
-        _refuse("a tar file", split=split, root=root)
-        return TarRows([path])
-    found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
-    if not found and path.is_dir() and holds_pairs(path):
-        _refuse("a folder of pictures", split=split, root=root)
-        return named_pairs(path)
-    if not found and (tars := sorted(path.rglob("*.tar"))):
-        _refuse("a folder of tar files", root=root)
-        return TarRows(files_of_split(tars, split, path))
-    if not found and path.is_dir() and holds_pictures(path):
-        if not captioned:
-            raise ValueError(f"{path} holds pictures, none of them named as rejected: {TAKE_CAPTIONED}")
-        _refuse("a folder of pictures", split=split, root=root)
-        return named_pictures(path)
-    if not found:
-        raise ValueError(
-            f"{path}: neither parquet, nor metadata.jsonl, nor a save_to_disk folder, nor pictures named in pairs, nor "
-            f"tar files. A source is {_FORMS}"
-        )
-    return ParquetRows(files_of_split(found, split, path), root or path)
-
-
-def _from_hub(name: str, split: str, revision: str | None, root: Path | None) -> Rows:
-    from datasets import config, load_dataset
-    from huggingface_hub import constants
-
-    with _hub_explained(name):
-        dataset = load_dataset(name, split=split, revision=revision)
-    caches = (Path(constants.HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE))
-    return DatasetRows(dataset, caches if root is None else (root,))
-
-
-def _streamed(name: str, split: str, revision: str | None, root: Path | None, max_rows: int | None) -> Rows:
-    """A Hub data set at the commit that the name stands for now, which is what a cache of it is keyed by."""
-    from datasets import load_dataset
-    from huggingface_hub import HfApi
-
-    with _hub_explained(name):
-        commit = HfApi().dataset_info(name, revision=revision).sha
-        dataset = load_dataset(name, split=split, revision=commit, streaming=True)
-    key = f"{name}@{commit}[{split}]"
-    return _stream(dataset, name, max_rows, root, key=key, total=known_length(dataset))
-
-
-def _stream(
-    dataset: Any,
-    name: str,
-    max_rows: int | None,
-    root: Path | None,
-    *,
-    key: str | None = None,
-    total: int | None = None,
-) -> Rows:
-    """total: what the data set's card says; of a stream that was cut or filtered it would be wrong."""
-    if max_rows is None and total is None:
-        raise ValueError(f"{name} does not tell its length: pass max_rows=… (the first so many rows of it are read)")
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
-    length = min(number for number in (max_rows, total) if number is not None)
-    return StreamRows(dataset, length, () if root is None else (root,), key=key)
-
-
-@contextmanager
-def _hub_explained(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name!r} is no local path and could not be loaded from the Hub: {reason}") from error
-
-
-def _refuse(what: str, **options: Any) -> None:
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"{option}={value!r} does not apply to {what}; leave it out")
+    rows, name = open_rows(
+        source,
+        split=split,
+        revision=revision,
+        root=root,
+        max_rows=max_rows,
+        streaming=streaming,
+        captioned=captioned,
+    )
+    return PairSource(rows, name, **options)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Where raw rows come from: a list, a JSON file, parquet files, or a datasets.Dataset.
 
 Each offers `columns`, `len`, `[i] → dict`, `light(columns)`, which passes over all rows without their pictures, and
-`fingerprint()`, a hash of the content (with folders=True also of the frames in folders that it names): of every byte up
+`fingerprint()`, a hash of the content (with folders=True also of the frames in folders that it names; of typed tables it is the
+columns `media` that may name files): of every byte up
 to 4 GiB; above that of sizes, times of change and samples, so that it costs seconds, notices every ordinary edit, and
 says so here.
 """
@@ -34,7 +35,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, row: int) -> Mapping[str, Any]: ...
     def light(self, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]: ...
-    def fingerprint(self, *, folders: bool = False) -> str: ...
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str: ...
 
 
 class ListRows:
@@ -70,7 +71,7 @@ class ListRows:
         """Every row in order, its other columns left out or not."""
         return iter(self._items)
 
-    def fingerprint(self, *, folders: bool = False) -> str:
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str:
         sha = hashlib.sha256()
         texts: list[str] = []
         for item in self._items:
@@ -182,13 +183,13 @@ class ParquetRows:
             for batch in table.to_batches(max_chunksize=1000):
                 yield from batch.to_pylist()
 
-    def fingerprint(self, *, folders: bool = False) -> str:
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str:
         texts: list[str] = []
         for place in range(len(self._groups)):
-            names = self._columns_of_paths(place)
+            names = self._columns_of_paths(place, media)
             table = self._read(place, names) if names else ""
             if not isinstance(table, str):
-                texts += paths_in(table)
+                texts += paths_in(table, media)
         # By their place: rows are in the order of the whole paths, which names alone do not tell.
         own = files_fingerprint((f"{place}/{path.name}", path) for place, path in enumerate(self._paths))
         return own + referenced(texts, self.roots, self.absolute, folders)
@@ -203,7 +204,7 @@ class ParquetRows:
         except (OSError, pa.ArrowException) as error:
             return f"row group {group} of the file is damaged ({_first_line(error)}): fetch it again"
 
-    def _columns_of_paths(self, place: int) -> list[str]:
+    def _columns_of_paths(self, place: int, media: Sequence[str]) -> list[str]:
         """Those that may name pictures; not where all of them lie in the file, for they may be terabytes."""
         index, group = self._groups[place]
         found, held = set(), set()
@@ -216,7 +217,7 @@ class ParquetRows:
                 held.add(name)
             if self._files[index].schema.column(number).logical_type.type == "STRING":
                 found.add(name)
-        return sorted((found & set(MEDIA)) - held)
+        return sorted((found & set(media)) - held)
 
 
 def _parquet(file: Path) -> Any:
@@ -261,19 +262,19 @@ class DatasetRows:
         names = [name for name in columns if name in self.columns]
         return iter(self._data.select_columns(names))
 
-    def fingerprint(self, *, folders: bool = False) -> str:
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str:
         texts: list[str] = []
         if self._data.data.nbytes > fingerprints.READ_WHOLE:
             # datasets' own name for (builder, revision, files, transforms): all there is without reading everything.
             sha = hashlib.sha256(f"{self._data._fingerprint}/{len(self._data)}".encode())
             for batch in self._data.data.to_batches(max_chunksize=1000):
-                texts += paths_in(batch)
+                texts += paths_in(batch, media)
         else:
             sha = hashlib.sha256(str(self._data.features).encode())
             for table in self._data.with_format("arrow").iter(batch_size=1000):
                 for batch in table.combine_chunks().to_batches():
                     sha.update(batch.serialize())
-                texts += paths_in(table)
+                texts += paths_in(table, media)
         return sha.hexdigest() + referenced(texts, self.roots, self.absolute, folders)
 
 

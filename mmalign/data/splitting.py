@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TypeVar
 
+from mmalign.data.answers import AnswerSource
 from mmalign.data.pairs import PairSource
 
+Source = TypeVar("Source", PairSource, AnswerSource)
 
-def split_by_prompt(source: PairSource, held_out: float, *, seed: int = 0) -> tuple[PairSource, PairSource]:
+
+def split_by_prompt(source: Source, held_out: float, *, seed: int = 0) -> tuple[Source, Source]:
     """(rest, held-out part): all rows of a prompt go to the same part, which its hash and `seed` decide.
+
+    Of answers, rows that ask about the same pictures and clips are of one prompt, whatever they ask.
 
     held_out in (0, 1): the share of prompts held out on average; the share of rows follows how often prompts recur. The
     place of a prompt depends neither on the order of the rows nor on the other prompts, so adding rows moves none.

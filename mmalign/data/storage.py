@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_OURS = re.compile(r"(scores-|reference-|paths-)?[0-9a-f]{64}(\.partial|\.lock|\.safetensors)?")
+_OURS = re.compile(r"(scores-|reference-|paths-|frames-)?[0-9a-f]{64}(\.partial|\.lock|\.safetensors)?")
 # What a user can do about a full disk besides freeing some.
 REMEDY = (
     "point cache_dir or $MMALIGN_CACHE at a larger disk, or call mmalign.data.clear_cache(); what was finished is kept"

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmalign.data.fingerprints import MEDIA
 from mmalign.data.records import EndOfSource
 from mmalign.data.rows import ListRows, undecoded
 
@@ -74,13 +75,13 @@ class StreamRows:
         if number < self._length:
             self._ended(number)
 
-    def fingerprint(self, *, folders: bool = False) -> str:
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str:
         key = self._key or str(self._data.features)
         if self._key is None or self.roots:
             # The files that the first rows name stand for all; where the folder is, for those named further on.
             first = list(itertools.islice(self._data, min(self._length, _HASHED)))
             roots = [str(root.resolve()) for root in self.roots]
-            key += f"/{roots}/{ListRows(first, *self.roots[:1]).fingerprint(folders=folders)}"
+            key += f"/{roots}/{ListRows(first, *self.roots[:1]).fingerprint(folders=folders, media=media)}"
         return hashlib.sha256(f"stream/{key}/{self._length}".encode()).hexdigest()
 
     def _read_to(self, row: int) -> None:

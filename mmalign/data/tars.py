@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.data.clips import VIDEO_ENDINGS
-from mmalign.data.fingerprints import files_fingerprint
+from mmalign.data.fingerprints import MEDIA, files_fingerprint
 from mmalign.data.images import ENDINGS
 from mmalign.data.records import BadRow, InvalidRow
 
@@ -86,7 +86,7 @@ class TarRows:
         unread = set(_PICTURES.values()) - set(self._wanted)
         return next((fault for fault in sample.faults if fault[0] not in unread), None)
 
-    def fingerprint(self, *, folders: bool = False) -> str:
+    def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str:
         return files_fingerprint((f"{place}/{file.name}", file) for place, file in enumerate(self._files))
 
     def _read(self, sample: _Sample, column: str, row: int) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from mmalign.data.records import BadRow, InvalidRow
 # What differs from one row to the next with the same trouble: quoted values, and numbers.
 _PARTICULAR = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|[-+]?\d[\d.,…]*(?:e[-+]?\d+)?")
 _MULTIPLE = 8
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class Counts:
     ties: int
     prompts: int
     users: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a row is counted by; `prompt` is anything that tells prompts apart."""
+
+    prompt: Hashable
+    label: float
+    user_id: str | None
 
 
 @dataclass(frozen=True)
@@ -95,27 +106,43 @@ def validate_pairs(
                 return told, BadRow(row, field, str(error))
         return told, None
 
-    found = in_order(check, range(len(source)), workers)
-    with tqdm(found, total=len(source), desc=f"Checking {source.unit}s", unit=source.unit, disable=not progress) as bar:
-        seen = list(bar)
+    seen = checked_rows(check, len(source), source.unit, workers, progress)
+    return DataReport(**findings([(None if told is None else _told(told), bad) for told, bad in seen]))
+
+
+def checked_rows(
+    check: Callable[[int], tuple[_Row | None, BadRow | None]], rows: int, unit: str, workers: int, progress: bool
+) -> list[tuple[_Row | None, BadRow | None]]:
+    """What `check` says of every row, in order, in threads, with a bar."""
+    found = in_order(check, range(rows), workers)
+    with tqdm(found, total=rows, desc=f"Checking {unit}s", unit=unit, disable=not progress) as bar:
+        return list(bar)
+
+
+def findings(seen: Sequence[tuple[Told | None, BadRow | None]]) -> dict[str, Any]:
+    """The fields of a DataReport, of (what is told, what is wrong) of every row."""
     good = _counts([told for told, bad in seen if told is not None and bad is None])
-    return DataReport(
-        num_rows=len(seen),
-        usable=[row for row, (_, bad) in enumerate(seen) if bad is None],
-        num_ties=good.ties,
-        num_prompts=good.prompts,
-        num_users=good.users,
-        bad_rows=[bad for _, bad in seen if bad is not None],
-        told=_counts([told for told, _ in seen if told is not None]),
-    )
+    return {
+        "num_rows": len(seen),
+        "usable": [row for row, (_, bad) in enumerate(seen) if bad is None],
+        "num_ties": good.ties,
+        "num_prompts": good.prompts,
+        "num_users": good.users,
+        "bad_rows": [bad for _, bad in seen if bad is not None],
+        "told": _counts([told for told, _ in seen if told is not None]),
+    }
 
 
-def _counts(pairs: Sequence[RawPair]) -> Counts:
+def _told(pair: RawPair) -> Told:
+    return Told(pair.prompt, pair.label, pair.user_id)
+
+
+def _counts(rows: Sequence[Told]) -> Counts:
     return Counts(
-        pairs=len(pairs),
-        ties=sum(pair.label == 0.5 for pair in pairs),
-        prompts=len({pair.prompt for pair in pairs}),
-        users=len({pair.user_id for pair in pairs if pair.user_id is not None}),
+        pairs=len(rows),
+        ties=sum(row.label == 0.5 for row in rows),
+        prompts=len({row.prompt for row in rows}),
+        users=len({row.user_id for row in rows if row.user_id is not None}),
     )
 
 

@@ -1,5 +1,11 @@
-"""Evaluation: paired pictures, win rates with intervals over prompts, and a report that opens offline."""
+"""Evaluation: paired pictures and graded answers, with intervals over prompts, and reports that open offline."""
 
+from mmalign.evaluation.answer_evaluation import AnswerEvaluation, answer_retention, evaluate_answers
+from mmalign.evaluation.answer_grades import Accuracy, Graded, accuracy, grade
+from mmalign.evaluation.answer_likelihood import AnswerLikelihoods, compare_likelihoods
+from mmalign.evaluation.answer_report import answer_lines, write_answer_report
+from mmalign.evaluation.answer_wins import AnswerWins, ControlledRate, judge_answers, length_controlled
+from mmalign.evaluation.answering import Answered, AnswerFile, answer, read_answers
 from mmalign.evaluation.compare_report import comparison_lines, write_comparison
 from mmalign.evaluation.compare_runs import Comparison, RunDifference, ScorerComparison, compare_results
 from mmalign.evaluation.drawing import SamplerSettings, Side, draw_side
@@ -26,25 +32,43 @@ from mmalign.evaluation.wording import headline
 from mmalign.rewards.scorer import Scorer
 
 __all__ = [
+    "Accuracy",
+    "accuracy",
+    "answer",
+    "answer_lines",
+    "answer_retention",
+    "Answered",
+    "AnswerEvaluation",
+    "AnswerFile",
+    "AnswerLikelihoods",
+    "AnswerWins",
+    "compare_likelihoods",
     "compare_results",
     "compare_sides",
     "Comparison",
     "comparison_lines",
     "conclusion",
+    "ControlledRate",
     "Corrected",
     "Difference",
     "draw_side",
     "evaluate",
+    "evaluate_answers",
     "EvaluationResult",
     "generate",
+    "grade",
+    "Graded",
     "headline",
     "holm",
+    "judge_answers",
+    "length_controlled",
     "MadePairs",
     "make_pairs",
     "model_fingerprint",
     "moved_statistics",
     "paired_difference",
     "PictureStatistic",
+    "read_answers",
     "read_report",
     "ReportFiles",
     "result_lines",
@@ -65,6 +89,7 @@ __all__ = [
     "win_rate",
     "win_rate_difference",
     "WinRate",
+    "write_answer_report",
     "write_comparison",
     "write_report",
 ]

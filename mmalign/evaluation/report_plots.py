@@ -15,16 +15,20 @@ _WIDTH, _HEIGHT = 300.0, 96.0
 
 def interval_plot(rate: WinRate, *, seen_in_training: bool) -> str:
     """The win rate as a dot on its interval; hollow for a scorer that was seen in training."""
-    low, high, middle = (f"{100 * share:.2f}%" for share in (rate.low, rate.high, rate.rate))
-    kind = "seen" if seen_in_training else "held-out"
     label = f"win rate {percent(rate.rate)}, interval {interval(rate)}"
+    return share_plot(rate.rate, rate.low, rate.high, label, kind="seen" if seen_in_training else "held-out")
+
+
+def share_plot(share: float, low: float, high: float, label: str, *, kind: str = "held-out") -> str:
+    """A share as a dot on its interval, from 0 to 100 %; label: what is read out."""
+    left, right, middle = (f"{100 * end:.2f}%" for end in (low, high, share))
     return (
         f'<svg class="interval {kind}" role="img" aria-label="{label}" width="100%" height="26">'
         '<line class="rail" x1="0" x2="100%" y1="13" y2="13"/>'
         '<line class="half" x1="50%" x2="50%" y1="0" y2="26"/>'
-        f'<line class="span" x1="{low}" x2="{high}" y1="13" y2="13"/>'
-        f'<line class="cap" x1="{low}" x2="{low}" y1="8" y2="18"/>'
-        f'<line class="cap" x1="{high}" x2="{high}" y1="8" y2="18"/>'
+        f'<line class="span" x1="{left}" x2="{right}" y1="13" y2="13"/>'
+        f'<line class="cap" x1="{left}" x2="{left}" y1="8" y2="18"/>'
+        f'<line class="cap" x1="{right}" x2="{right}" y1="8" y2="18"/>'
         f'<circle cx="{middle}" cy="13" r="4.5"/></svg>'
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from mmalign.evaluation.intervals import Array
 from mmalign.evaluation.measure import MeasuredSide, Rules, score_difference, summarise
 from mmalign.evaluation.result import Retention
 from mmalign.rewards.scorer import Scorer
@@ -25,8 +26,7 @@ class RetentionPlan:
 
 def retention_scorer(plan: RetentionPlan, scorers: Sequence[Scorer], trained_on: Collection[str]) -> Scorer:
     """The scorer that tells retention; ValueError where it was trained on, is not there, or the tolerance is none."""
-    if not 0 < plan.tolerance < float("inf"):
-        raise ValueError(f"the retention tolerance must be a number above zero, got {plan.tolerance}")
+    check_tolerance(plan.tolerance)
     names = [scorer.name for scorer in scorers]
     held_out = [scorer for scorer in scorers if scorer.name not in trained_on]
     if plan.scorer is not None and plan.scorer not in names:
@@ -42,12 +42,25 @@ def retention(aligned: MeasuredSide, base: MeasuredSide, scorer: Scorer, toleran
 
     Non-inferiority by interval: only a loss counts, so a model that got better has kept what the base could.
     """
-    ours, theirs, clusters = aligned.scores[scorer.name], base.scores[scorer.name], aligned.clusters
+    ours, theirs = aligned.scores[scorer.name], base.scores[scorer.name]
+    return retained(ours, theirs, aligned.clusters, scorer.name, scorer.fingerprint, tolerance, rules)
+
+
+def retained(
+    ours: Array, theirs: Array, clusters: Sequence[int], scorer: str, fingerprint: str, tolerance: float, rules: Rules
+) -> Retention:
+    """The same of scores that are at hand, row by row; scorer and fingerprint say whose."""
     return Retention(
-        scorer=scorer.name,
-        fingerprint=scorer.fingerprint,
+        scorer=scorer,
+        fingerprint=fingerprint,
         base=summarise(theirs, clusters),
         aligned=summarise(ours, clusters),
         difference=score_difference(ours, theirs, clusters, rules),
         tolerance=tolerance,
     )
+
+
+def check_tolerance(tolerance: float) -> None:
+    """ValueError for a tolerance that is none."""
+    if not 0 < tolerance < float("inf"):
+        raise ValueError(f"the retention tolerance must be a number above zero, got {tolerance}")

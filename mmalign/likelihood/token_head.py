@@ -6,7 +6,7 @@ Read from the model's configuration, and compared with what the model itself say
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,12 @@ def head_of(model: nn.Module) -> TokenHead:
         getattr(config, "logits_scaling", None) or 1.0
     )
     return TokenHead(module, multiplier, getattr(config, "final_logit_softcapping", None))
+
+
+def base_head_of(model: nn.Module) -> TokenHead:
+    """The same without adapters, whatever is switched on when it is called."""
+    head = head_of(model)
+    return replace(head, module=getattr(head.module, "base_layer", head.module))
 
 
 def trunk_of(model: nn.Module) -> nn.Module:

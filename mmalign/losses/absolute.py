@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.losses.checks import require_positive
-from mmalign.losses.records import PairLogProbs
-from mmalign.losses.template import logistic, rewards
+from mmalign.losses.checks import require_nonnegative, require_positive
+from mmalign.losses.records import PairLogProbs, present
+from mmalign.losses.template import logistic, pair_loss, per_token, rewards
 
 
 def nca_pair(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
@@ -55,3 +55,30 @@ def apo_down(logps: PairLogProbs, *, beta: float = 0.1) -> Float[Tensor, " B"]:
     """
     chosen, rejected = rewards(logps, beta=beta)
     return torch.sigmoid(chosen) + torch.sigmoid(rejected - chosen)
+
+
+def ln_pref(
+    logps: PairLogProbs,
+    *,
+    beta: float = 5.0,
+    ln_pref_omega: float = 1.0,
+    ln_pref_lambda: float = 0.0,
+    ln_pref_margin: float = 0.0,
+) -> Float[Tensor, " B"]:
+    """ω·φ(r_w/|y_w| − r_l/|y_l| − m) + λ·[(1 − σ(r_w/|y_w|)) + σ(r_l/|y_l|)], φ = −log σ. LFM2-style, arXiv:2511.23404.
+
+    ω, λ, m = ln_pref_omega, ln_pref_lambda, ln_pref_margin. The family that LFM2's report describes, as third parties
+    tell it; the values used for the released models are not known. Shapes: B pairs with their lengths in, (B,) out.
+    ω = 1, λ = m = 0 is `sigmoid_norm`; ω = 0, λ = 1 is `apo_zero` on rewards per token.
+    """
+    require_nonnegative("ln_pref_omega", ln_pref_omega)
+    require_nonnegative("ln_pref_lambda", ln_pref_lambda)
+    if ln_pref_omega == 0 == ln_pref_lambda:
+        raise ValueError("ln_pref_omega and ln_pref_lambda are both 0, which leaves no loss: raise one")
+    if ln_pref_omega == 0 != ln_pref_margin:
+        raise ValueError("ln_pref_margin has no effect with ln_pref_omega=0, which drops the term it stands in")
+    chosen, rejected = rewards(logps, beta=beta)
+    chosen = per_token(chosen, present(logps, "chosen_length"))
+    rejected = per_token(rejected, present(logps, "rejected_length"))
+    relative = pair_loss(chosen - rejected, margin=ln_pref_margin)
+    return ln_pref_omega * relative + ln_pref_lambda * (torch.sigmoid(-chosen) + torch.sigmoid(rejected))

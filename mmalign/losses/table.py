@@ -156,6 +156,14 @@ _ENTRIES = (
         no_strength=TWO_TERMS,
         betas=(_paper(0.1),),
     ),
+    _entry(
+        absolute.ln_pref,
+        "LFM2-style: DPO on rewards per token, and each side to its level",
+        "2511.23404",
+        inputs=PAIR + LENGTHS,
+        no_strength=TWO_TERMS,
+        betas=(LFM2,),
+    ),
     # sorted batches
     _entry(
         transport.aot,

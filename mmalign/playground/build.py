@@ -1,14 +1,16 @@
 """Builds everything in `assets/` from the photographs: `python -m mmalign.playground.build STEP --work-dir DIR`.
 
-Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs, scene-base, scene-guidance. Each writes its result,
-its loss curve and what was measured on held-out photographs; each can be stopped and resumed. Everything together takes a few hours
-on two CPU cores.
+Steps, in order: photographs, autoencoder, judges, reward, base, guidance, pairs, scene-base, scene-guidance, vision-base, video-base,
+mistakes. Each writes its result, its loss curve and what was measured on held-out photographs; each can be stopped and resumed.
+Everything together takes a few hours on two CPU cores.
 """
 
 import argparse
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -16,8 +18,23 @@ from safetensors.torch import load_file, save
 from transformers import CLIPImageProcessorPil
 
 from mmalign.files import write_file, write_json
-from mmalign.playground import autoencoder, base, judges, measure, pairs, photographs, reward, scene_base, scene_text
-from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION
+from mmalign.playground import (
+    answer_pairs,
+    answering,
+    autoencoder,
+    base,
+    judges,
+    measure,
+    pairs,
+    photographs,
+    reward,
+    scene_base,
+    scene_text,
+    video_base,
+    vision_base,
+)
+from mmalign.playground.answer_worlds import WorldName
+from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION, VIDEO, VISION
 from mmalign.training.loading import load_base, scene_vae
 
 
@@ -121,6 +138,40 @@ def build_scene_guidance(work_dir: Path) -> None:
     write_json(CURVES / "scene-base-measured.json", measured | measure.choose_scene_guidance(pipe))
 
 
+def build_vision_base(work_dir: Path) -> None:
+    """Trains the LFM2-VL that answers about pictures, and measures it on held-out photographs."""
+    _build_answers("vision", VISION, *vision_base.train(work_dir))
+
+
+def build_video_base(work_dir: Path) -> None:
+    """Trains the LLaVA-OneVision that answers about clips, and measures it likewise."""
+    _build_answers("video", VIDEO, *video_base.train(work_dir))
+
+
+def _build_answers(world: WorldName, target: Path, model: Any, processor: Any, curve: list[dict[str, float]]) -> None:
+    def write(folder: Path) -> None:
+        model.half().save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    _replace_folder(target, write)
+    write_json(CURVES / f"{world}-base.json", curve)
+    write_json(CURVES / f"{world}-base-measured.json", answering.held_out(*answering.load(target), world))
+
+
+def build_mistakes(work_dir: Path) -> None:
+    """Collects the mistakes of both as preference pairs."""
+    measured = {}
+    for world, folder in ANSWERERS.items():
+        model, processor = answering.load(folder)
+        for split, number in answer_pairs.NUMBER.items():
+            mistakes, counted = answer_pairs.find(model, processor, world, split, number)
+            write_json(answer_pairs.path_of(world, split), [asdict(mistake) for mistake in mistakes])
+            measured[f"{world} ({split})"] = counted
+    write_json(CURVES / "mistakes-measured.json", measured)
+
+
+ANSWERERS: dict[WorldName, Path] = {"vision": VISION, "video": VIDEO}
+
 STEPS: dict[str, Callable[[Path], None]] = {
     "photographs": build_photographs,
     "autoencoder": build_autoencoder,
@@ -131,6 +182,9 @@ STEPS: dict[str, Callable[[Path], None]] = {
     "pairs": build_pairs,
     "scene-base": build_scene_base,
     "scene-guidance": build_scene_guidance,
+    "vision-base": build_vision_base,
+    "video-base": build_video_base,
+    "mistakes": build_mistakes,
 }
 
 

@@ -24,6 +24,7 @@ from mmalign.rewards.ensemble import Ensemble, Member, standardised
 from mmalign.rewards.hpsv2 import HPSv2Scorer
 from mmalign.rewards.hpsv3 import HPSv3Scorer
 from mmalign.rewards.imagereward import ImageRewardScorer
+from mmalign.rewards.maxsim import MaxSimScorer
 from mmalign.rewards.scorer import PixelScorer, Scorer
 from mmalign.scorer_names import FROM_FILES, SCORERS
 
@@ -36,6 +37,7 @@ __all__ = [
     "HPSv2Scorer",
     "HPSv3Scorer",
     "ImageRewardScorer",
+    "MaxSimScorer",
     "Member",
     "NetworkScorer",
     "PixelScorer",

@@ -1,6 +1,6 @@
 """A moving average of the trained weights, kept beside them while they train and put in their place wherever a result is looked at."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from mmalign.training.weights import load_trained
-
-# Where a checkpoint keeps it, in the files of `save_trained`, so that plain diffusers loads it too.
+# Where a checkpoint keeps it, in the files in which it keeps what is trained, so that other libraries load it too.
 AVERAGE_FOLDER = "ema"
 
 
@@ -19,10 +17,12 @@ class MovingAverage(TrainerCallback):
 
     After step n the decay is min(decay, n / (9 + n)), and 0 at the first, so that the start of training is not part of the average.
     The two factors of a LoRA are averaged each for itself, which is not the average of their products.
+
+    `read`: puts trained weights from a folder on the network.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self._network, self._decay = network, decay
+    def __init__(self, network: nn.Module, decay: float, read: Callable[[Path], None]) -> None:
+        self._network, self._decay, self._read = network, decay, read
         self._ema: Any = None
 
     def start(self) -> None:
@@ -51,7 +51,7 @@ class MovingAverage(TrainerCallback):
 
     def load(self, folder: Path) -> None:
         """Reads the average of a checkpoint; the network holds it then."""
-        load_trained(self._network, folder / AVERAGE_FOLDER)
+        self._read(folder / AVERAGE_FOLDER)
         self._ema.shadow_params = [parameter.detach().clone() for parameter in self._trained()]
 
     def finish(self) -> None:

@@ -2,12 +2,12 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mmalign.files import write_file
-from mmalign.training.loading import EMBEDDED
-from mmalign.training.run_config import RunConfig
+from mmalign.training.align_config import AlignConfig
 
 _PAPERS = {
     "smpo": ("SmPO", "2506.02698"),
@@ -17,6 +17,7 @@ _PAPERS = {
     "longalign": ("LongAlign", "2410.11817"),
     "ppd": ("PPD", "2501.06655"),
     "self-npo": ("Self-NPO", "2505.11777"),
+    "token-dpo": ("preferences between answers", None),
     "sft": ("supervised fine-tuning on preferred pictures", None),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,118 +34,75 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def write_card(
-    folder: Path,
-    args: RunConfig,
-    *,
-    base_model: str,
-    data: str,
-    metrics: dict[str, Any],
-    settings: dict[str, Any],
-    trained: tuple[str, str] | None,
-    task: str,
-    users: bool = False,
-) -> None:
-    """Writes README.md with the Hub's metadata; `trained`: name and class of a fully trained component, None for a LoRA.
-    `settings`: of the method. `users`: a user attention was trained, neither of both.
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a kind of model says in its card.
 
-    No licence is stated: it is the base model's and the data's, which are not known here. `task`: the Hub's name
-    for what the model does.
+    base_model, data: names. is_finetune: the folder holds a whole network, no adapter of one. tags: besides the method's. subject: what
+    the     title says is made "by …". usage: Python that loads the folder. note: a paragraph under it. settings: of the method.
+    judge: who is to say whether anything got better.
     """
-    is_lora = trained is None and not users
-    judge = "Whether the clips got better, people must say who do not know which is which."
-    if task == "text-to-image":
-        judge = "Whether the pictures got better is for a held-out judge:\n`mmalign evaluate`."
+
+    library: str
+    task: str
+    base_model: str
+    is_finetune: bool
+    data: str
+    tags: list[str]
+    subject: str
+    usage: str
+    note: str = ""
+    settings: dict[str, Any]
+    metrics: dict[str, Any]
+    judge: str
+
+
+def write_card(folder: Path, args: AlignConfig, card: Card) -> None:
+    """Writes README.md with the Hub's metadata.
+
+    No licence is stated: it is the base model's and the data's, which are not known here.
+    """
     name, arxiv = _PAPERS.get(args.method, (args.method, None))
-    base, data_name = public_name(base_model), public_name(data.partition("[")[0])
-    header: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
-    if is_hub_id(base_model):
-        header |= {"base_model": base, "base_model_relation": "adapter" if is_lora or users else "finetune"}
-    if is_hub_id(data):
+    data_name = public_name(card.data.partition("[")[0])
+    header: dict[str, Any] = {"library_name": card.library, "pipeline_tag": card.task}
+    if is_hub_id(card.base_model):
+        relation = "finetune" if card.is_finetune else "adapter"
+        header |= {"base_model": public_name(card.base_model), "base_model_relation": relation}
+    if is_hub_id(card.data):
         header["datasets"] = [data_name]
-    header["tags"] = ["mmalign", args.method, task, "diffusers-training", "diffusers"]
-    header["tags"] += ["lora", "template:sd-lora"] if is_lora else []
+    header["tags"] = ["mmalign", args.method, card.task, *card.tags]
     import yaml
 
     paper = f" ([paper](https://hf.co/papers/{arxiv}))" if arxiv else ""
     text = f"""---
 {yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {f"A negative side of {base}" if args.trains_negative else f"{base} aligned"} by {name}
+# {card.subject} by {name}
 
 Trained with mmalign by {name}{paper} on `{data_name}`.
 The licences of the base model and of the data apply.
 
 ```python
-{_usage_of(args, base, trained, users)}
+{card.usage}
 ```
-{_WITHOUT_USERS if users else ""}
+{card.note}
 ## Training
 
 {args.describe(args.world_size)}
 
 ```json
-{_json(settings | {"max_steps": args.max_steps, "seed": args.seed})}
+{_json(card.settings | {"max_steps": args.max_steps, "seed": args.seed})}
 ```
 
 ## Measured while training
 
 ```json
-{_json(metrics)}
+{_json(card.metrics)}
 ```
 
-These numbers come from the training pairs (`eval_*`: from held-out pairs). {judge}
+These numbers come from the training {args.unit} (`eval_*`: from held-out {args.unit}). {card.judge}
 """
     write_file(folder / "README.md", text)
-
-
-def _usage_of(args: RunConfig, base: str, trained: tuple[str, str] | None, users: bool) -> str:
-    """Python that loads what was trained."""
-    if users:
-        return _usage_of_users(base)
-    return _usage_negative(base) if args.trains_negative else _usage(base, trained)
-
-
-def _usage(base: str, trained: tuple[str, str] | None) -> str:
-    """Python that loads the result; FOLDER is the card's own folder, or its id on the Hub."""
-    # Plain diffusers does not know the embedded models by name.
-    package, loader = ("mmalign", "SmPOPipeline") if base in EMBEDDED else ("diffusers", "DiffusionPipeline")
-    if trained is None:
-        return f"""from {package} import {loader}
-
-pipe = {loader}.from_pretrained({base!r})
-pipe.load_lora_weights(FOLDER)"""
-    name, kind = trained
-    return f"""from diffusers import {kind}
-from {package} import {loader}
-
-{name} = {kind}.from_pretrained(FOLDER, subfolder={name!r})
-pipe = {loader}.from_pretrained({base!r}, {name}={name})"""
-
-
-_WITHOUT_USERS = """
-Whom a picture is for is read from a few pairs of theirs; no weights change for someone new. Plain diffusers knows nothing of users and
-draws the base's pictures. Embeddings of the people in the training data are not part of this folder.
-"""
-
-
-def _usage_of_users(base: str) -> str:
-    """Python that draws for a user."""
-    return f"""from mmalign import PPDPipeline
-from mmalign.data.users import UserEmbeddings
-
-pipe = PPDPipeline.from_pretrained({base!r})
-pipe.load_aligned(FOLDER)
-pipe.users = UserEmbeddings.load("users.safetensors")  # of `mmalign embed-users`; scorers' lie in FOLDER
-pipe("a prompt", user="one of them").images[0]"""
-
-
-def _usage_negative(base: str) -> str:
-    """The same for a negative side, which guidance leads away from."""
-    return f"""from mmalign import SelfNPOPipeline
-
-pipe = SelfNPOPipeline.from_pretrained({base!r})
-pipe.load_negative(FOLDER)  # runs in the negative branch alone; it draws worse than the base by itself"""
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -6,15 +6,15 @@ loss_type   the link, any pair loss of `mmalign.losses`
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from mmalign import losses
 from mmalign.data import ComparisonConfig
 from mmalign.data.reward_columns import PREFIX
 from mmalign.likelihood.config import InversionConfig
 from mmalign.training.auto_beta import check_auto_beta
 from mmalign.training.config_checks import READ_BY, check_axes, check_losses
+from mmalign.training.loss_config import LossConfig
 from mmalign.training.run_config import RunConfig
 
 # What the methods' presets for the playground share. Learning rate, beta and number of inversion steps were chosen on training
@@ -30,7 +30,7 @@ PLAYGROUND: dict[str, Any] = {
 
 
 @dataclass
-class DenoiserConfig(RunConfig):
+class DenoiserConfig(LossConfig, RunConfig):
     """Options shared by SmPO, InPO, Diffusion-DPO and SFT, beside those of `RunConfig`; each method's own class sets their defaults.
 
     A prompt is dropped for both sides of a pair at once.
@@ -67,14 +67,6 @@ class DenoiserConfig(RunConfig):
     beta: float | Literal["auto"] = 2000.0
     beta_saturation: float = 0.2
     beta_calibration_steps: int = 50
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
-    loss_weights: list[float] | None = None
-    label_smoothing: float | None = None
-    f_divergence_type: str | None = None
-    f_alpha_divergence_coef: float | None = None
-    discopop_tau: float | None = None
-    simpo_gamma: float | None = None
-    cpo_alpha: float | None = None
     sdpo_mu: float | None = None
 
     latents: Literal["forward", "ddim", "renoise"] = "forward"
@@ -106,8 +98,7 @@ class DenoiserConfig(RunConfig):
     aspect_buckets: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.loss_type, str):
-            self.loss_type = [self.loss_type]
+        self.list_losses()
         if self.comparison == "human" and self.scorer == self.default("scorer"):
             self.scorer = None
         super().__post_init__()
@@ -132,28 +123,6 @@ class DenoiserConfig(RunConfig):
         # A reward that the data carry judges no other picture.
         judges = self.comparison != "human" and self.scorer is not None and not self.scorer.startswith(PREFIX)
         return self.scorer if judges else None
-
-    @property
-    def is_reference_free(self) -> bool:
-        """No loss of the sum needs a reference."""
-        return all(losses.get(key).reference_free for key in self.loss_type)
-
-    def loss_options(self) -> dict[str, Any]:
-        """The hyper-parameters that go to `losses.compute`: beta, and those that were set."""
-        names = (
-            "label_smoothing",
-            "f_divergence_type",
-            "f_alpha_divergence_coef",
-            "discopop_tau",
-            "simpo_gamma",
-            "cpo_alpha",
-        )
-        chosen = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return (
-            chosen | {"beta": self.starting_beta}
-            if any("beta" in losses.get(k).hyper for k in self.loss_type)
-            else chosen
-        )
 
     def inversion(self) -> InversionConfig | None:
         """How latents are inverted; None for forward noise."""
@@ -191,13 +160,6 @@ class DenoiserConfig(RunConfig):
         readers = {**READ_BY, "scorer": ("relabel", "smoothed", "bradley_terry")}
         return {option: value for option, value in added.items() if axes & set(readers.get(option, axes))}
 
-    def objective(self) -> str:
-        """What is minimised, in one word or a sum of them."""
-        weights = self.loss_weights or [1.0] * len(self.loss_type)
-        return " + ".join(
-            key if weight == 1 else f"{weight:g}·{key}" for key, weight in zip(self.loss_type, weights, strict=True)
-        )
-
     def about(self) -> str:
         """The three axes."""
         return f"latents={self.latents}, comparison={self.comparison}, loss={self.objective()}"
@@ -208,7 +170,7 @@ class DenoiserConfig(RunConfig):
         `elements`: of one latent, to tell the β of papers that sum squared errors where this code takes their mean.
         """
         lines = []
-        if self.needs_pairs and any("beta" in losses.get(key).hyper for key in self.loss_type):
+        if self.needs_pairs and self.takes_beta:
             lines.append(f"beta {self.starting_beta:g} {self._convention(elements)}")
             if self.beta == "auto":
                 lines.append(

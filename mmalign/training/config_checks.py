@@ -1,4 +1,4 @@
-"""Which options of a denoiser's training go together: told when the config is made, before a picture is read or a weight is moved."""
+"""Which options go together, of a denoiser's training above all: told when the config is made, before anything is read or moved."""
 
 import typing
 from functools import cache
@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmalign import losses
+from mmalign.losses.info import LossInfo
 
 _INVERTED = ("ddim", "renoise")
 # Option → the latents or comparisons that read it.
@@ -37,13 +38,21 @@ def check_choices(args: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(args, name)!r}")
 
 
-def check_run(args: Any) -> None:
-    """Options of any run that are out of range, or would have no effect."""
-    _refuse(
+def check_alignment(args: Any) -> None:
+    """Options of any alignment that are out of range, or would have no effect."""
+    refuse(
         {
             "fp16 has no effect on a CPU: use bf16=True there, or fp16=False": args.fp16 and args.device.type == "cpu",
-            "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
             "ema_decay must be 0 or more and below 1": args.ema_decay is not None and not 0 <= args.ema_decay < 1,
+        }
+    )
+
+
+def check_run(args: Any) -> None:
+    """Options of any run of a denoiser that are out of range, or would have no effect."""
+    refuse(
+        {
+            "prompt_dropout must lie in 0 … 1": not 0 <= args.prompt_dropout <= 1,
             "num_frames must be positive": args.num_frames is not None and args.num_frames < 1,
             "resolution must be positive": args.resolution is not None and args.resolution < 1,
             "validation_steps must be 0 or more": args.validation_steps < 0,
@@ -106,14 +115,15 @@ def check_axes(args: Any) -> None:
         is not None
         and args.f_divergence_type != "alpha_divergence",
     }
-    _refuse(checks)
+    refuse(checks)
     for name, readers in READ_BY.items():
         read = args.latents in readers or args.comparison in readers
         if not read and getattr(args, name) != args.default(name):
             raise ValueError(f"{name} has no effect with latents={args.latents!r} and comparison={args.comparison!r}")
 
 
-def _refuse(checks: dict[str, Any]) -> None:
+def refuse(checks: dict[str, Any]) -> None:
+    """ValueError with the first message whose condition holds."""
     for message, violated in checks.items():
         if violated:
             raise ValueError(message)
@@ -130,20 +140,11 @@ def check_losses(args: Any) -> None:
     for info in infos:
         if info.unpaired:
             raise ValueError(f"loss_type {info.key!r} reads single labelled samples, and this trainer has pairs")
-        if "denoiser" not in info.modalities:
-            raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not denoisers")
+    check_modality(infos, "denoiser", "denoisers")
     if coupled := [info.key for info in infos if info.batch_coupled]:
         _check_batch_coupled(args, coupled[0])
-    takes_beta = any("beta" in info.hyper for info in infos)
-    if not takes_beta and args.beta != args.default("beta"):
-        raise ValueError(f"beta has no effect with loss_type={'+'.join(args.loss_type)!r}")
-    _check_beta_of_reference_free(args, [info for info in infos if "beta" in info.hyper])
-    if args.is_reference_free and args.reference != "auto" and args.inversion_model == "policy":
-        raise ValueError(f"reference has no effect with loss_type={'+'.join(args.loss_type)!r}: it is reference-free")
-    if args.is_reference_free and args.reference_cache:
-        raise ValueError(
-            f"reference_cache has no effect with loss_type={'+'.join(args.loss_type)!r}: it has no reference"
-        )
+    check_beta(args, infos)
+    check_reference(args, needed=args.inversion_model == "reference")
     if ("sdpo" in args.loss_type) != (args.sdpo_mu is not None):
         raise ValueError("loss_type 'sdpo' and sdpo_mu go together; published: sdpo_mu=0.9 (SD 1.5), 0.6 (SDXL)")
     if args.sdpo_mu is not None and not 0 <= args.sdpo_mu <= 1:
@@ -160,6 +161,30 @@ def check_losses(args: Any) -> None:
     )
 
 
+def check_modality(infos: list[LossInfo], modality: str, named: str) -> None:
+    """ValueError for a loss that is not for this kind of models, which are `named` so."""
+    for info in infos:
+        if modality not in info.modalities:
+            raise ValueError(f"loss_type {info.key!r} is for {' and '.join(info.modalities)} models, not {named}")
+
+
+def check_beta(args: Any, infos: list[LossInfo]) -> None:
+    """ValueError for a β that no loss takes, or that cannot be left at its default."""
+    if not args.takes_beta and args.beta != args.default("beta"):
+        raise ValueError(f"beta has no effect with loss_type={'+'.join(args.loss_type)!r}")
+    _check_beta_of_reference_free(args, [info for info in infos if "beta" in info.hyper])
+
+
+def check_reference(args: Any, *, needed: bool = False) -> None:
+    """ValueError for options of a reference where no loss has one; `needed`: something else does."""
+    if args.is_reference_free and args.reference != "auto" and not needed:
+        raise ValueError(f"reference has no effect with loss_type={'+'.join(args.loss_type)!r}: it is reference-free")
+    if args.is_reference_free and args.reference_cache:
+        raise ValueError(
+            f"reference_cache has no effect with loss_type={'+'.join(args.loss_type)!r}: it has no reference"
+        )
+
+
 def _check_batch_coupled(args: Any, key: str) -> None:
     if args.inversion_landings != "last":
         raise ValueError(
@@ -172,7 +197,7 @@ def _check_batch_coupled(args: Any, key: str) -> None:
         )
 
 
-def _check_beta_of_reference_free(args: Any, infos: list[Any]) -> None:
+def _check_beta_of_reference_free(args: Any, infos: list[LossInfo]) -> None:
     alone = [info for info in infos if info.reference_free]
     if not alone:
         return

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments
 from mmalign.data import PairSource, load_pairs
 from mmalign.rewards.clip import ClipScorer
 from mmalign.rewards.segment_loss import pair_losses, segment_logits
-from mmalign.training.inherited import refuse_unsupported
+from mmalign.training.inherited import REFUSED, refuse_unsupported
 
 logger = logging.getLogger("mmalign")
 
@@ -54,7 +54,7 @@ class DenscoreConfig(TrainingArguments):
     hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
-        refuse_unsupported(self)
+        refuse_unsupported(self, REFUSED)
         super().__post_init__()
 
 

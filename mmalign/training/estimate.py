@@ -59,6 +59,11 @@ def memory_of(network: nn.Module, reference: nn.Module | None, optim: str, *, av
     )
 
 
+def trained_passes(*, adapted: bool, recomputes: bool) -> float:
+    """Forward passes that the policy costs with its backward: 3, or 2 where a LoRA alone is trained; 1 more with checkpointing."""
+    return (2.0 if adapted else 3.0) + recomputes
+
+
 def forward_equivalents(
     schedule: Schedule,
     inversion: InversionConfig | None,
@@ -79,7 +84,7 @@ def forward_equivalents(
     With every_landing a batch holds num_steps training points a pair: divide by num_steps for the cost of a point. visits: how often a
     pair comes before its path is computed anew, where landings are used in turn.
     """
-    policy = (2.0 if adapted else 3.0) + recomputes
+    policy = trained_passes(adapted=adapted, recomputes=recomputes)
     total = policy + has_reference
     if inversion is None:
         return total
@@ -130,7 +135,7 @@ def estimate(trainer: Any, steps: int) -> str:
         room = f" of {_size(torch.cuda.mem_get_info(args.device)[1])} on {args.device}"
     return (
         f"memory: at least {memory}{room}\ntime: about {duration(seconds * steps)} for {steps} steps of {seconds:.3g} s "
-        f"({forwards:.1f} forward passes a batch; sample pictures, evaluation and saving come on top)"
+        f"({forwards:.1f} forward passes a batch; {trainer.on_top} come on top)"
     )
 
 

@@ -1,10 +1,12 @@
 """What becomes of every option that our configs inherit from `transformers.TrainingArguments`.
 
 `acts`: it does here what it does there. `passed`: handed on to accelerate, the Hub or a logger. `refused`: it would have no effect
-or a wrong one, so any value but its default raises. A test keeps this table equal to the fields of the installed class.
+or a wrong one, so any value but its default raises; the reason may depend on the kind of model. A test keeps this table equal to the
+fields of the installed class.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainingArguments
@@ -34,18 +36,15 @@ PASSED = frozenset(
 )
 
 _NO_LABELS = "there are no class labels here; use label_smoothing with a loss_type that has it"
-_NO_TOKENS = "a denoiser has no tokens"
 _NO_OUTPUTS = "evaluation keeps metrics, not model outputs"
-_OWN_CHECKPOINTING = "diffusers' networks choose their own checkpointing function"
 _PUSHED_ONCE = "weights, card and history are pushed together, once, at the end"
+_ONE_NETWORK = "not supported yet; several GPUs run with plain data parallelism"
 
-REFUSED: dict[str, str] = {
-    "activation_checkpointing_kwargs": _OWN_CHECKPOINTING,
+_ALWAYS: dict[str, str] = {
     "auto_find_batch_size": "the batch size is part of the result: set per_device_train_batch_size and gradient_accumulation_steps",
-    "average_tokens_across_devices": _NO_TOKENS,
     "batch_eval_metrics": _NO_OUTPUTS,
     "bf16_full_eval": "it would cast the policy that is being trained; bf16=True covers evaluation too",
-    "deepspeed": "not supported yet; several GPUs run with plain data parallelism",
+    "deepspeed": _ONE_NETWORK,
     "do_eval": "say when to evaluate: eval_strategy='steps' with eval_steps",
     "do_predict": "there is nothing to predict; call the pipeline",
     "do_train": "it has no effect in a trainer; call trainer.train()",
@@ -53,31 +52,64 @@ REFUSED: dict[str, str] = {
     "eval_do_concat_batches": _NO_OUTPUTS,
     "eval_use_gather_object": _NO_OUTPUTS,
     "fp16_full_eval": "it would cast the policy that is being trained; fp16=True covers evaluation too",
-    "fsdp": "not supported yet; several GPUs run with plain data parallelism",
-    "fsdp_config": "not supported yet; several GPUs run with plain data parallelism",
-    "gradient_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "fsdp": _ONE_NETWORK,
+    "fsdp_config": _ONE_NETWORK,
     "hub_always_push": _PUSHED_ONCE,
     "hub_strategy": _PUSHED_ONCE,
     "ignore_data_skip": "a resumed run would see other rows than the uninterrupted one",
     "include_for_metrics": _NO_OUTPUTS,
-    "include_num_input_tokens_seen": _NO_TOKENS,
     "label_names": _NO_LABELS,
     "label_smoothing_factor": _NO_LABELS,
-    "length_column_name": _NO_TOKENS,
-    "liger_kernel_config": "Liger's kernels are for language models",
     "logging_nan_inf_filter": "a non-finite loss stops the run instead of being logged as an average",
-    "neftune_noise_alpha": "it perturbs token embeddings, and a denoiser has none",
     "optim_args": "most optimisers of transformers ignore it; set adam_beta1, adam_beta2, adam_epsilon, weight_decay",
     "optim_target_modules": "it belongs to GaLore-like optimisers; choose the trained part with peft_config",
-    "parallelism_config": "not supported yet; several GPUs run with plain data parallelism",
+    "parallelism_config": _ONE_NETWORK,
     "prediction_loss_only": _NO_OUTPUTS,
-    "remove_unused_columns": "rows are encoded before training and every column is used",
-    "torch_compile": "compile the pipeline's own network before training: pipe.unet.compile_repeated_blocks()",
-    "torch_compile_backend": "compile the pipeline's own network before training: pipe.unet.compile_repeated_blocks()",
-    "torch_compile_mode": "compile the pipeline's own network before training: pipe.unet.compile_repeated_blocks()",
     "train_sampling_strategy": "rows are shuffled by (seed, epoch)",
+}
+
+_NO_TOKENS = "a denoiser has no tokens"
+_OWN_CHECKPOINTING = "diffusers' networks choose their own checkpointing function"
+_COMPILED_BEFORE = "compile the pipeline's own network before training: pipe.unet.compile_repeated_blocks()"
+_LIGER = "Liger's kernels are for language models"
+
+REFUSED: dict[str, str] = _ALWAYS | {
+    "activation_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "average_tokens_across_devices": _NO_TOKENS,
+    "gradient_checkpointing_kwargs": _OWN_CHECKPOINTING,
+    "include_num_input_tokens_seen": _NO_TOKENS,
+    "length_column_name": _NO_TOKENS,
+    "liger_kernel_config": _LIGER,
+    "neftune_noise_alpha": "it perturbs token embeddings, and a denoiser has none",
+    "remove_unused_columns": "rows are encoded before training and every column is used",
+    "torch_compile": _COMPILED_BEFORE,
+    "torch_compile_backend": _COMPILED_BEFORE,
+    "torch_compile_mode": _COMPILED_BEFORE,
     "use_cache": "it belongs to language models",
-    "use_liger_kernel": "Liger's kernels are for language models",
+    "use_liger_kernel": _LIGER,
+}
+
+_REENTRANT = (
+    "checkpoints are made without re-entrance, since through a frozen embedding the other kind would train nothing"
+)
+_NOT_COMPILED = "not supported yet for models that answer, whose batches all differ in length"
+_OWN_HEAD = "Liger would replace the head and the loss; log-probabilities are computed in chunks here already"
+
+# The same for models that answer in tokens.
+REFUSED_OF_TOKENS: dict[str, str] = _ALWAYS | {
+    "activation_checkpointing_kwargs": _REENTRANT,
+    "average_tokens_across_devices": "losses are means over rows, whatever their number of tokens",
+    "gradient_checkpointing_kwargs": _REENTRANT,
+    "include_num_input_tokens_seen": "num_tokens stands in every logged entry",
+    "length_column_name": "rows are shuffled by (seed, epoch), whatever their length",
+    "liger_kernel_config": _OWN_HEAD,
+    "neftune_noise_alpha": "policy and reference would read different embeddings, and noise would look like preference",
+    "remove_unused_columns": "every column that a row needs is read by name",
+    "torch_compile": _NOT_COMPILED,
+    "torch_compile_backend": _NOT_COMPILED,
+    "torch_compile_mode": _NOT_COMPILED,
+    "use_cache": "a cache is kept where it is shared (share_prompt), and nowhere else",
+    "use_liger_kernel": _OWN_HEAD,
 }
 
 # Options whose neutral value is not transformers' default.
@@ -92,10 +124,10 @@ RUN_OPTIONS = tuple(
 )
 
 
-def refuse_unsupported(args: Any) -> None:
+def refuse_unsupported(args: Any, refused: Mapping[str, str]) -> None:
     """Raises ValueError for the first refused option that was set. To be called before transformers fills options in."""
     defaults = defaults_of(TrainingArguments) | _NEUTRAL
-    for name, reason in REFUSED.items():
+    for name, reason in refused.items():
         value = getattr(args, name)
         # transformers sets do_eval by itself, so a copy of options that evaluate has it.
         implied = name == "do_eval" and args.eval_strategy != "no"

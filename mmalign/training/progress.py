@@ -20,6 +20,7 @@ _SHOWN = {
     "learning_rate": ("lr", ".2g"),
     "pairs_per_second": ("pairs/s", ".3g"),
     "prompts_per_second": ("prompts/s", ".3g"),
+    "rows_per_second": ("rows/s", ".3g"),
 }
 
 

@@ -24,9 +24,9 @@ from mmalign.likelihood.rollout import (
     trained_branches,
 )
 from mmalign.rewards import NetworkScorer, ReweightedScorer, scorer
+from mmalign.training.align_trainer import Losses
 from mmalign.training.devices import on_device
 from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
-from mmalign.training.run_trainer import Losses
 
 OF_REWARD = (
     *("scorer", "rollout_steps", "grad_steps", "rollout_guidance_scale", "grad_cond_only"),

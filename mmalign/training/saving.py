@@ -13,15 +13,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from mmalign.denoisers import Denoiser
-from mmalign.denoisers.user_attention import user_attention
 from mmalign.files import full_disk_explained, staged, write_json
 from mmalign.likelihood.reference import Reference
+from mmalign.training.align_config import AlignConfig
 from mmalign.training.average import AVERAGE_FOLDER, MovingAverage
-from mmalign.training.card import write_card
 from mmalign.training.checkpoints import STAGING, check_facts, read_manifest, write_manifest
-from mmalign.training.run_config import RunConfig
-from mmalign.training.weights import adapter_config, component_name, has_adapter, load_trained, save_trained
+from mmalign.training.weights import adapter_config, has_adapter
 
 logger = logging.getLogger("mmalign")
 # Facts about the library that made an adapter, not about the run.
@@ -47,10 +44,8 @@ class RunData(Protocol):
 class SavingTrainer(Trainer):
     """`transformers.Trainer` with checkpoints staged, listed in a manifest and renamed; what they hold is the trained part only."""
 
-    pipe: Any
-    denoiser: Denoiser
     reference: Reference
-    args: RunConfig
+    args: AlignConfig
     _train: RunData
     _run_dir: str | None = None
     _average: MovingAverage | None = None
@@ -58,24 +53,39 @@ class SavingTrainer(Trainer):
     @property
     def network(self) -> nn.Module:
         """The bare network that is trained."""
-        return self.denoiser.module
+        raise NotImplementedError
+
+    def _write_weights(self, folder: Path) -> None:
+        """Writes what training changed."""
+        raise NotImplementedError
+
+    def _read_weights(self, folder: Path) -> None:
+        """Reads back what `_write_weights` wrote, exactly."""
+        raise NotImplementedError
+
+    def _write_card(self, folder: Path) -> None:
+        """Writes README.md of a folder that holds a result."""
+        raise NotImplementedError
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to continue a run."""
         adapted = has_adapter(self.network)
-        # A run without a reference still starts from a base, and a LoRA fits that base only.
-        base = Reference("adapter", self.network) if adapted and self.reference.kind == "none" else self.reference
         adapter = {k: v for k, v in adapter_config(self.network).items() if k not in _VOLATILE} if adapted else None
         facts = {
             "method": self.args.method,
-            "reference model": base.fingerprint(),
+            "reference model": self._reference_fingerprint(),
             "data": self._train.fingerprint,
             "batch": self.args.rows_per_step,
             "peft_config": adapter,
             **self.args.identity(),
         }
         return cast(dict[str, Any], json.loads(json.dumps(facts)))
+
+    def _reference_fingerprint(self) -> str:
+        # A run without a reference still starts from a base, and a LoRA fits that base only.
+        without = has_adapter(self.network) and self.reference.kind == "none"
+        return (Reference("adapter", self.network) if without else self.reference).fingerprint()
 
     def averaged(self) -> AbstractContextManager:
         """The network with the weights that count: the moving average where one is kept."""
@@ -95,7 +105,7 @@ class SavingTrainer(Trainer):
             self._write(folder)
             if self._average is not None:
                 with self.averaged():
-                    save_trained(self.pipe, self.network, folder / AVERAGE_FOLDER)
+                    self._write_weights(folder / AVERAGE_FOLDER)
             return
         with staged(folder) as part, self.averaged():
             self._write(part)
@@ -103,21 +113,8 @@ class SavingTrainer(Trainer):
             write_json(part / "history.json", self.state.log_history)
 
     def _write(self, folder: Path) -> None:
-        save_trained(self.pipe, self.network, folder)
-
-    def _write_card(self, folder: Path) -> None:
-        whole = (component_name(self.pipe, self.network), type(self.network).__name__)
-        write_card(
-            folder,
-            self.args,
-            base_model=str(self.pipe.config.get("_name_or_path") or "unknown"),
-            data=self._train.name,
-            metrics=self.last_metrics(),
-            settings=self.card_settings(),
-            trained=None if has_adapter(self.network) else whole,
-            users=user_attention(self.network) is not None,
-            task="text-to-image" if self.denoiser.native_frames is None else "text-to-video",
-        )
+        """Writes what a checkpoint needs and a result has: the trained weights, and what a method keeps beside them."""
+        self._write_weights(folder)
 
     def card_settings(self) -> dict[str, Any]:
         """What of the method's settings the card tells."""
@@ -178,7 +175,7 @@ class SavingTrainer(Trainer):
             )
         if self._average is not None:
             self._average.load(folder)
-        load_trained(self.network, folder)
+        self._read_weights(folder)
 
     def _load_best_model(self) -> None:
         best = Path(cast(str, self.state.best_model_checkpoint))
@@ -186,5 +183,5 @@ class SavingTrainer(Trainer):
         if self._average is not None:
             self._average.load(best)
         else:
-            load_trained(self.network, best)
+            self._read_weights(best)
         logger.info("best checkpoint: %s (%s = %g)", best, self.args.metric_for_best_model, self.state.best_metric or 0)

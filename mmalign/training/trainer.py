@@ -16,6 +16,7 @@ from mmalign.denoisers.base import module_dtype
 from mmalign.denoisers.parts import is_quantized
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.training import health
+from mmalign.training.align_trainer import EVAL_EPOCH, Losses
 from mmalign.training.auto_beta import AutoBeta
 from mmalign.training.bucketing import InBuckets, told_buckets
 from mmalign.training.config import DenoiserConfig
@@ -23,7 +24,7 @@ from mmalign.training.estimate import forward_equivalents
 from mmalign.training.measurement import Measurement, Method, Pairs, draw, dropped_prompts, measure
 from mmalign.training.prepare import Prepared, batch_of, check_held_out, prepare
 from mmalign.training.reuse import Reuse
-from mmalign.training.run_trainer import EVAL_EPOCH, Losses, RunTrainer
+from mmalign.training.run_trainer import RunTrainer
 from mmalign.training.sampling import Shuffled, ShuffledByProbability, inclusion_probabilities
 
 logger = logging.getLogger("mmalign")

@@ -35,7 +35,7 @@ def made_trainable(network: nn.Module, peft_config: Any, seed: int) -> Iterator[
         network.requires_grad_(peft_config is None)
         if peft_config is not None:
             add_adapter(network, peft_config, seed)
-        _check_precision(network)
+        check_precision(network)
         yield
     except BaseException:
         if peft_config is not None and has_adapter(network):
@@ -87,10 +87,11 @@ def has_adapter(network: nn.Module) -> bool:
 
 
 def check_takes_lora(network: nn.Module) -> None:
-    """ValueError for a network without the verbs of diffusers for it."""
+    """ValueError for a network without the verbs of diffusers or transformers for it."""
     from diffusers.loaders import PeftAdapterMixin
+    from transformers.integrations import PeftAdapterMixin as OfTransformers
 
-    if not isinstance(network, PeftAdapterMixin):
+    if not isinstance(network, (PeftAdapterMixin, OfTransformers)):
         raise ValueError(
             f"diffusers puts no LoRA on {type(network).__name__}: train every weight (peft_config=None, --full), or a user attention "
             "(PPD)"
@@ -204,10 +205,11 @@ def _check_adapter(network: nn.Module, peft_config: Any) -> None:
         )
     for option in ("bias", "modules_to_save"):
         if getattr(peft_config, option) not in (None, "none"):
-            raise ValueError(f"peft_config.{option} is refused: a LoRA file of diffusers holds low-rank weights only")
+            raise ValueError(f"peft_config.{option} is refused: the file of a LoRA holds low-rank weights only")
 
 
-def _check_precision(network: nn.Module) -> None:
+def check_precision(network: nn.Module) -> None:
+    """ValueError for trained weights in half precision."""
     half = [name for name, p in network.named_parameters() if p.requires_grad and p.dtype in _HALF]
     if half:
         raise ValueError(

@@ -31,12 +31,12 @@ from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.rewards import CommonDirection, NetworkScorer, ReweightedScorer
 from mmalign.rewards.decomposed import FEWEST_CAPTIONS, embedding_of
 from mmalign.training import health
+from mmalign.training.align_trainer import Losses
 from mmalign.training.aligned import load_aligned
 from mmalign.training.devices import on_device
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.prepare import Prepared
 from mmalign.training.reward_trainer import OF_REWARD, RewardConfig, RewardTrainer
-from mmalign.training.run_trainer import Losses
 
 DIRECTION, ADAPTER = "common_direction.safetensors", "text_adapter"
 T5_ENCODER, T5_TOKENIZER = "t5_encoder", "t5_tokenizer"

@@ -35,11 +35,11 @@ from mmalign.denoisers.user_attention import (
 from mmalign.denoisers.user_mixing import UserMix, reading
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.rewards import scorer
+from mmalign.training.align_trainer import Losses
 from mmalign.training.config import PLAYGROUND, DenoiserConfig
 from mmalign.training.measurement import Pairs
 from mmalign.training.pipeline import AlignPipeline
 from mmalign.training.prepare import Prepared, opened, prepare_source
-from mmalign.training.run_trainer import Losses
 from mmalign.training.trainer import DenoiserTrainer
 from mmalign.training.user_data import UserPairs, with_users
 from mmalign.training.weights import aligned_network, users_trainable

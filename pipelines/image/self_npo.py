@@ -22,10 +22,10 @@ from mmalign.likelihood import draws
 from mmalign.likelihood.reference import Reference, make_reference
 from mmalign.likelihood.truncated import TruncatedConfig, TruncatedPoint, data_error, draw_stops, truncated_point
 from mmalign.training import health
+from mmalign.training.align_trainer import Losses
 from mmalign.training.following import REFERENCE_FOLDER, FollowingReference
 from mmalign.training.negative_pipeline import NegativePipeline
 from mmalign.training.prompt_trainer import PromptConfig, PromptTrainer
-from mmalign.training.run_trainer import Losses
 from mmalign.training.weights import load_trained, save_trained
 
 

@@ -15,7 +15,8 @@ from mmalign.training.trainer import DenoiserTrainer
 
 _COMPARES_NOTHING = (
     "beta beta_saturation beta_calibration_steps loss_type loss_weights label_smoothing "
-    "f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha sdpo_mu "
+    "f_divergence_type f_alpha_divergence_coef discopop_tau simpo_gamma cpo_alpha "
+    "ln_pref_omega ln_pref_lambda ln_pref_margin sdpo_mu "
     "reference reference_cache share_noise inversion_model inversion_share_eta_noise"
 ).split()
 

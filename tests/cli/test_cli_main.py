@@ -40,7 +40,10 @@ def test_version(capsys):
 
 def test_an_unknown_verb_names_the_nearest(capsys):
     assert cli.main(["evalute"]) == 2
-    assert "no verb 'evalute' (did you mean evaluate?); the verbs are quickstart" in capsys.readouterr().err
+    assert (
+        "no verb 'evalute' (did you mean evaluate or evaluate-answers?); the verbs are quickstart"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_pipeline
 
 from mmalign import PPDPipeline, cli
-from mmalign.cli import embed_users, generate, train
+from mmalign.cli import embed_users, generate, train, trained
 from mmalign.cli.options import UsageError
 from mmalign.cli.users import user_of
 from mmalign.data.users import Group, UserEmbeddings
@@ -133,7 +133,7 @@ def test_evaluate_draws_for_a_user_and_keeps_their_pictures_apart(tmp_path, monk
 def test_training_says_how_to_draw_for_somebody(tmp_path):
     def told(*words, **options):
         given = train.make_command("ppd", PPDConfig).read(["--model", "m", "--data", "my-pairs", *words])
-        return train._next_for_users(given, tmp_path, PPDConfig(output_dir=str(tmp_path), use_cpu=True, **options))
+        return trained._next_for_users(given, tmp_path, PPDConfig(output_dir=str(tmp_path), use_cpu=True, **options))
 
     read, generate, evaluate = told("--root", "pictures", users="clip:mine", user_shots=3)[-3:]
     assert read.split()[2:] == ["--data", "my-pairs", "--encoder", "clip:mine", "--shots", "3", "--root", "pictures"]

@@ -8,6 +8,7 @@ import yaml
 from mmalign import cli
 from mmalign.cli import aliases, fields, train
 from mmalign.cli.options import UsageError, switch
+from mmalign.cli.trained import how_to_go_on
 from mmalign.pipelines.image.dpo import DiffusionDPOConfig
 from mmalign.pipelines.image.inpo import InPOConfig
 from mmalign.pipelines.image.ppd import PPDConfig
@@ -291,9 +292,9 @@ def test_resume_finds_the_newest_and_protects_an_earlier_run(tmp_path):
 def test_how_to_go_on_repeats_the_command(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     words = ["--model", "my model", "--overwrite", "--max-steps", "9"]
-    said = train._how_to_go_on("smpo", words, tmp_path)
+    said = how_to_go_on("smpo", words, tmp_path)
     assert said.endswith("mmalign train smpo --model 'my model' --max-steps 9 --resume-from-checkpoint latest")
-    assert "before the first checkpoint" in train._how_to_go_on("smpo", words, tmp_path / "none")
+    assert "before the first checkpoint" in how_to_go_on("smpo", words, tmp_path / "none")
 
 
 def test_switches_of_the_config_are_switches():

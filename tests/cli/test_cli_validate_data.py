@@ -114,6 +114,45 @@ def test_what_cannot_be_opened_is_a_usage_error(words, says, tmp_path, capsys):
     assert says in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+ANSWERS = {"question": "<image>\nwhat?", "answer": "a bag", "pred": "a shoe", "image": "0.png"}
+
+
+def test_answers_are_known_by_their_columns(folder, tmp_path, capsys):
+    marked = ANSWERS | {"answer_masked": "a <MASK>bag</MASK>", "user_id": "u"}
+    wrong = ANSWERS | {"question": "<image><image>what?"}
+    out = tmp_path / "out"
+    assert cli.main(["validate-data", str(folder(ANSWERS, marked, wrong)), "--output-dir", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert "3 rows, rrpo columns" in shown and "2 pairs of 1 prompts, 1 users; 0 of them ties" in shown
+    assert "in them:  2 pictures, 0 clips; 1 pairs with marked phrases" in shown and "left out: 1 rows" in shown
+    assert "       1  image: 2 image placeholder(s) in question but 1 image(s) in the row" in shown
+    assert json.loads((out / "bad_rows.jsonl").read_text())["row"] == 2
+    sheet = np.asarray(Image.open(out / "contact_sheet.png").convert("RGB"))
+    assert (sheet == np.asarray(Image.open(tmp_path / "0.png"))[0, 0]).all(-1).sum() >= 16
+
+
+def test_answers_without_pictures_have_no_sheet(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert (
+        cli.main(
+            ["validate-data", str(folder({"prompt": "x", "chosen": "a", "rejected": "b"})), "--output-dir", str(out)]
+        )
+        == 0
+    )
+    assert [path.name for path in out.iterdir()] == ["bad_rows.jsonl"]
+    assert "1 rows, preference columns" in capsys.readouterr().out
+
+
+def test_the_kind_can_be_said(folder, tmp_path, capsys):
+    place = str(folder({"prompt": "x", "chosen": "0.png", "rejected": "1.png"}))
+    words = ["validate-data", place, "--output-dir", str(tmp_path / "out")]
+    assert cli.main(words) == 0 and "canonical columns" in capsys.readouterr().out
+    assert cli.main([*words, "--kind", "answers"]) == 0 and "preference columns" in capsys.readouterr().out
+    assert cli.main([*words, "--kind", "answers", "--resolution", "32"]) == 2
+    assert "--resolution does not apply to answers" in capsys.readouterr().err
+    assert cli.main([*words, "--fps", "2"]) == 2 and "--fps is for answers" in capsys.readouterr().err
+
+
 def test_help_tells_the_exit_codes(capsys):
     assert cli.main(["validate-data", "--help"]) == 0
     assert "Exit code: 0 every row can be used; 1 some rows were left out" in capsys.readouterr().out

@@ -70,7 +70,7 @@ def test_all_sources_of_pick_a_pic_agree(tmp_path: Path, pickapic_rows: Rows) ->
 def test_the_playground_s_parquet_is_read_in_place(
     tmp_path: Path, pickapic_rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mmalign.data.pairs as module
+    import mmalign.data.sources as module
 
     monkeypatch.setattr(module, "files", lambda package: tmp_path)
     with pytest.raises(ValueError, match="mmalign.playground.build pairs"):

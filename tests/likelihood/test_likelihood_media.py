@@ -1,4 +1,4 @@
-"""Pictures and clips encoded once, and prompts read once: the same numbers and gradients as rows that read everything for themselves."""
+"""Media encoded once, and prompts read once: the same numbers and gradients as rows that read everything for themselves."""
 
 import copy
 from typing import Any

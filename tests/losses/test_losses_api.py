@@ -19,6 +19,7 @@ KEYS = {
     *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
     *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"),
     *("cdpo", "ln_dpo", "simpo", "cpo", "orpo", "kto", "bco", "diffusion_kto", "mapo", "sdpo", "apo_zero_unpaired"),
+    "ln_pref",
 }
 
 

@@ -10,6 +10,9 @@ from mmalign import losses
 LN2 = math.log(2)
 ONES = {"chosen_length": torch.ones(1), "rejected_length": torch.ones(1)}
 
+# These need lengths, and are told below and in test_losses_reductions.py.
+BY_LENGTH = {"sigmoid_norm", "ln_dpo", "ln_pref"}
+
 # key, hyper-parameters, loss at policy = reference
 AT_START = [
     ("sigmoid", {}, LN2),
@@ -67,7 +70,38 @@ def test_slope_at_policy_equal_reference(name, hyper, expected):
 
 def test_the_pairs_above_name_every_reference_based_pair_loss():
     here = {key for key in losses.names() if not losses.get(key).unpaired and not losses.get(key).reference_free}
-    assert here - {row[0] for row in AT_START} == here - {row[0] for row in SLOPES} == {"sigmoid_norm", "ln_dpo"}
+    assert here - {row[0] for row in AT_START} == here - {row[0] for row in SLOPES} == BY_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("hyper", "value", "slope"),
+    [
+        ({}, LN2, 0.5),
+        ({"ln_pref_omega": 3.0}, 3 * LN2, 1.5),
+        ({"ln_pref_omega": 0.0, "ln_pref_lambda": 2.0}, 2.0, 0.5),
+        ({"ln_pref_lambda": 1.0}, LN2 + 1, 0.75),
+        ({"ln_pref_margin": math.log(3)}, math.log(4), 0.75),
+    ],
+)
+def test_ln_pref_at_policy_equal_reference(hyper, value, slope):
+    """With β = 1 each slope is that of a reward per token, divided by the side's own length."""
+    policy = [torch.zeros(1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    zero = torch.zeros(1, dtype=torch.float64)
+    logps = losses.PairLogProbs(*policy, zero, zero, torch.tensor([2]), torch.tensor([5]))
+    loss = losses.compute("ln_pref", logps, beta=1.0, **hyper)
+    loss.backward()
+    assert loss.item() == pytest.approx(value, abs=1e-12)
+    assert [p.grad.item() for p in policy] == pytest.approx([-slope / 2, slope / 5], abs=1e-12)
+
+
+def test_ln_pref_by_hand():
+    chosen, rejected = torch.tensor([1.2], dtype=torch.float64), torch.tensor([-0.8], dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64)
+    logps = losses.PairLogProbs(chosen, rejected, zero, zero, torch.tensor([3]), torch.tensor([4]))
+    hyper = {"ln_pref_omega": 0.5, "ln_pref_lambda": 2.0, "ln_pref_margin": 0.3}
+    r_w, r_l = 5 * 0.4, 5 * -0.2
+    expected = 0.5 * math.log1p(math.exp(0.3 - (r_w - r_l))) + 2 * (1 / (1 + math.exp(r_w)) + 1 / (1 + math.exp(-r_l)))
+    assert losses.compute("ln_pref", logps, **hyper).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("margin", [0.0, 10.0, -10.0, 20.0, -20.0])

@@ -88,6 +88,34 @@ def test_ln_dpo_is_another_name(draw):
     assert losses.get("ln_dpo").alias_of == "sigmoid_norm" and losses.get("sigmoid_norm").alias_of == ""
 
 
+def test_ln_pref_has_sigmoid_norm_and_apo_zero_as_its_ends(draw):
+    """In value and in gradient; apo_zero where a side is one token, for it divides by no length."""
+    start, _ = draw("ln_pref", 5)
+    cases = [
+        (start, {}, "sigmoid_norm"),
+        (with_lengths(start, 1), {"ln_pref_omega": 0.0, "ln_pref_lambda": 1.0}, "apo_zero"),
+    ]
+    for logps, hyper, neighbour in cases:
+        found = []
+        for name, options in (("ln_pref", hyper), (neighbour, {})):
+            policy = [logps.policy_chosen.clone().requires_grad_(), logps.policy_rejected.clone().requires_grad_()]
+            rest = (logps.reference_chosen, logps.reference_rejected, logps.chosen_length, logps.rejected_length)
+            loss = losses.compute(name, losses.PairLogProbs(*policy, *rest), beta=BETA, **options)
+            found.append((loss, *torch.autograd.grad(loss.sum(), policy)))
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_ln_pref_is_the_weighted_sum_of_its_ends(draw):
+    logps, _ = draw("ln_pref", 5)
+    ends = [
+        losses.compute("ln_pref", logps, ln_pref_omega=omega, ln_pref_lambda=1 - omega, ln_pref_margin=omega * 0.4)
+        for omega in (1.0, 0.0)
+    ]
+    both = losses.compute("ln_pref", logps, ln_pref_omega=0.7, ln_pref_lambda=0.2, ln_pref_margin=0.4)
+    torch.testing.assert_close(both, 0.7 * ends[0] + 0.2 * ends[1])
+
+
 def test_cpo_without_likelihood_is_sigmoid_without_reference(draw):
     logps, _ = draw("cpo", 5)
     expected = losses.compute("sigmoid", reference_free_of(logps), beta=BETA)

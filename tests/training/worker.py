@@ -113,6 +113,22 @@ def share_rewards(rank: int, world: int, port: int, folder: str, options: dict[s
     torch.distributed.destroy_process_group()
 
 
+def share_answers(rank: int, world: int, port: int, folder: str, options: dict[str, Any], resume: Any = None) -> None:
+    """`share` of a model that answers."""
+    from training.token_runs import trainer as answering
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    run = answering(Path(folder), "lfm2_vl", **options)
+    assert run.args.world_size == world
+    run.train(resume_from_checkpoint=resume)
+    result = {"history": run.state.log_history, "metrics": run.evaluate(), "trained": trained(run)}
+    torch.save(result, Path(folder) / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
 def recorded(run: Any) -> list[tuple[int, int, float]]:
     """(epoch, row, loss) of every pair from now on."""
     rows: list[tuple[int, int, float]] = []

@@ -1,0 +1,191 @@
+"""Preference sets made by the models' own mistakes: the truth is chosen, what the model said instead is rejected.
+
+A model is asked about pictures and clips as they are and, as RRPO has it, behind a block and out of order. Kept is what it answers
+wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's errors,
+which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the photographs.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmalign.data.answer_records import Picture, VideoClip
+from mmalign.playground import answer_worlds
+from mmalign.playground.answer_worlds import WorldName
+from mmalign.playground.answering import answer, by_kind
+from mmalign.playground.moving import WAYS
+from mmalign.playground.paths import PAIRS
+from mmalign.playground.photographs import GARMENTS, Split
+from mmalign.playground.questions import NO, WORD, YES, is_right, words
+from mmalign.playground.world import COLOURS
+
+NUMBER: dict[Split, int] = {"train": 600, "test": 200}
+DESCRIBE_SHARE = 0.5
+# Each row asks for a description and for so many other kinds.
+KINDS_A_ROW = 3
+_STREAM = {"vision": 703, "video": 713}
+_AT_ONCE = 64
+# Beyond them photographs come again.
+_MOST_ROWS = {"vision": {"train": 4_000, "test": 2_000}, "video": {"train": 2_000, "test": 1_000}}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """row: of the world's stream. answer: the truth. pred: what the model said; perturbed: whether it saw the row so."""
+
+    row: int
+    kind: str
+    question: str
+    answer: str
+    pred: str
+    perturbed: bool
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer of a model, and whether it is right."""
+
+    mistake: Mistake
+    right: bool
+
+
+def load(world: WorldName, split: Split) -> list[dict[str, Any]]:
+    """The pairs that ship with the package, in the columns of RRPO's release, as `load_answers` reads them."""
+    stored = json.loads(path_of(world, split).read_text(encoding="utf-8"))
+    return as_rows(world, split, [Mistake(**mistake) for mistake in stored])
+
+
+def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
+    """Mistakes with their clean pictures or clips, composed again."""
+    shown = answer_worlds.see(world, split, [mistake.row for mistake in mistakes], seed=_STREAM[world])
+    rows = []
+    for mistake, seen in zip(mistakes, shown, strict=True):
+        answer_masked, pred_masked = tagged(mistake.answer, mistake.pred)
+        rows.append(
+            {
+                "question": mistake.question,
+                "answer": mistake.answer,
+                "pred": mistake.pred,
+                "answer_masked": answer_masked,
+                "pred_masked": pred_masked,
+                "src": mistake.kind,
+                "sample_id": f"{world}-{split}-{mistake.row}",
+                **_medium(seen.medium),
+            }
+        )
+    return rows
+
+
+def path_of(world: WorldName, split: Split) -> Path:
+    """Where they lie."""
+    return PAIRS / f"{world}-{split}.json"
+
+
+def find(
+    model: Any, processor: Any, world: WorldName, split: Split, number: int
+) -> tuple[list[Mistake], dict[str, Any]]:
+    """`number` mistakes in rows 0, 1, … of `split`, half of them descriptions, all other kinds alike as far as there are any.
+
+    Also what was asked for that: shares of right answers to clean and to perturbed rows by kind, and of wrong ones that are no pair.
+    RuntimeError where the world's photographs hold too few.
+    """
+    answered: list[Answered] = []
+    usable: defaultdict[str, list[Mistake]] = defaultdict(list)
+    described = round(DESCRIBE_SHARE * number)
+    for start in range(0, _MOST_ROWS[world][split], _AT_ONCE):
+        part = ask(model, processor, world, split, range(start, start + _AT_ONCE))
+        answered += part
+        for one in part:
+            if not one.right and could_be_true(world, one.mistake):
+                usable[one.mistake.kind].append(one.mistake)
+        others = sum(len(found) for kind, found in usable.items() if kind != "describe")
+        if len(usable["describe"]) >= described and others >= number - described:
+            return _chosen(usable, described, number), _told(answered, sum(map(len, usable.values())))
+    found = {kind: len(mistakes) for kind, mistakes in usable.items()}
+    raise RuntimeError(f"the {split} photographs of {world} hold fewer than {number} mistakes of this model: {found}")
+
+
+def ask(model: Any, processor: Any, world: WorldName, split: Split, rows: Sequence[int]) -> list[Answered]:
+    """Asks about each row, clean and perturbed; for a description only perturbed."""
+    questions = answer_worlds.questions_of(world)
+    seen = answer_worlds.see(world, split, rows, seed=_STREAM[world])
+    media, posed = [], []
+    for row, one in zip(rows, seen, strict=True):
+        rng = np.random.default_rng([_STREAM[world], row])
+        kinds = [kind for kind in questions.kinds_of(one.shown) if kind != "describe"]
+        hidden = answer_worlds.perturbed(one.medium, torch.Generator().manual_seed(row))
+        for kind in ("describe", *rng.permutation(kinds)[:KINDS_A_ROW].tolist()):
+            question = questions.ask(one.shown, kind, rng, true=bool(rng.integers(2)))
+            for perturbed in (True,) if kind == "describe" else (False, True):
+                media.append(hidden if perturbed else one.medium)
+                posed.append((row, question, perturbed))
+    said = answer(model, processor, media, [question.text for _, question, _ in posed])
+    return [
+        Answered(Mistake(row, q.kind, q.text, q.answer, text.strip(), perturbed), is_right(q, text))
+        for (row, q, perturbed), text in zip(posed, said, strict=True)
+    ]
+
+
+def could_be_true(world: WorldName, mistake: Mistake) -> bool:
+    """Whether a wrong answer is one that the question can have, and as many words long as the truth."""
+    if len(words(mistake.pred)) != len(words(mistake.answer)):
+        return False
+    if mistake.kind == "describe":
+        return bool(answer_worlds.questions_of(world).is_description(mistake.pred))
+    return all(
+        _sort(said) == _sort(true) for said, true in zip(words(mistake.pred), words(mistake.answer), strict=True)
+    )
+
+
+def tagged(chosen: str, rejected: str) -> tuple[str, str]:
+    """Two texts of equally many words, each with <MASK>…</MASK> around the words in which they differ."""
+    sides = [list(WORD.finditer(text)) for text in (chosen, rejected)]
+    apart = [(a.span(), b.span()) for a, b in zip(*sides, strict=True) if a.group() != b.group()]
+    spans = [[pair[side] for pair in apart] for side in (0, 1)]
+    return _with_tags(chosen, spans[0]), _with_tags(rejected, spans[1])
+
+
+def _with_tags(text: str, spans: Sequence[tuple[int, int]]) -> str:
+    for start, stop in reversed(spans):
+        text = f"{text[:start]}<MASK>{text[start:stop]}</MASK>{text[stop:]}"
+    return text
+
+
+def _medium(medium: Picture | VideoClip) -> dict[str, Any]:
+    if isinstance(medium, Picture):
+        return {"image": medium.image}
+    clip = {
+        "frames": list(medium.frames),
+        "fps": medium.frames_per_second,
+        "indices": list(medium.indices),
+        "total_frames": medium.total_frames,
+    }
+    return {"video": clip}
+
+
+def _sort(word: str) -> int:
+    """Which words can stand for each other."""
+    sorts = ((YES, NO), COLOURS, GARMENTS, WAYS)
+    return next((number for number, sort in enumerate(sorts) if word in sort), -1)
+
+
+def _chosen(usable: dict[str, list[Mistake]], described: int, number: int) -> list[Mistake]:
+    """Descriptions, then of the other kinds the first of each, the second of each, …; in the order of rows."""
+    others = (usable[kind] for kind in sorted(usable) if kind != "describe")
+    in_turn = [mistake for mistake in chain.from_iterable(zip_longest(*others)) if mistake is not None]
+    return sorted([*usable["describe"][:described], *in_turn[: number - described]], key=lambda mistake: mistake.row)
+
+
+def _told(answered: Sequence[Answered], usable: int) -> dict[str, Any]:
+    told: dict[str, Any] = {"answers": len(answered), "wrong": sum(not one.right for one in answered), "usable": usable}
+    for name, perturbed in (("clean", False), ("perturbed", True)):
+        part = [one for one in answered if one.mistake.perturbed == perturbed]
+        told[name] = by_kind([one.mistake.kind for one in part], [one.right for one in part])
+    return told

@@ -1,0 +1,74 @@
+"""Models that answer and their processors, from folders and the Hub; what is wrong with them is said in one line, with the remedy."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmalign.denoisers.parts import is_quantized
+from mmalign.likelihood.token_head import head_of
+
+# Where transformers' attention and feed-forward layers keep a dropout that is no module.
+_DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "resid_dropout")
+
+
+def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[nn.Module, Any]:
+    """A model and its processor (a tokenizer, if it only reads), with transformers' keywords.
+
+    Weights must be safetensors unless asked otherwise; no remote code unless asked.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if local:
+        _check_folder(folder)
+    where = str(folder) if local else name
+    options.setdefault("use_safetensors", True)
+    shared = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
+    try:
+        config = options.pop("config", None) or AutoConfig.from_pretrained(where, **shared)
+        kind: Any = (
+            AutoModelForImageTextToText
+            if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+            else AutoModelForCausalLM
+        )
+        model = kind.from_pretrained(where, config=config, **options)
+        processor = AutoProcessor.from_pretrained(where, **shared)
+    except (OSError, ValueError) as error:
+        named = where if local else f"{name!r} is no folder here, and the Hub's model"
+        raise ValueError(f"{named} could not be loaded: {' '.join(str(error).split())}") from error
+    return model.eval(), processor
+
+
+def check_model(model: nn.Module) -> None:
+    """ValueError for a model that cannot be trained here: without a head, spread over devices, or with dropout of its own."""
+    head_of(model)
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(places) > 1 and not is_quantized(model):
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(places))}: load it without device_map, and the trainer places it"
+        )
+    for name, module in model.named_modules():
+        for kind in _DROPOUTS:
+            rate = getattr(module, kind, None)
+            if isinstance(rate, float) and rate > 0:
+                raise ValueError(
+                    f"{name}.{kind} is {rate:g}: policy and reference would differ by its noise; load the model with {kind}=0.0"
+                )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder. Name one that holds config.json, or a Hub id")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA, not a model: load its base model, then model.load_adapter({str(folder)!r})"
+        )
+    inside = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    raise ValueError(f"{folder} is no transformers model: it has no config.json (found: {inside})")

@@ -1,0 +1,1 @@
+"""Methods for models that watch clips, one paper a file."""

@@ -1,0 +1,1 @@
+"""Models that see and answer, one paper a file."""

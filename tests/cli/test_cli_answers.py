@@ -1,0 +1,203 @@
+"""Models that answer on the command line: trained, asked and graded, on a tiny model in a folder."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_vlm import picture, tiny_vlm
+
+from mmalign.cli import train
+from mmalign.cli.dispatch import main
+from mmalign.pipelines.video.rrpo import RRPOConfig
+from mmalign.pipelines.vision.lfm2_vl import LFM2VLConfig
+from mmalign.training.token_pipeline import TokenConfig
+
+CONFIGS = {"rrpo": RRPOConfig, "lfm2-vl": LFM2VLConfig, "token-dpo": TokenConfig}
+TINY = ["--use-cpu", "--disable-tqdm", "--save-strategy", "no", "--per-device-train-batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    for part in tiny_vlm("lfm2_vl"):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pairs.jsonl, held_out.jsonl and questions.jsonl about eight pictures."""
+    folder = tmp_path_factory.mktemp("data")
+    for at in range(8):
+        picture(24, 24, seed=at).image.save(folder / f"{at}.png")
+    pairs = [
+        {
+            "prompt": "What is it?",
+            "image": f"{at}.png",
+            "chosen": f"A red bag, number {at}.",
+            "rejected": f"A blue bag, number {at}.",
+        }
+        for at in range(8)
+    ]
+    questions = [
+        {
+            "question": f"Is there a {thing}?",
+            "image": f"{at // 2}.png",
+            "answer": answer,
+            "kind": thing,
+            "pair": at // 2,
+        }
+        for at in range(16)
+        for thing, answer in [("bag", "yes") if at % 2 else ("shirt", "no")]
+    ]
+    for name, rows in (("pairs", pairs), ("held_out", pairs[:3]), ("questions", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_run_from_pairs_to_a_graded_comparison(model: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+    run, report = tmp_path / "run", tmp_path / "report"
+    command = [
+        "train",
+        "token-dpo",
+        "--model",
+        str(model),
+        "--data",
+        str(data / "pairs.jsonl"),
+        "--output-dir",
+        str(run),
+    ]
+    assert main([*command, *TINY, "--max-steps", "3", "--learning-rate", "0.01", "--lora-r", "4"]) == 0
+    told = capsys.readouterr().out
+    assert f"mmalign evaluate-answers --model {model} --lora {run} --data questions.jsonl" in told
+    assert json.loads((run / "adapter_config.json").read_text())["lora_alpha"] == 8
+    assert (run / "adapter_model.safetensors").is_file() and "adapter_model.safetensors" in told
+
+    questions = ["--data", str(data / "questions.jsonl"), "--max-new-tokens", "4", "--device", "cpu"]
+    aligned = ["--model", str(model), "--lora", str(run)]
+    assert main(["answer", *aligned, *questions, "--output", str(tmp_path / "answers.jsonl")]) == 0
+    assert "16 answers in" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(16)) and lines[0]["question"] == "Is there a shirt?"
+
+    also = ["--given-answers", str(data / "held_out.jsonl"), "--retention-data", str(data / "questions.jsonl")]
+    also += ["--retention-tolerance", "0.05", "--output-dir", str(report)]
+    assert main(["evaluate-answers", *aligned, *questions, *also]) == 0
+    told = capsys.readouterr().out
+    assert "No difference is shown: aligned answers" in told and "Retention " in told and "KL from the base" in told
+    found = json.loads((report / "report.json").read_text())
+    assert found["overall"]["aligned"]["num_questions"] == 16 and found["overall"]["aligned"]["num_clusters"] == 8
+    assert [group["name"] for group in found["kinds"]] == ["shirt", "bag"] and found["pairs"]["aligned"][
+        "num_questions"
+    ] == 8
+    # Training moved the model towards the pairs that it was trained on.
+    assert found["likelihoods"]["ranking"]["value"] == 1 and found["likelihoods"]["kl"]["value"] > 0
+    assert found["aligned_fingerprint"] != found["base_fingerprint"]
+    # Everything is inside, and nothing asks for anything outside.
+    page = (report / "report.html").read_text()
+    assert "data:image/png" in page and not re.search(r'(src|href)="(?!data:)', page)
+
+    # The base's answers are those of the base alone, and stand there for the next LoRA.
+    alone = tmp_path / "base.jsonl"
+    assert main(["answer", "--model", str(model), *questions, "--output", str(alone)]) == 0
+    said, base = (
+        [json.loads(line)["answer"] for line in path.read_text().splitlines()]
+        for path in (alone, report / "answers-base.jsonl")
+    )
+    assert said == base
+    before = (report / "answers-base.jsonl").read_bytes()
+    assert main(["evaluate-answers", *aligned, *questions, *also]) == 0
+    assert (report / "answers-base.jsonl").read_bytes() == before
+
+
+def test_rrpo_trains_every_weight_and_says_what_to_type_next(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", "rrpo", "--model", str(model), "--data", str(data / "pairs.jsonl"), "--max-rows", "6", "--full"]
+    command += [
+        "--eval-data",
+        str(data / "held_out.jsonl"),
+        "--eval-strategy",
+        "steps",
+        "--eval-steps",
+        "1",
+        "--alpha",
+        "0.02",
+    ]
+    assert main([*command, "--output-dir", str(run), *TINY, "--max-steps", "1", "--logging-steps", "1"]) == 0
+    assert f"--model {run} --base {model}" in capsys.readouterr().out
+    history = json.loads((run / "history.json").read_text())
+    assert any("kl/chosen" in entry for entry in history) and any(
+        "eval_rewards/accuracies" in entry for entry in history
+    )
+    assert (run / "model.safetensors").is_file() and (run / "processor_config.json").is_file()
+    report = tmp_path / "report"
+    graded = ["evaluate-answers", "--model", str(run), "--base", str(model), "--data", str(data / "questions.jsonl")]
+    assert main([*graded, "--max-new-tokens", "2", "--device", "cpu", "--output-dir", str(report)]) == 0
+    assert "same model fingerprint" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_option_of_the_config_is_explained_and_read(method: str) -> None:
+    verb = train.make_command(method, CONFIGS[method])
+    given = verb.read(["--model", "m", "--data", "d", "--beta", "0.5", "--processor-kwargs", '{"max_pixels": 9}'])
+    assert given is not None
+    options = train.config_options(given, CONFIGS[method])
+    assert options["beta"] == 0.5 and options["processor_kwargs"] == {"max_pixels": 9}
+    assert [name for name, option in verb.by_name.items() if not option.hidden and not option.help] == []
+    assert not {"vae", "streaming", "base_quantization", "base_class"} & set(verb.by_name)
+
+
+def test_a_preset_is_written_out_and_read_back(capsys: Any, tmp_path: Path) -> None:
+    assert main(["train", "rrpo", "--model", "m", "--data", "d", "--preset", "longvu", "--print-config"]) == 0
+    shown = capsys.readouterr().out
+    written = yaml.safe_load(shown)
+    assert (written["alpha"], written["beta"], written["num_frames"]) == (0.05, 0.5, 16)
+    (tmp_path / "run.yaml").write_text(shown)
+    assert main(["train", "rrpo", "--config", str(tmp_path / "run.yaml"), "--beta", "0.7", "--print-config"]) == 0
+    again = yaml.safe_load(capsys.readouterr().out)
+    assert (again["alpha"], again["beta"]) == (0.05, 0.7)
+
+
+def test_spellings_of_trl_are_understood() -> None:
+    words = [
+        "--model_name_or_path",
+        "m",
+        "--dataset_name",
+        "d",
+        "--dataset_train_split",
+        "test",
+        "--torch_dtype",
+        "bfloat16",
+    ]
+    given = train.make_command("token-dpo", TokenConfig).read(words)
+    assert given is not None
+    assert (given["model"], given["data"], given["train_split"], given["dtype"]) == ("m", "d", "test", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "token-dpo", "--model", "m", "--data", "d", "--streaming"], "streaming"),
+        (["train", "token-dpo", "--model", "m", "--data", "d", "--full", "--lora-r", "4"], "so --lora-r has no effect"),
+        (["train", "token-dpo", "--model", "m", "--data", "d", "--logps", "ld"], "ld_alpha go together"),
+        (["train", "rrpo", "--model", "m", "--data", "d", "--preset", "sdxl"], "takes one of llava-video, longvu, videochat2"),
+        (["probe", "rrpo", "--model", "m", "--data", "d"], "a model that answers has none"),
+        (["evaluate-answers", "--model", "m", "--data", "d", "--given-answers", "x"], "--given-answers compares with a base"),
+        (["evaluate-answers", "--model", "m", "--base", "b", "--data", "d", "--retention-data", "x"], "go together"),
+        (["evaluate-answers", "--model", "m", "--data", "d", "--grader", "yes"], "(did you mean yes-no?)"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_told_before_anything_is_loaded(words: list[str], told: str, capsys: Any) -> None:
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_whole_model_is_no_lora(model: Path, data: Path, capsys: Any) -> None:
+    words = ["answer", "--model", str(model), "--lora", str(model), "--data", str(data / "questions.jsonl")]
+    assert main(words) == 2
+    assert "holds no adapter_model.safetensors: give a whole model to --model" in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""Two models' answers compared: paired by question, told by kind and by pairs, and written down as a page that loads nothing."""
+
+import json
+import re
+
+import pytest
+
+from mmalign.data.questions import Question
+from mmalign.evaluation.answer_evaluation import answer_retention, evaluate_answers
+from mmalign.evaluation.answer_likelihood import AnswerLikelihoods, Estimate
+from mmalign.evaluation.answer_report import answer_lines, headline, write_answer_report
+from mmalign.evaluation.answering import Answered, AnswerFile
+
+NUMBER = 120
+
+
+def questions(**more):
+    return [
+        Question(row, f"Is it {row}?", ("yes",), str(row // 2), kind="ab"[row % 2], pair=str(row // 2), **more)
+        for row in range(NUMBER)
+    ]
+
+
+def answers(right, model="m", *, data="d", finished=True, number=NUMBER, **options):
+    """`right`: whether row i is answered right; None for an answer that cannot be read."""
+    words = {True: "Yes.", False: "No.", None: "Hm."}
+    told = tuple(Answered(row, "", words[right(row)], finished) for row in range(number))
+    return AnswerFile(told, model, data, {"max_new_tokens": 4, **options})
+
+
+def compared(**more):
+    """The aligned model gets kind b right more often."""
+    ours, theirs = answers(lambda row: row % 2 == 1 or row % 4 == 0), answers(lambda row: row % 4 == 0, "base")
+    return evaluate_answers(questions(), ours, theirs, **more)
+
+
+def test_the_difference_is_paired_by_question_and_told_by_kind():
+    found = compared()
+    assert (found.overall.aligned.rate, found.overall.base.rate) == (0.75, 0.25)
+    assert found.overall.difference.value == 0.5 and found.overall.shows_difference
+    first, second = found.kinds
+    assert (first.name, first.difference.value, first.p_corrected, first.shows_difference) == ("a", 0, 1, False)
+    assert second.difference.value == 1 and second.shows_difference
+    # Holm: the smaller of two p-values is doubled.
+    assert second.p_corrected == pytest.approx(2 * second.difference.p_value)
+    # A pair is right where both of its questions are: rows 4n and 4n + 1.
+    assert (found.pairs.aligned.rate, found.pairs.base.rate, found.pairs.aligned.num_questions) == (0.5, 0, 60)
+    assert headline(found).startswith("Aligned answers better than base: 75.0% (95% interval ")
+    assert "the difference is +50.0 points" in headline(found)
+
+
+def test_one_model_is_graded_by_itself():
+    found = evaluate_answers(questions(), answers(lambda row: True), aligned_label="LFM2")
+    assert found.overall.base is None and found.overall.difference is None and not found.overall.shows_difference
+    assert headline(found).startswith("LFM2 answers 100.0% (95% interval ") and found.overall.aligned.low < 1
+    assert all(group.p_corrected is None for group in found.kinds)
+
+
+def test_what_takes_weight_from_the_numbers_is_said():
+    ours = answers(lambda row: None if row < 12 else True, finished=False)
+    told = "\n".join(answer_lines(evaluate_answers(questions(), ours, ours)))
+    assert (
+        "10.0% of aligned's answers could not be read" in told
+        and "100.0% of aligned's answers were cut after 4" in told
+    )
+    assert "same model fingerprint" in told and told.startswith("No difference is shown")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        (answers(lambda row: True, data="other"), "different data"),
+        (answers(lambda row: True, max_pixels=4), "different options"),
+        (answers(lambda row: True, number=7), "do not belong to these 120 questions"),
+    ],
+)
+def test_answers_that_may_not_be_compared_are_refused(theirs, told):
+    with pytest.raises(ValueError, match=told):
+        evaluate_answers(questions(), answers(lambda row: True), theirs)
+
+
+@pytest.mark.parametrize(
+    ("lost", "verdict"), [(lambda row: False, "kept"), (lambda row: row % 2 == 0, "lost"), (lambda row: row % 24 == 0, "undecided")]
+)  # fmt: skip
+def test_retention_goes_by_the_interval(lost, verdict):
+    found = answer_retention(questions(), answers(lambda row: not lost(row)), answers(lambda row: True), tolerance=0.05)
+    assert found.verdict == verdict and found.base.mean == 1
+
+
+def test_the_page_loads_nothing_and_says_what_was_asked_for(tmp_path):
+    hostile = "</style><script>alert(1)</script>\ud83d\x07"
+    asked = [Question(row, hostile, (hostile,), str(row), kind=hostile) for row in range(30)]
+    ours = AnswerFile(tuple(Answered(row, "", hostile, True) for row in range(30)), "m", "d", {"max_new_tokens": 4})
+    theirs = AnswerFile(tuple(Answered(row, "", "?x", True) for row in range(30)), "n", "d", {"max_new_tokens": 4})
+    weighed = AnswerLikelihoods(Estimate(0.8, 0.7, 0.9, 50, 25, 0.95), Estimate(0.012, 0.01, 0.014, 50, 25, 0.95), ())
+    kept = answer_retention(asked, theirs, ours, tolerance=0.1, grader="text")
+    found = evaluate_answers(asked, theirs, ours, grader="text", likelihoods=weighed, retention=kept)
+    page = write_answer_report(found, tmp_path).read_text(encoding="utf-8")
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:)', page)
+    for part in ("ranked as people do: 80.0% of 50", "per token: 0.0120", "Retention lost", "Unlearnt", "Corrected p"):
+        assert part in page, part
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["retention"]["verdict"] == "lost" and written["overall"]["difference"]["value"] == -1
+    assert len(written["rows"]) == 30 and written["headline"] == headline(found)
+
+
+def test_samples_are_picked_before_any_answer_is_looked_at(tmp_path):
+    def shown(right):
+        found = evaluate_answers(questions(), answers(right))
+        page = write_answer_report(found, tmp_path, num_samples=5).read_text()
+        return re.findall(r"Is it (\d+)\?", page)
+
+    assert len(shown(lambda row: True)) == 5 and shown(lambda row: True) == shown(lambda row: row < 3)

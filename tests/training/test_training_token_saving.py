@@ -1,0 +1,230 @@
+"""What a run and a pipeline of a model that answers leave on disk, and the reference that is kept there."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_vlm import picture, tiny_vlm
+from training.token_runs import batch, losses_of, pipeline, rows, trainer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from mmalign.data.shards import read_notes
+from mmalign.training.answer_cache import ReferenceTokens
+from mmalign.training.token_measurement import media_features, states
+from mmalign.training.token_pipeline import TokenPipeline
+from mmalign.training.token_trainer import TokenTrainer
+
+
+def hidden(model: torch.nn.Module, run: TokenTrainer) -> torch.Tensor:
+    inputs = batch(run)["batch"]
+    with torch.no_grad():
+        return states(model.eval(), inputs, media_features(model, inputs))
+
+
+@pytest.mark.parametrize(("kind", "peft_config"), [("lfm2", "moved"), ("lfm2_vl", "moved"), ("lfm2_vl", None)])
+def test_a_saved_pipeline_is_plain_transformers(kind: str, peft_config: Any, tmp_path: Path) -> None:
+    pipe = pipeline(kind)
+    run = trainer(tmp_path / "run", kind, pipe, peft_config=peft_config, max_steps=1)
+    run.train()
+    run.save_model()
+    expected = hidden(pipe.model, run)
+    pipe.save_pretrained(tmp_path / "saved")
+    loader: Any = AutoModelForCausalLM if kind == "lfm2" else AutoModelForImageTextToText
+    plain, told = loader.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(hidden(plain, run), expected, rtol=1e-4, atol=1e-5)
+    assert AutoProcessor.from_pretrained(tmp_path / "saved").chat_template == pipe.processor.chat_template
+    # The pipeline itself still carries what it carried.
+    assert torch.equal(hidden(pipe.model, run), expected)
+    if peft_config is None:
+        assert not (tmp_path / "saved" / "adapter").exists()
+        again = loader.from_pretrained(tmp_path / "run")
+    else:
+        assert not torch.allclose(hidden(tiny_vlm(kind)[0], run), expected, atol=1e-3)
+        for folder in (tmp_path / "saved" / "adapter", tmp_path / "run"):
+            again = pipeline(kind).model
+            again.load_adapter(str(folder))
+            assert torch.equal(hidden(again, run), expected)
+        from peft import PeftModel
+
+        again = PeftModel.from_pretrained(pipeline(kind).model, str(tmp_path / "run")).base_model.model
+    assert torch.equal(hidden(again, run), expected)
+    loaded = TokenPipeline.from_pretrained(tmp_path / "saved")
+    assert type(loaded.model) is type(pipe.model) and type(loaded.processor) is type(pipe.processor)
+
+
+def test_a_pipeline_answers_as_generate_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("lfm2_vl")
+    image = picture(40, 24).image
+    asked: dict[str, Any] = {}
+    plain = type(pipe.model).generate
+
+    def recording(model: Any, **options: Any) -> Any:
+        asked.update(options)
+        return plain(model, **options)
+
+    monkeypatch.setattr(type(pipe.model), "generate", recording)
+    answer = pipe("What is it?", images=[image], max_new_tokens=5)
+    assert asked["do_sample"] is False and asked["max_new_tokens"] == 5 and "pixel_values" in asked
+    placeholders = (asked["input_ids"] == pipe.processor.image_token_id).sum()
+    assert placeholders == asked["spatial_shapes"].prod(-1).sum() / 4
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]}]
+    assert pipe(chat, max_new_tokens=5) == answer
+    ids = asked["input_ids"]
+    with torch.no_grad():
+        more = {name: asked[name] for name in ("pixel_values", "pixel_attention_mask", "spatial_shapes")}
+        for _ in range(5):
+            ids = torch.cat([ids, pipe.model(input_ids=ids, **more).logits[:, -1:].argmax(-1)], dim=1)
+    assert pipe.processor.tokenizer.decode(ids[0, -5:], skip_special_tokens=True).strip() == answer
+    with pytest.raises(ValueError, match="leave images and videos out"):
+        pipe(chat, images=[image])
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM only reads"):
+        pipeline("lfm2")("What?", images=[image])
+
+
+def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for path, message in (
+        ("none", "no such folder"),
+        ("lora", "holds a LoRA, not a model"),
+        ("", "it has no config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenPipeline.from_pretrained(tmp_path / path)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The rows of every pass of the reference from now on."""
+    from mmalign.training import token_measurement
+
+    calls: list[list[int]] = []
+    plain = token_measurement.reference_scores
+
+    def recording(network: Any, reference: Any, batch: Any, features: Any) -> Any:
+        calls.append(batch.rows)
+        return plain(network, reference, batch, features)
+
+    monkeypatch.setattr(token_measurement, "reference_scores", recording)
+    return calls
+
+
+def test_a_kept_reference_gives_the_same_losses_and_is_asked_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch)
+    data = rows("lfm2_vl", 10)
+
+    def run(folder: str, max_steps: int = 5, **options: Any) -> list[float]:
+        calls.clear()
+        options |= {"train_dataset": data, "max_steps": max_steps, "cache_dir": str(tmp_path / "kept")}
+        made = trainer(tmp_path / folder, "lfm2_vl", **options)
+        made.train()
+        return losses_of(made)
+
+    live = run("live")
+    assert len(calls) == 5
+    assert run("first", max_steps=10, reference_cache=True)[:5] == pytest.approx(live, abs=1e-5)
+    # The second epoch finds what the first one kept.
+    assert len(calls) == 5
+    assert run("second", reference_cache=True) == pytest.approx(live, abs=1e-5)
+    # Eight rows of a file that was found are compared with the reference itself.
+    assert len(calls) == 4
+    # Per token, so another form needs no more.
+    run("mean", reference_cache=True, logps="mean")
+    assert len(calls) == 4
+    run("longer", reference_cache=True, max_length=300)
+    assert len(calls) == 5 and len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == 2
+
+
+def test_with_all_rows_kept_no_copy_of_the_reference_is_made(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "peft_config": None,
+        "reference_cache": True,
+        "cache_dir": str(tmp_path / "kept"),
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_dataset": rows("lfm2_vl", 2, seed=1),
+    }
+    first = trainer(tmp_path / "first", "lfm2_vl", **options)
+    assert first.reference.kind == "copy"
+    first.train()
+    first.evaluate()
+    first._write_kept()
+    second = trainer(tmp_path / "second", "lfm2_vl", **options)
+    assert second.reference.kind == "none" and second.facts == first.facts
+    second.train()
+    assert losses_of(second) == pytest.approx(losses_of(first), abs=1e-5)
+    assert second.evaluate()["eval_loss"] == pytest.approx(first.evaluate()["eval_loss"], abs=1e-5)
+    third = trainer(tmp_path / "first", "lfm2_vl", **options)
+    third.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert losses_of(third)[2:] == pytest.approx(losses_of(first)[2:], abs=1e-5)
+    with pytest.raises(ValueError, match="the reference of row 0 is not in .*, and no copy of it was made"):
+        second.evaluate(rows("lfm2_vl", 2, seed=2))
+    assert second._kept is not None
+    table = second._kept.of(second._train)
+    table._table = {key: value + 0.01 for key, value in table._table.items()}
+    table._new = True
+    table.path.unlink()
+    table.write()
+    with pytest.raises(ValueError, match="does not hold what the reference says now"):
+        trainer(tmp_path / "fourth", "lfm2_vl", **options)
+
+
+def test_a_kept_reference_that_is_wrong_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"reference_cache": True, "cache_dir": str(tmp_path / "kept"), "max_steps": 3}
+    run = trainer(tmp_path / "run", **options)
+    run.train()
+    assert run._kept is not None
+    cache = run._kept.of(run._train)
+    wrong = ReferenceTokens(tmp_path / "wrong", cache._parts)
+    for (row, side), value in cache._table.items():
+        wrong._table[row, side] = value + 0.01
+    wrong._new = True
+    wrong.write()
+    wrong.path.replace(cache.path)
+    with pytest.raises(ValueError, match="does not hold what the reference says now"):
+        trainer(tmp_path / "again", **options).train()
+    tensors, notes = load_file(cache.path), read_notes(cache.path)
+    tensors["log_probs"][0] += 1e-6
+    save_file(tensors, cache.path, {"notes": json.dumps(notes)})
+    with pytest.raises(ValueError, match="was changed after it was written"):
+        trainer(tmp_path / "again", **options).train()
+
+
+def test_pushing_uploads_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    seen: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            seen["token"] = token
+
+        def create_repo(self, name: str, **options: Any) -> None:
+            seen["repo"] = name, options
+
+        def upload_folder(self, *, repo_id: str, folder_path: str) -> str:
+            seen["files"] = {path.name for path in Path(folder_path).iterdir()}
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert pipeline().push_to_hub("me/mine", private=True, token="t") == "https://hub/me/mine"
+    assert seen["repo"] == ("me/mine", {"private": True, "exist_ok": True}) and seen["token"] == "t"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= seen["files"]
+
+
+def test_the_reference_may_be_a_model_of_its_own(tmp_path: Path) -> None:
+    other = pipeline("lfm2_vl")
+    for parameter in other.model.model.vision_tower.parameters():
+        parameter.data += 0.3
+    run = trainer(tmp_path, "lfm2_vl", ref_model=other)
+    measured = run.measure(run.model, batch(run)["batch"], epoch=0, data=run._train)
+    theirs = trainer(tmp_path, "lfm2_vl", other, peft_config=None, reference="copy")
+    expected = theirs.measure(theirs.model, batch(run)["batch"], epoch=0, data=theirs._train).policy.log_prob
+    assert measured.reference is not None
+    torch.testing.assert_close(measured.reference, expected.detach())
+    assert (measured.policy.log_prob.detach() - measured.reference).abs().max() > 1e-3
