@@ -62,7 +62,7 @@ def test_hpdv2_pairs_with_votes(folder: Path, told: Callable[..., Any], votes: l
 def test_hpdv3_s_first_picture_is_the_preferred_one(folder: Path, told: Callable[..., Any]) -> None:
     rows = [{"prompt": "x", "path1": "3.png", "path2": "0.png", "confidence": c} for c in (0.97, None, 1, 0.5, 0.2)]
     source = load_pairs(_json(folder, rows, "data.jsonl"))
-    bad = BadRow(4, "confidence", "the preferred picture has a confidence or share of votes of 0.2, expected 0.5 … 1")
+    bad = BadRow(4, "confidence", "the preferred side has a confidence or share of votes of 0.2, expected 0.5 … 1")
     assert source.form == "hpdv3" and bad_rows(source) == [bad]
     assert told(source.select(range(4), "good")) == [(3, 0, 0.97), (3, 0, 1.0), (3, 0, 1.0), (3, 0, 0.5)]
 

@@ -61,11 +61,11 @@ def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> Non
 def test_media_encoded_once_say_what_media_encoded_for_every_answer_say(kind: str):
     model, joined, _, alone = batches(kind)
     once, every = told(model, joined, once=True), told(model, joined, once=False)
-    torch.testing.assert_close(once, every, atol=1e-5, rtol=0)
+    torch.testing.assert_close(once, every, atol=1e-4, rtol=0)
     close(gradients(model, once), gradients(model, every))
     rows = [told(model, batch, once=False) for batch in alone]
     single = torch.stack([side for part in zip(*rows, strict=True) for side in part])
-    torch.testing.assert_close(every, single, atol=1e-5, rtol=0)
+    torch.testing.assert_close(every, single, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +76,7 @@ def test_a_prompt_with_media_that_is_read_once_changes_nothing(kind: str):
     hidden = shared_prompt_states(model, shared.prompt_inputs, shared.inputs, shared.supervised, shared.media, features)
     once = score_answers(model, hidden, shared.inputs["input_ids"], shared.supervised).log_prob.sum(1)
     every = told(model, joined, once=False)
-    torch.testing.assert_close(once, every, atol=1e-5, rtol=0)
+    torch.testing.assert_close(once, every, atol=1e-4, rtol=0)
     close(gradients(model, once), gradients(model, every))
 
 
