@@ -7,8 +7,8 @@ which are marked. Training sees the clean picture or clip. Stored are rows of a 
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def find(
         part = ask(model, processor, world, split, range(start, start + _AT_ONCE))
         answered += part
         for one in part:
-            if not one.right and could_be_true(world, one.mistake):
+            if not one.right and could_be_true(world, one.mistake) and not _known(one.mistake, usable):
                 usable[one.mistake.kind].append(one.mistake)
         others = sum(len(found) for kind, found in usable.items() if kind != "describe")
         if len(usable["describe"]) >= described and others >= number - described:
@@ -174,6 +174,11 @@ def _sort(word: str) -> int:
     """Which words can stand for each other."""
     sorts = ((YES, NO), COLOURS, GARMENTS, WAYS)
     return next((number for number, sort in enumerate(sorts) if word in sort), -1)
+
+
+def _known(mistake: Mistake, usable: Mapping[str, list[Mistake]]) -> bool:
+    """Whether the row was answered so to the same question before: clean, if this is the perturbed one."""
+    return any(replace(mistake, perturbed=other.perturbed) == other for other in usable[mistake.kind])
 
 
 def _chosen(usable: dict[str, list[Mistake]], described: int, number: int) -> list[Mistake]:

@@ -27,7 +27,7 @@ EYE = FitConfig(
     steps=3_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=51
 )
 ANSWERS = FitConfig(
-    steps=3_000,
+    steps=1_600,
     batch_size=12,
     learning_rate=2e-3,
     warmup=100,

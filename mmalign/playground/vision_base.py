@@ -22,7 +22,7 @@ EYE = FitConfig(
     steps=2_000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=1e-2, ema=0.99, constant=True, seed=41
 )
 ANSWERS = FitConfig(
-    steps=3_000,
+    steps=450,
     batch_size=16,
     learning_rate=2e-3,
     warmup=100,

@@ -48,6 +48,7 @@ def test_found_mistakes_are_wrong_usable_and_of_all_kinds(world: Any, monkeypatc
     mistakes, told = answer_pairs.find(None, None, world, "test", 60)
     assert len(mistakes) == 60 and told["usable"] >= 60 and told["answers"] == len(answerer.shown)
     assert all(could_be_true(world, one) and one.pred != one.answer for one in mistakes)
+    assert len({(one.row, one.question, one.pred) for one in mistakes}) == 60
     kinds = Counter(one.kind for one in mistakes)
     assert kinds["describe"] == 30 and set(kinds) == set(answer_worlds.questions_of(world).KINDS)
     assert {one.perturbed for one in mistakes if one.kind != "describe"} == {False, True}
