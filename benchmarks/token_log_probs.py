@@ -1,6 +1,6 @@
 """What log-probabilities of tokens cost: in chunks of positions, from all logits at once, by TRL's chunked head, by Liger's fused loss.
 
-    python benchmarks/token_log_probs.py [--positions 16 256 2048] [--vocabularies 65536 151936] [--hidden 1024]
+    python benchmarks/token_log_probs.py [--positions 16 256 1024] [--vocabularies 65536 151936] [--hidden 1024]
 
 Each form turns hidden states (N, D) of the supervised positions into log-probabilities, float32. "forward" is timed without gradients;
 "backward" is both, with the gradient of their sum in the hidden states (a LoRA below a frozen head), "head too" also in the head's
@@ -217,9 +217,9 @@ def main() -> None:
     """Prints and keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[65_536, 151_936])
-    parser.add_argument("--positions", type=int, nargs="+", default=[16, 256, 2048])
+    parser.add_argument("--positions", type=int, nargs="+", default=[16, 256, 1024])
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and answer, in the second table")
     parser.add_argument("--pairs", type=int, default=2, help="of a batch, in the second table")
     parser.add_argument("--dtype", default="float32" if not torch.cuda.is_available() else "bfloat16")

@@ -2,8 +2,8 @@
 
 A chunk of positions at a time goes through the head and is forgotten. What one token's score changes by with its hidden state is one
 vector, whatever is made of the score later: where the head is not trained, it is found in the forward pass, from the logits that are
-there anyway, and the backward pass only scales it. A trained head's chunks are made anew in the backward pass. Everything behind the
-head's product is float32.
+there anyway, and the backward pass only scales it. A trained head's chunks, if there are several, are made anew in the backward pass.
+Everything behind the head's product is float32.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from mmalign.likelihood.token_head import TokenHead
 
 Head: TypeAlias = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N V"]]
-CHUNK_BYTES = 2**26
+# Some hundred positions of the largest vocabularies: with fewer, reading the head's weights costs more than using them.
+CHUNK_BYTES = 2**27
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +51,19 @@ def score_tokens(
     reference: hidden states and head of the reference, for the KL; it gets no gradient. chunk_bytes: of float32 logits that may exist
     at once; a backward pass holds a few times as much.
     """
-    size = max(1, chunk_bytes // (4 * head.vocabulary))
     expected, reference_head = (None, None) if reference is None else (reference[0].detach(), reference[1])
-    wanted = _Wanted(head, reference_head, entropy, size)
-    trained = torch.is_grad_enabled() and any(weight.requires_grad for weight in head.module.parameters())
+    trained = [weight for weight in head.module.parameters() if weight.requires_grad] if torch.is_grad_enabled() else []
+    # A trained head's gradient is as large as its weights and is summed over chunks: fewer of them, as large as that.
+    room = max(chunk_bytes, 4 * sum(weight.numel() for weight in trained))
+    wanted = _Wanted(head, reference_head, entropy, max(1, room // (4 * head.vocabulary)))
     if torch.is_grad_enabled() and hidden.requires_grad and not trained:
         return TokenScores(*_ScoredByFrozenHead.apply(hidden, labels, expected, wanted))
-    parts = []
-    for chunk in wanted.chunks(len(labels)):
+    parts, chunks = [], wanted.chunks(len(labels))
+    for chunk in chunks:
         given = (hidden[chunk], labels[chunk], None if expected is None else expected[chunk], wanted)
+        again = bool(trained) and len(chunks) > 1
         parts.append(
-            checkpoint(_score, *given, use_reentrant=False, preserve_rng_state=False) if trained else _score(*given)
+            checkpoint(_score, *given, use_reentrant=False, preserve_rng_state=False) if again else _score(*given)
         )
     return TokenScores(*_joined(parts))
 
