@@ -65,14 +65,16 @@ def shared_prompt_states(
     trunk = cast(Any, trunk_of(model))
     mask = prompt["attention_mask"]
     copies = len(supervised) // len(mask)
-    places = {} if hasattr(trunk, "rope_deltas") else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    # Multimodal rotary positions, which a model of this kind counts itself where there are media.
+    counts_itself = hasattr(trunk, "rope_deltas") and any(name.endswith("grid_thw") for name in media)
+    places = {} if counts_itself else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
     read = trunk(**prompt, **places, **media_inputs(model, media, features, copies=1), use_cache=True)
     cache = read.past_key_values
     cache.reorder_cache(torch.arange(len(mask), device=mask.device).repeat(copies))
     whole = torch.cat([mask.repeat(copies, 1), answers["attention_mask"]], dim=1)
     following = (whole.cumsum(-1) - 1)[:, mask.shape[1] :]
-    if hasattr(trunk, "rope_deltas"):
-        # Multimodal rotary positions: after the prompt all three axes count on from where its media left them.
+    if counts_itself:
+        # After the prompt all three axes count on from where its media left them.
         following = (following + trunk.rope_deltas.to(following).repeat(copies, 1)).expand(3, -1, -1)
     told = trunk(
         input_ids=answers["input_ids"],

@@ -70,6 +70,8 @@ class RRPOConfig(TokenConfig):
                 "kl_on has no effect with alpha=0": self.alpha == 0 and self.kl_on != self.default("kl_on"),
                 "normalize='phrase_tokens' needs refined=True": self.normalize == "phrase_tokens" and not self.refined,
                 "RRPO sums its own tokens: leave logps out, and see normalize": self.logps != "sum",
+                "normalize divides by tokens, and so does the loss: leave one of them out": self.normalize != "none"
+                and any("chosen_length" in losses.get(key).inputs for key in self.loss_type),
                 "joint has no meaning for RRPO: only answers have marked phrases": self.joint,
                 "RRPO compares two answers: leave losses of single ones out": self.is_unpaired,
             }

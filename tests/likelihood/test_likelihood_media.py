@@ -93,3 +93,24 @@ def test_the_head_is_the_models_own(kind: str):
     model, joined, *_ = batches(kind)
     media = {name: torch.cat([value, value]) for name, value in joined.media.items()}
     check_head(model, {**joined.inputs, **media})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_without_media_are_read_once_as_well_also_behind_some_with_media(kind: str):
+    model, processor = copy.deepcopy(tiny_vlm(kind))
+    pad = padding_token(processor)
+    bare = [AnswerPair(row, (Turn("user", (text,)),), yes, no) for row, (_, text, yes, no) in enumerate(ASKED)]
+    encoded = [encode_answers(pair, processor, model.config) for pair in bare]
+    assert len({len(one.prompt) for one in encoded}) == 2
+    joined, shared = (collate_answers(encoded, pad, shared_prompt=once) for once in (False, True))
+    assert shared.prompt_inputs is not None
+
+    def once() -> torch.Tensor:
+        hidden = shared_prompt_states(model, shared.prompt_inputs, shared.inputs, shared.supervised, shared.media, {})
+        return score_answers(model, hidden, shared.inputs["input_ids"], shared.supervised).log_prob.sum(1)
+
+    with torch.no_grad():
+        every = told(model, joined, once=False)
+        torch.testing.assert_close(once(), every, atol=1e-4, rtol=0)
+        told(model, batches(kind)[1], once=True)
+        torch.testing.assert_close(once(), every, atol=1e-4, rtol=0)

@@ -166,6 +166,7 @@ def test_normalised_rewards_are_means():
         ({"refined": False, "insertions": "skip"}, "insertions has no effect"),
         ({"logps": "mean"}, "leave logps out"),
         ({"joint": True}, "joint"),
+        ({"loss_type": "sigmoid_norm", "normalize": "phrase_tokens"}, "normalize divides by tokens"),
         ({"loss_type": "kto"}, "two answers"),
         ({"reference_cache": True}, "reference_cache"),
     ],
