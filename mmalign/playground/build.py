@@ -113,18 +113,19 @@ def build_scene_base(work_dir: Path) -> None:
     def write(folder: Path) -> None:
         pipe.to(torch.float16).save_pretrained(folder)
         shutil.rmtree(folder / "vae")
-        store_convolutions_in_8_bits(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        store_in_8_bits(folder / "unet" / "diffusion_pytorch_model.safetensors", dimensions=4, entries=20_000)
 
     _replace_folder(SCENES, write)
     write_json(CURVES / "scene-text.json", text_curve)
     write_json(CURVES / "scene-base.json", curve)
 
 
-def store_convolutions_in_8_bits(file: Path) -> None:
-    """Rounds the twenty largest convolutions of a UNet's file to float8 (e4m3): all of `assets/` has room for 25 MB."""
-    weights = load_file(file)
-    largest = sorted(weights, key=lambda name: weights[name].numel() * (weights[name].ndim == 4))[-20:]
-    rounded = {name: value.to(torch.float8_e4m3fn) if name in largest else value for name, value in weights.items()}
+def store_in_8_bits(file: Path, *, dimensions: int, entries: int) -> None:
+    """Rounds the weights of a file with so many dimensions and over so many entries to float8 (e4m3): `assets/` has room for 25 MiB."""
+    rounded = {
+        name: weight.to(torch.float8_e4m3fn) if weight.ndim == dimensions and weight.numel() > entries else weight
+        for name, weight in load_file(file).items()
+    }
     write_file(file, save(rounded, metadata={"format": "pt"}))
 
 
@@ -151,6 +152,7 @@ def build_video_base(work_dir: Path) -> None:
 def _build_answers(world: WorldName, target: Path, model: Any, processor: Any, curve: list[dict[str, float]]) -> None:
     def write(folder: Path) -> None:
         model.half().save_pretrained(folder)
+        store_in_8_bits(folder / "model.safetensors", dimensions=2, entries=4_000)
         processor.save_pretrained(folder)
 
     _replace_folder(target, write)
