@@ -31,7 +31,8 @@ def answering_options(*, group: str, lora: bool = False) -> list[Option]:
     return [
         Option(
             name="model",
-            help="a Hub id or a folder of transformers: a model that answers, of text, pictures or clips",
+            help="a Hub id or a folder of transformers: a model that answers, of text, pictures or clips; or playground-vision or "
+            "playground-video, which are embedded",
             required=True,
             group=group,
         ),
@@ -55,7 +56,8 @@ def question_options(group: str) -> list[Option]:
         Option(
             name="data",
             help="questions: rows with question (or prompt), image or video, and where known answer, kind, pair, options; a .json, "
-            ".jsonl or parquet file, a folder, a Hub id. Of preference pairs the preferred answer is right",
+            ".jsonl or parquet file, a folder, a Hub id, or playground-vision or playground-video. Of preference pairs the preferred "
+            "answer is right",
             required=True,
             group=group,
         ),
@@ -140,10 +142,10 @@ def load_answering(
 
 def questions_of(given: Given) -> Any:
     """The questions of --data."""
-    from mmalign.data.questions import load_questions
+    from mmalign.cli.answer_data import open_questions
 
     names = ("split", "root", "max_rows")
-    return load_questions(given["data"], **{name: given[name] for name in names}, **frames_of(given))
+    return open_questions(given["data"], **{name: given[name] for name in names}, **frames_of(given))
 
 
 def frames_of(given: Given) -> dict[str, Any]:

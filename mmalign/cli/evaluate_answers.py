@@ -169,9 +169,9 @@ def _check(given: Given) -> None:
 
 
 def _others(given: Given) -> Any:
-    from mmalign.data.questions import load_questions
+    from mmalign.cli.answer_data import open_questions
 
-    return load_questions(given["retention_data"], **frames_of(given))
+    return open_questions(given["retention_data"], **frames_of(given))
 
 
 def _base(given: Given, pipe: Any) -> _Base | None:
@@ -192,14 +192,14 @@ def _base(given: Given, pipe: Any) -> _Base | None:
 
 
 def _weighed(given: Given, pipe: Any, base: _Base) -> Any:
-    from mmalign.data.answers import load_answers
+    from mmalign.cli.answer_data import open_answers
     from mmalign.evaluation.answer_likelihood import compare_likelihoods
 
     return compare_likelihoods(
         pipe.model,
         base.acting,
         pipe.processor,
-        load_answers(given["given_answers"], **frames_of(given)),
+        open_answers(given["given_answers"], held_out=True, **frames_of(given)),
         batch_size=given["batch_size"],
         processor_kwargs=given["processor_kwargs"],
         num_resamples=given["num_resamples"],

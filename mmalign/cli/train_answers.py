@@ -18,7 +18,7 @@ from mmalign.cli.trained import checkpoints, how_to_go_on
 _METHOD = "the method: what is compared, and the loss"
 _DATA = (
     "preference data: rows with prompt, chosen, rejected, or as of RLAIF-V, ms-swift, ShareGPT, RRPO, VideoChat2; a .json, .jsonl or "
-    "parquet file, a folder, a Hub id"
+    "parquet file, a folder, a Hub id, or playground-vision or playground-video"
 )
 _HELP = {
     "data": _DATA,
@@ -117,13 +117,15 @@ def train_answers(method: str, pipeline_class: Any, given: Given, words: list[st
 
 def _sources(given: Given, config: Any) -> tuple[Any, Any]:
     """The data as they were named; opened here where an option says how, which the trainer has no field for."""
-    if given["max_rows"] is None and given["root"] is None:
+    from mmalign.cli.answer_data import is_playground, open_answers
+
+    embedded = is_playground(given["data"]) or is_playground(given["eval_data"])
+    if given["max_rows"] is None and given["root"] is None and not embedded:
         return given["data"], given["eval_data"]
     from mmalign.data import default_cache_dir
-    from mmalign.data.answers import load_answers
 
     shared = {"num_frames": config.num_frames, "frame_cache": Path(config.cache_dir or default_cache_dir()) / "frames"}
-    source = load_answers(
+    source = open_answers(
         given["data"],
         split=config.train_split,
         root=given["root"],
@@ -132,7 +134,7 @@ def _sources(given: Given, config: Any) -> tuple[Any, Any]:
     )
     held_out = given["eval_data"]
     if held_out is not None:
-        held_out = load_answers(held_out, split=config.eval_split, root=given["root"], **shared)
+        held_out = open_answers(held_out, split=config.eval_split, root=given["root"], held_out=True, **shared)
     return source, held_out
 
 
@@ -153,6 +155,8 @@ def _lora(given: Given, pipe: Any, config: Any) -> Any:
 
 def _farewell(given: Given, folder: Path) -> str:
     """Where everything was saved, and what to type next."""
+    from mmalign.cli.answer_data import is_playground
+
     wanted = {
         "adapter_model.safetensors": f'the LoRA: model.load_adapter("{folder}"), or PeftModel.from_pretrained(model, "{folder}")',
         "model.safetensors": f'the whole model: AutoModel….from_pretrained("{folder}")',
@@ -165,12 +169,13 @@ def _farewell(given: Given, folder: Path) -> str:
     lines += [f"  {path.name}" for path in checkpoints(folder)[-1:]]
     whole = ["--model", str(folder), "--base", given["model"]]
     model = whole if given["full"] else ["--model", given["model"], "--lora", str(folder)]
-    data = ["--data", "questions.jsonl"]
+    embedded = given["data"] if is_playground(given["data"]) else None
+    data = ["--data", embedded or "questions.jsonl"]
     return "\n".join(
         [
             *lines,
             "",
-            "next (questions.jsonl: question, answer, image or video):",
+            "next:" if embedded else "next (questions.jsonl: question, answer, image or video):",
             "  " + command("mmalign", "answer", *model[: 2 if given["full"] else 4], *data),
             "  " + command("mmalign", "evaluate-answers", *model, *data),
         ]

@@ -28,7 +28,8 @@ VERB = Command(
     options=[
         Option(
             name="data",
-            help='a Hub id, a parquet, .json, .jsonl or .tar file, a folder, or "playground"; may stand first without --data',
+            help='a Hub id, a parquet, .json, .jsonl or .tar file, a folder, or "playground", "playground-vision" or '
+            '"playground-video"; may stand first without --data',
             metavar="DATA",
             required=True,
         ),
@@ -110,8 +111,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _holds_answers(given: Given) -> bool:
+    from mmalign.cli.answer_data import is_playground
     from mmalign.data.kinds import kind_of
 
+    if given["kind"] is None and is_playground(given["data"]):
+        return True
     if given["kind"] is None and not given["streaming"]:
         where = {name: given[name] for name in ("split", "revision", "root")}
         return kind_of(given["data"], **where) == "answers"
@@ -130,12 +134,13 @@ def _check_pairs(given: Given) -> tuple[PairSource, DataReport]:
 
 
 def _check_answers(given: Given) -> tuple[AnswerSource, AnswerReport]:
-    from mmalign.data import load_answers, validate_answers
+    from mmalign.cli.answer_data import open_answers
+    from mmalign.data import validate_answers
 
     if asked := given.explicit & {"resolution", "aspect_buckets", "streaming"}:
         raise UsageError(f"{flag(min(asked))} does not apply to answers")
     names = ("split", "revision", "root", "max_rows", "num_frames", "fps")
-    source = load_answers(given["data"], **{name: given[name] for name in names})
+    source = open_answers(given["data"], **{name: given[name] for name in names})
     return source, validate_answers(source, workers=given["workers"])
 
 

@@ -7,7 +7,7 @@ which are marked. Training sees the clean picture or clip. Stored are rows of a 
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmalign.data.answer_records import Picture, VideoClip
+from mmalign.data.answer_media import ClipReading
+from mmalign.data.answers import AnswerSource
+from mmalign.data.rows import ListRows
 from mmalign.playground import answer_worlds
 from mmalign.playground.answer_worlds import WorldName
 from mmalign.playground.answering import answer, by_kind
@@ -56,14 +58,28 @@ class Answered:
     right: bool
 
 
-def load(world: WorldName, split: Split) -> list[dict[str, Any]]:
-    """The pairs that ship with the package, in the columns of RRPO's release, as `load_answers` reads them."""
-    stored = json.loads(path_of(world, split).read_text(encoding="utf-8"))
-    return as_rows(world, split, [Mistake(**mistake) for mistake in stored])
+def load(
+    world: WorldName, split: Split = "train", *, kinds: Collection[str] | None = None, max_rows: int | None = None
+) -> AnswerSource:
+    """The pairs that ship with the package; `kinds`: only those of these questions. max_rows: only the first ones."""
+    mistakes = load_mistakes(world, split)
+    kept = [mistake for mistake in mistakes if kinds is None or mistake.kind in kinds]
+    rows = ListRows(as_rows(world, split, kept))
+    return AnswerSource(rows, f"playground-{world}[{split}]", ClipReading(), max_rows=max_rows)
+
+
+def load_mistakes(world: WorldName, split: Split) -> list[Mistake]:
+    """The mistakes behind them, as they are stored."""
+    path = path_of(world, split)
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is missing: reinstall mmalign, or build it with `python -m mmalign.playground.build mistakes`"
+        )
+    return [Mistake(**stored) for stored in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
-    """Mistakes with their clean pictures or clips, composed again."""
+    """Mistakes with their clean pictures or clips, composed again, in the columns of RRPO's release."""
     shown = answer_worlds.see(world, split, [mistake.row for mistake in mistakes], seed=_STREAM[world])
     rows = []
     for mistake, seen in zip(mistakes, shown, strict=True):
@@ -77,7 +93,7 @@ def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list
                 "pred_masked": pred_masked,
                 "src": mistake.kind,
                 "sample_id": f"{world}-{split}-{mistake.row}",
-                **_medium(seen.medium),
+                **answer_worlds.column_of(seen.medium),
             }
         )
     return rows
@@ -156,18 +172,6 @@ def _with_tags(text: str, spans: Sequence[tuple[int, int]]) -> str:
     for start, stop in reversed(spans):
         text = f"{text[:start]}<MASK>{text[start:stop]}</MASK>{text[stop:]}"
     return text
-
-
-def _medium(medium: Picture | VideoClip) -> dict[str, Any]:
-    if isinstance(medium, Picture):
-        return {"image": medium.image}
-    clip = {
-        "frames": list(medium.frames),
-        "fps": medium.frames_per_second,
-        "indices": list(medium.indices),
-        "total_frames": medium.total_frames,
-    }
-    return {"video": clip}
 
 
 def _sort(word: str) -> int:

@@ -26,9 +26,6 @@ class Seen:
     shown: Any
 
 
-EVALUATION_STREAM = {"vision": 704, "video": 714}
-
-
 def questions_of(name: WorldName) -> ModuleType:
     """The module that asks about a world."""
     return {"vision": picture_questions, "video": moving_questions}[name]
@@ -58,3 +55,16 @@ def perturbed(medium: Picture | VideoClip, generator: torch.Generator) -> Pictur
     far = bool(torch.rand((), generator=generator) < 0.5)
     frames = perturb(medium.frames, shuffle="global" if far else "local", generator=generator)
     return VideoClip(frames, medium.indices, medium.frames_per_second, medium.total_frames)
+
+
+def column_of(medium: Picture | VideoClip) -> dict[str, Any]:
+    """The medium in a column of its own, as `load_answers` and `load_questions` read it."""
+    if isinstance(medium, Picture):
+        return {"image": medium.image}
+    clip = {
+        "frames": list(medium.frames),
+        "fps": medium.frames_per_second,
+        "indices": list(medium.indices),
+        "total_frames": medium.total_frames,
+    }
+    return {"video": clip}

@@ -2,18 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmalign import evaluation
 from mmalign.data.answer_records import Picture, VideoClip
-from mmalign.playground import answer_worlds
+from mmalign.playground import answer_questions
 from mmalign.playground.answer_worlds import WorldName
-from mmalign.playground.photographs import Split
-from mmalign.playground.questions import YES, Question, is_right
+from mmalign.playground.questions import YES
+from mmalign.training.token_pipeline import TokenPipeline
 
 MAX_NEW_TOKENS = 24
 
@@ -56,47 +55,24 @@ def _media(part: Sequence[Any]) -> dict[str, Any]:
     return {"videos": clips, "video_metadata": metadata, "do_sample_frames": False}
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    """A model that answers and its processor, in full precision."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)
+def held_out(pipe: TokenPipeline, world: WorldName, *, number: int = answer_questions.NUMBER) -> dict[str, Any]:
+    """Shares of right answers to held-out questions about `number` pictures or clips, by kind, and of hallucination pairs.
 
-
-def held_out(
-    model: Any, processor: Any, world: WorldName, *, number: int = 200, split: Split = "test"
-) -> dict[str, Any]:
-    """Shares of right answers on one question of every kind about each of `number` rows, and of hallucination pairs.
-
-    Yes and no are asked for equally often. A hallucination pair is right if both of its questions are; `yes_share`: how often they are
-    answered by yes, where half the time would be right.
+    `yes_share`: how often what is answered by yes or no is answered by yes; half the time would be right.
     """
-    questions = answer_worlds.questions_of(world)
-    seed = answer_worlds.EVALUATION_STREAM[world]
-    asked: list[tuple[Any, Question]] = []
-    pairs: list[tuple[Any, Question]] = []
-    for row, seen in enumerate(answer_worlds.see(world, split, range(number), seed=seed)):
-        rng = np.random.default_rng([seed, row])
-        kinds = questions.kinds_of(seen.shown)
-        asked += [(seen.medium, questions.ask(seen.shown, kind, rng, true=bool(rng.integers(2)))) for kind in kinds]
-        for kind in kinds:
-            if kind in questions.YES_OR_NO:
-                pairs += [(seen.medium, one) for one in questions.hallucination_pair(seen.shown, kind, rng)]
-
-    def ask(posed: Sequence[tuple[Any, Question]]) -> list[str]:
-        return answer(model, processor, [medium for medium, _ in posed], [question.text for _, question in posed])
-
-    said, paired = ask(asked), ask(pairs)
-    right = [is_right(question, text) for (_, question), text in zip(asked, said, strict=True)]
-    kinds_asked = [question.kind for _, question in asked]
-    both = [is_right(question, text) for (_, question), text in zip(pairs, paired, strict=True)]
-    yes = [text.startswith(YES) for text in paired]
+    source = answer_questions.load(world, number=number)
+    questions = [source[row] for row in range(len(source))]
+    answers = evaluation.answer(pipe, source, batch_size=64, max_new_tokens=MAX_NEW_TOKENS)
+    found = evaluation.evaluate_answers(questions, answers)
+    assert found.pairs is not None
+    paired = [one.aligned.startswith(YES) for one in found.rows if one.question.pair is not None]
     return {
         "rows": number,
-        "questions": len(asked),
-        "accuracy": _share(right),
-        "by_kind": by_kind(kinds_asked, right),
-        "hallucination_pairs": _share([a and b for a, b in zip(both[::2], both[1::2], strict=True)]),
-        "yes_share": _share(yes),
+        "questions": len(questions),
+        "accuracy": round(found.overall.aligned.rate, 4),
+        "by_kind": {kind.name: round(kind.aligned.rate, 4) for kind in found.kinds},
+        "hallucination_pairs": round(found.pairs.aligned.rate, 4),
+        "yes_share": _share(paired),
     }
 
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -36,6 +36,7 @@ from mmalign.playground import (
 from mmalign.playground.answer_worlds import WorldName
 from mmalign.playground.paths import ASSETS, CURVES, PAIRS, REWARD_CLIP, SCENES, STABLE_DIFFUSION, VIDEO, VISION
 from mmalign.training.loading import load_base, scene_vae
+from mmalign.training.token_pipeline import TokenPipeline
 
 
 def build_photographs(work_dir: Path) -> None:
@@ -157,22 +158,20 @@ def _build_answers(world: WorldName, target: Path, model: Any, processor: Any, c
 
     _replace_folder(target, write)
     write_json(CURVES / f"{world}-base.json", curve)
-    write_json(CURVES / f"{world}-base-measured.json", answering.held_out(*answering.load(target), world))
+    write_json(CURVES / f"{world}-base-measured.json", answering.held_out(TokenPipeline.from_pretrained(target), world))
 
 
 def build_mistakes(work_dir: Path) -> None:
     """Collects the mistakes of both as preference pairs."""
     measured = {}
-    for world, folder in ANSWERERS.items():
-        model, processor = answering.load(folder)
+    for world in get_args(WorldName):
+        pipe = TokenPipeline.from_pretrained(f"playground-{world}")
         for split, number in answer_pairs.NUMBER.items():
-            mistakes, counted = answer_pairs.find(model, processor, world, split, number)
+            mistakes, counted = answer_pairs.find(pipe.model, pipe.processor, world, split, number)
             write_json(answer_pairs.path_of(world, split), [asdict(mistake) for mistake in mistakes])
             measured[f"{world} ({split})"] = counted
     write_json(CURVES / "mistakes-measured.json", measured)
 
-
-ANSWERERS: dict[WorldName, Path] = {"vision": VISION, "video": VIDEO}
 
 STEPS: dict[str, Callable[[Path], None]] = {
     "photographs": build_photographs,

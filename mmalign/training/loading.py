@@ -14,6 +14,7 @@ from mmalign.training.weights import LORA_FILE
 PLAYGROUND = "playground"
 SCENES = "playground-scenes"
 EMBEDDED = {PLAYGROUND: "stable-diffusion", SCENES: "stable-diffusion-scenes"}
+EMBEDDED_ANSWERING = {"playground-vision": "lfm2-vl", "playground-video": "llava-onevision"}
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -28,6 +29,8 @@ def load_base(name_or_path: str | os.PathLike[str], **options: Any) -> Any:
 
     options.setdefault("use_safetensors", True)
     name = str(name_or_path)
+    if name in EMBEDDED_ANSWERING:
+        raise ValueError(f"{name!r} answers and does not draw: `mmalign train token-dpo`, rrpo and lfm2-vl take it")
     embedded = name in EMBEDDED
     folder = playground_folder(name) if embedded else Path(name).expanduser()
     local = embedded or folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -121,10 +124,10 @@ def quantization(kind: str, dtype: torch.dtype) -> Any:
 
 
 def playground_folder(name: str = PLAYGROUND) -> Path:
-    """Where an embedded Stable Diffusion lies."""
+    """Where an embedded model lies."""
     from importlib.resources import files
 
-    return Path(str(files("mmalign"))) / "assets" / EMBEDDED[name]
+    return Path(str(files("mmalign"))) / "assets" / (EMBEDDED | EMBEDDED_ANSWERING)[name]
 
 
 def check_folder(folder: Path, options: dict[str, Any] | None = None) -> None:

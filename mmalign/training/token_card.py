@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from mmalign.training.card import Card, public_name, write_card
+from mmalign.training.loading import EMBEDDED_ANSWERING
 from mmalign.training.token_config import TokenConfig
 from mmalign.training.token_parts import sees
 from mmalign.training.weights import has_adapter
@@ -51,6 +52,12 @@ def _usage(loader: str, base: str, *, is_lora: bool) -> str:
 
 model = {loader}.from_pretrained(FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)"""
+    # Plain transformers does not know the embedded models by name.
+    if base in EMBEDDED_ANSWERING:
+        return f"""from mmalign import RRPOPipeline
+
+pipe = RRPOPipeline.from_pretrained({base!r})
+pipe.model.load_adapter(FOLDER)"""
     return f"""from transformers import AutoProcessor, {loader}
 
 model = {loader}.from_pretrained({base!r})

@@ -4,25 +4,33 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmalign.denoisers.parts import is_quantized
 from mmalign.likelihood.token_head import head_of
+from mmalign.training.loading import EMBEDDED, EMBEDDED_ANSWERING, playground_folder
 
 # Where transformers' attention and feed-forward layers keep a dropout that is no module.
 _DROPOUTS = ("attention_dropout", "activation_dropout", "hidden_dropout", "dropout", "resid_dropout")
 
 
 def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -> tuple[nn.Module, Any]:
-    """A model and its processor (a tokenizer, if it only reads), with transformers' keywords.
+    """A model and its processor (a tokenizer, if it only reads): a Hub id, a folder, or one of EMBEDDED_ANSWERING.
 
-    Weights must be safetensors unless asked otherwise; no remote code unless asked.
+    `options` are transformers' keywords. Weights must be safetensors unless asked otherwise; no remote code unless asked.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     name = str(name_or_path)
-    folder = Path(name).expanduser()
+    if name in EMBEDDED:
+        raise ValueError(f"{name!r} draws and does not answer: take one of {', '.join(EMBEDDED_ANSWERING)}")
+    embedded = name in EMBEDDED_ANSWERING
+    folder = playground_folder(name) if embedded else Path(name).expanduser()
+    if embedded:
+        # Their weights are stored in 8 and 16 bits to keep the package small, and work in 32.
+        options.setdefault("dtype", torch.float32)
     local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if local:
         _check_folder(folder)
@@ -41,6 +49,8 @@ def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -
     except (OSError, ValueError) as error:
         named = where if local else f"{name!r} is no folder here, and the Hub's model"
         raise ValueError(f"{named} could not be loaded: {' '.join(str(error).split())}") from error
+    if embedded:
+        model.name_or_path = model.config._name_or_path = name
     return model.eval(), processor
 
 

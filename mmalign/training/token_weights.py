@@ -81,7 +81,8 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    # "auto" would ask the Hub whether the base's vocabulary has grown, to keep embeddings, which a LoRA does not change.
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     tensors = {_PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()}
     save_file(tensors, folder / ADAPTER_FILE, {"format": "pt"})
     config = copy.deepcopy(cast(Any, model).peft_config[ADAPTER])

@@ -26,8 +26,10 @@ from mmalign.likelihood.distilled import distil_tokens
 from mmalign.likelihood.token_head import head_of
 from mmalign.pipelines.vision.image_budget import PRESETS, ImageBudget, budget_of, predicted_tokens, tiling_of
 from mmalign.training.align_trainer import Losses
+from mmalign.training.loading import EMBEDDED_ANSWERING
 from mmalign.training.token_config import TokenConfig
 from mmalign.training.token_data import Answers
+from mmalign.training.token_loading import load_answering_model
 from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, Features, media_features, states
 from mmalign.training.token_pipeline import Message, TokenPipeline
 from mmalign.training.token_trainer import TokenTrainer
@@ -58,6 +60,8 @@ def load_lfm2(source: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     source = os.fspath(source)
+    if source in EMBEDDED_ANSWERING:
+        return load_answering_model(source, **options)
     revision = {"revision": options["revision"]} if "revision" in options else {}
     with absence_explained(f"download {source} from the Hub, and pass its folder"):
         config = AutoConfig.from_pretrained(source, **revision)

@@ -201,3 +201,50 @@ def test_a_whole_model_is_no_lora(model: Path, data: Path, capsys: Any) -> None:
     words = ["answer", "--model", str(model), "--lora", str(model), "--data", str(data / "questions.jsonl")]
     assert main(words) == 2
     assert "holds no adapter_model.safetensors: give a whole model to --model" in capsys.readouterr().err
+
+
+def test_the_embedded_models_train_on_their_mistakes_and_are_graded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = [
+        "train",
+        "rrpo",
+        "--model",
+        "playground-video",
+        "--data",
+        "playground-video",
+        "--eval-data",
+        "playground-video",
+    ]
+    assert main([*words, "--max-rows", "8", "--max-steps", "1", "--output-dir", str(run), *TINY]) == 0
+    told = capsys.readouterr().out
+    assert f"mmalign evaluate-answers --model playground-video --lora {run} --data playground-video" in told
+    assert json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"] == "playground-video"
+    assert 'from_pretrained("playground-video")' in (run / "README.md").read_text().replace("'", '"')
+    asked = ["--data", "playground-video", "--max-rows", "8", "--given-answers", "playground-video"]
+    out = ["--output-dir", str(tmp_path / "graded"), "--num-resamples", "100"]
+    assert main(["evaluate-answers", "--model", "playground-video", "--lora", str(run), *asked, *out]) == 0
+    assert "8 questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "rrpo", "--model", "playground", "--data", "playground-video"], "draws and does not answer"),
+        (["train", "dpo", "--model", "playground-video", "--data", "playground"], "answers and does not draw"),
+        (["train", "rrpo", "--model", "playground-video", "--data", "playground-video", "--num-frames", "4"], "num_frames=4"),
+        (["answer", "--model", "playground-video", "--data", "playground-video", "--split", "dev"], "splits 'train' and 'test'"),
+    ],
+)  # fmt: skip
+def test_what_the_embedded_models_cannot_do_is_said(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) != 0
+    assert told in capsys.readouterr().err
+
+
+def test_validate_data_reads_the_embedded_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["validate-data", "playground-vision", "--max-rows", "20", "--output-dir", str(tmp_path)]
+    assert main(words) == 0
+    assert "20 pictures, 0 clips; 20 pairs with marked phrases" in capsys.readouterr().out
