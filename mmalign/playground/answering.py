@@ -55,19 +55,19 @@ def _media(part: Sequence[Any]) -> dict[str, Any]:
     return {"videos": clips, "video_metadata": metadata, "do_sample_frames": False}
 
 
-def held_out(pipe: TokenPipeline, world: WorldName, *, number: int = answer_questions.NUMBER) -> dict[str, Any]:
-    """Shares of right answers to held-out questions about `number` pictures or clips, by kind, and of hallucination pairs.
+def held_out(pipe: TokenPipeline, world: WorldName, *, rows: Sequence[int] = answer_questions.ROWS) -> dict[str, Any]:
+    """Shares of right answers to held-out questions about rows of the world, by kind, and of hallucination pairs.
 
     `yes_share`: how often what is answered by yes or no is answered by yes; half the time would be right.
     """
-    source = answer_questions.load(world, number=number)
+    source = answer_questions.load(world, rows=rows)
     questions = [source[row] for row in range(len(source))]
     answers = evaluation.answer(pipe, source, batch_size=64, max_new_tokens=MAX_NEW_TOKENS)
     found = evaluation.evaluate_answers(questions, answers)
     assert found.pairs is not None
     paired = [one.aligned.startswith(YES) for one in found.rows if one.question.pair is not None]
     return {
-        "rows": number,
+        "rows": len(rows),
         "questions": len(questions),
         "accuracy": round(found.overall.aligned.rate, 4),
         "by_kind": {kind.name: round(kind.aligned.rate, 4) for kind in found.kinds},

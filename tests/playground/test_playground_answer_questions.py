@@ -11,7 +11,7 @@ WORLDS = ("vision", "video")
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_kind_is_asked_and_what_is_answered_by_yes_or_no_in_twins(world: Any) -> None:
-    source = answer_questions.load(world, number=6)
+    source = answer_questions.load(world, rows=range(6))
     questions = answer_worlds.questions_of(world)
     asked = [source[row] for row in range(len(source))]
     assert {one.kind for one in asked} == set(questions.KINDS)
@@ -28,10 +28,10 @@ def test_every_kind_is_asked_and_what_is_answered_by_yes_or_no_in_twins(world: A
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_part_is_the_beginning_of_the_whole_and_splits_differ(world: Any) -> None:
-    few, more = answer_questions.load(world, number=2), answer_questions.load(world, number=4)
+    few, more = answer_questions.load(world, rows=range(2)), answer_questions.load(world, rows=range(4))
     assert [few[row] for row in range(len(few))] == [more[row] for row in range(len(few))]
-    assert few.fingerprint() != more.fingerprint() != answer_questions.load(world, "train", number=4).fingerprint()
-    assert len(answer_questions.load(world, number=4, max_rows=3)) == 3
+    assert few.fingerprint() != more.fingerprint() != answer_questions.load(world, "train", rows=range(4)).fingerprint()
+    assert len(answer_questions.load(world, rows=range(4), max_rows=3)) == 3
 
 
 @pytest.mark.parametrize("world", WORLDS)
