@@ -1,4 +1,4 @@
-"""Do answers get better? Models that see, aligned on pairs of their own mistakes: DPO and RRPO on clips; DPO, ln_pref and KTO on pictures.
+"""Do answers get better? Models that see, aligned on pairs of their own mistakes: DPO, RRPO on clips; DPO, ln_pref, KTO on pictures.
 
     python benchmarks/answers.py choose                # settings, on held-out pictures and clips of their own, one seed
     python benchmarks/answers.py run [video|vision]    # every missing cell; stop and resume at will
@@ -147,8 +147,8 @@ def choice_table() -> str:
     """Right answers of every candidate."""
     cells = [json.loads(path.read_text()) for path in sorted((RESULTS / "choice").glob("*.json"))]
     lines = [
-        f"Right answers to questions of the kinds that are trained on, about {len(CHOICE_ROWS)} held-out pictures or clips that the table "
-        f"does not use; one seed, {STEPS} steps of {BATCH} pairs.",
+        f"Right answers to questions of the kinds that are trained on, about {len(CHOICE_ROWS)} held-out pictures or clips that the "
+        f"table does not use; one seed, {STEPS} steps of {BATCH} pairs.",
         "",
         "| world | row | settings | right answers | hallucination pairs | other kinds | KL | ranking |",
         "|---|---|---|---|---|---|---|---|",
@@ -163,7 +163,7 @@ def choice_table() -> str:
 
 
 class Sheet:
-    """A world's questions, by which a cell's answers are counted: questions of taught kinds, hallucination pairs of them, the others."""
+    """A world's questions, by which a cell's answers are counted: of taught kinds, hallucination pairs of them, the others."""
 
     def __init__(self, world: str, questions: Sequence[Question]) -> None:
         self.questions = questions
@@ -213,8 +213,8 @@ def table() -> str:
     lines = [
         f"Models of the playground, aligned on pairs of their own mistakes: {STEPS} steps of {BATCH} pairs, LoRA of rank 16. Questions "
         f"about {len(ROWS)} held-out pictures or clips; differences in points, with intervals of 95 % over pictures or clips, training "
-        "seeds together. A hallucination pair is right if both of its questions are. KL from the base, nats a token, and ranking (share "
-        "of pairs whose preferred answer gained more) on held-out pairs.",
+        "seeds together. A hallucination pair is right if both of its questions are. KL from the base, nats a token, and ranking "
+        "(share of pairs whose preferred answer gained more) on held-out pairs.",
     ]
     for world in METHODS:
         sheet, done = Sheet(world, questions_of(world, ROWS)), _done(world)
