@@ -39,7 +39,7 @@ STEPS, BATCH = 150, 16
 ROWS, CHOICE_ROWS = range(400), range(500, 700)
 TAUGHT = {"video": ("exists", "moves", "order", "way", "first", "describe"), "vision": picture_questions.KINDS}
 TOLERANCE = 0.02
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-4, 3e-4, 1e-3)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def find(
 ) -> tuple[list[Mistake], dict[str, Any]]:
     """`number` mistakes in rows 0, 1, … of `split`, half of them descriptions, all other kinds alike as far as there are any.
 
+    Of a kind that is answered by yes or no, half of the truths are yes: else one of the two words would be what is learnt.
     Also what was asked for that: shares of right answers to clean and to perturbed rows by kind, and of wrong ones that are no pair.
     RuntimeError where the world's photographs hold too few.
     """
@@ -121,9 +122,10 @@ def find(
         for one in part:
             if not one.right and could_be_true(world, one.mistake) and not _known(one.mistake, usable):
                 usable[one.mistake.kind].append(one.mistake)
-        others = sum(len(found) for kind, found in usable.items() if kind != "describe")
-        if len(usable["describe"]) >= described and others >= number - described:
-            return _chosen(usable, described, number), _told(answered, sum(map(len, usable.values())))
+        others = _in_turn(usable)
+        if len(usable["describe"]) >= described and len(others) >= number - described:
+            chosen = sorted([*usable["describe"][:described], *others[: number - described]], key=lambda one: one.row)
+            return chosen, _told(answered, sum(map(len, usable.values())))
     found = {kind: len(mistakes) for kind, mistakes in usable.items()}
     raise RuntimeError(f"the {split} photographs of {world} hold fewer than {number} mistakes of this model: {found}")
 
@@ -185,11 +187,13 @@ def _known(mistake: Mistake, usable: Mapping[str, list[Mistake]]) -> bool:
     return any(replace(mistake, perturbed=other.perturbed) == other for other in usable[mistake.kind])
 
 
-def _chosen(usable: dict[str, list[Mistake]], described: int, number: int) -> list[Mistake]:
-    """Descriptions, then of the other kinds the first of each, the second of each, …; in the order of rows."""
-    others = (usable[kind] for kind in sorted(usable) if kind != "describe")
-    in_turn = [mistake for mistake in chain.from_iterable(zip_longest(*others)) if mistake is not None]
-    return sorted([*usable["describe"][:described], *in_turn[: number - described]], key=lambda mistake: mistake.row)
+def _in_turn(usable: Mapping[str, list[Mistake]]) -> list[Mistake]:
+    """All but descriptions: the first of each kind, the second of each, …; of yes and no as many as there are of the rarer truth."""
+    kinds = []
+    for kind in sorted(set(usable) - {"describe"}):
+        truths = [[one for one in usable[kind] if one.answer == truth] for truth in (YES, NO)]
+        kinds.append([one for both in zip(*truths, strict=False) for one in both] if any(truths) else usable[kind])
+    return [one for turn in zip_longest(*kinds) for one in turn if one is not None]
 
 
 def _told(answered: Sequence[Answered], usable: int) -> dict[str, Any]:

@@ -51,6 +51,10 @@ def test_found_mistakes_are_wrong_usable_and_of_all_kinds(world: Any, monkeypatc
     assert len({(one.row, one.question, one.pred) for one in mistakes}) == 60
     kinds = Counter(one.kind for one in mistakes)
     assert kinds["describe"] == 30 and set(kinds) == set(answer_worlds.questions_of(world).KINDS)
+    truths = Counter((one.kind, one.answer) for one in mistakes if one.answer in ("yes", "no"))
+    assert all(
+        abs(truths[kind, "yes"] - truths[kind, "no"]) <= 1 for kind in answer_worlds.questions_of(world).YES_OR_NO
+    )
     assert {one.perturbed for one in mistakes if one.kind != "describe"} == {False, True}
     assert all(one.perturbed for one in mistakes if one.kind == "describe")
 
