@@ -90,27 +90,9 @@ def rows_of(world: str) -> dict[str, tuple[Method, dict[str, Any]]]:
 def measure(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int, rows: range) -> dict[str, Any]:
     """What every question's answer is worth; with `spec` after alignment, with KL and ranking on held-out pairs. None: the base."""
     started = time.perf_counter()
-    pipe = TokenPipeline.from_pretrained(f"playground-{world}")
+    pipe = aligned(world, spec, seed)
     told: dict[str, Any] = {}
     if spec is not None:
-        method, options = spec
-        pipe = method.pipeline.from_pretrained(f"playground-{world}")
-        with tempfile.TemporaryDirectory() as folder:
-            pipe.align(
-                answer_pairs.load(world, "train", kinds=TAUGHT[world]),
-                output_dir=folder,
-                max_steps=STEPS,
-                per_device_train_batch_size=BATCH,
-                gradient_checkpointing=False,
-                warmup_steps=10,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                seed=seed,
-                **method.options,
-                **options,
-            )
         reference = make_reference(pipe.model, kind="adapter")
         held_out = answer_pairs.load(world, "test", kinds=TAUGHT[world])
         found = compare_likelihoods(
@@ -118,12 +100,44 @@ def measure(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int, r
         )
         assert found.ranking is not None
         told = {"kl": found.kl.value, "ranking": found.ranking.value}
+    said = answers_of(pipe, world, rows)
+    graded = grade(questions_of(world, rows), said)
+    worth = "".join(str(int(one.score)) for one in graded)
+    yes = "".join(str(int(text.startswith("yes"))) for text in said)
+    return {**told, "worth": worth, "said_yes": yes, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def aligned(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int) -> TokenPipeline:
+    """The world's model after a row's training; None: as it is."""
+    name = f"playground-{world}"
+    if spec is None:
+        return TokenPipeline.from_pretrained(name)
+    method, options = spec
+    pipe = method.pipeline.from_pretrained(name)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.align(
+            answer_pairs.load(world, "train", kinds=TAUGHT[world]),
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=BATCH,
+            gradient_checkpointing=False,
+            warmup_steps=10,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=seed,
+            **method.options,
+            **options,
+        )
+    return pipe
+
+
+def answers_of(pipe: TokenPipeline, world: Any, rows: range) -> list[str]:
+    """To every question about rows of a world, in order."""
     source = answer_questions.load(world, rows=rows)
     answers = answer(pipe, source, batch_size=64, max_new_tokens=MAX_NEW_TOKENS, progress=False)
-    graded = grade(questions_of(world, rows), [one.answer for one in answers.answers])
-    worth = "".join(str(int(one.score)) for one in graded)
-    yes = "".join(str(int(one.answer.startswith("yes"))) for one in graded)
-    return {**told, "worth": worth, "said_yes": yes, "seconds": round(time.perf_counter() - started, 1)}
+    return [one.answer for one in answers.answers]
 
 
 def questions_of(world: Any, rows: range) -> list[Question]:

@@ -1,6 +1,6 @@
 """The pictures of the README: what the benchmarks' models draw for held-out prompts, evenly spaced; the same seeds in every column.
 
-python benchmarks/readme_pictures.py self-npo ppd longalign
+python benchmarks/readme_pictures.py self-npo ppd longalign rrpo
 """
 
 import argparse
@@ -8,14 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import answers
 import long_prompts
 import negative_guidance
 import personal
 from PIL import Image
 
+from mmalign.data.answer_records import VideoClip
 from mmalign.evaluation import side_by_side
 from mmalign.evaluation.generate import generate_batches
-from mmalign.playground import measure, pairs, scene_prompts, settings
+from mmalign.playground import answer_questions, measure, pairs, scene_prompts, settings
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
@@ -55,9 +57,26 @@ def longalign() -> Image.Image:
     return sheet(columns, prompts, list(titles.values()), rows_per_line=2)
 
 
-def every(prompts: list[str], number: int) -> list[str]:
-    """So many of the prompts, evenly spaced."""
-    return prompts[:: len(prompts) // number][:number]
+def rrpo() -> Image.Image:
+    """Held-out questions that the base and RRPO answer differently, and the clips that they are about."""
+    world, rows = "video", answers.ROWS
+    ours, theirs = (
+        answers.answers_of(answers.aligned(world, spec, 0), world, rows)
+        for spec in (answers.rows_of(world)["rrpo"], None)
+    )
+    source = answer_questions.load(world, rows=rows)
+    shown = every([row for row in range(len(source)) if ours[row] != theirs[row]], 6)
+    clips = [next(part for part in source.prompt(row)[-1].parts if isinstance(part, VideoClip)) for row in shown]
+    captions = [
+        f"{source[row].text} It is: {source[row].right[0]}. Base: {theirs[row]}. RRPO: {ours[row]}." for row in shown
+    ]
+    titles = [f"{frame / clips[0].frames_per_second:g} s" for frame in clips[0].indices]
+    return side_by_side([list(clip.frames) for clip in clips], captions, titles, cell_size=64, rows_per_line=2)
+
+
+def every(ones: list[Any], number: int) -> list[Any]:
+    """So many of them, evenly spaced."""
+    return ones[:: len(ones) // number][:number]
 
 
 def draw(pipe: Any, prompts: list[str], *, world: Any = "base", **call: Any) -> list[Image.Image]:
@@ -83,7 +102,7 @@ def sheet(
     )
 
 
-DRAWN: dict[str, Callable[[], Image.Image]] = {"self-npo": self_npo, "ppd": ppd, "longalign": longalign}
+DRAWN: dict[str, Callable[[], Image.Image]] = {"self-npo": self_npo, "ppd": ppd, "longalign": longalign, "rrpo": rrpo}
 
 
 def main() -> None:
