@@ -12,7 +12,10 @@ logits   all logits, then log_softmax
 trl      the function of TRL's trainers, with their chunk
 liger    Liger's fused head and cross-entropy, whose forward makes the gradients; on a GPU, where liger-kernel is installed
 
-A second table: a small LFM2 and a small Qwen2 on pairs of answers whose prompt is 50, 80 and 95 % of the sequence, prompts read once
+A second table: the DPO loss of --pairs pairs that have these positions, by the same forms and by Liger's fused preference loss, which
+takes pair by pair; where no package holds it, `pip install --no-deps --target FOLDER liger-kernel` and PYTHONPATH=FOLDER.
+
+A third one: a small LFM2 and a small Qwen2 on pairs of answers whose prompt is 50, 80 and 95 % of the sequence, prompts read once
 for both answers (`shared_prompt_states`) against whole rows (`hidden_states`), which are 1.
 """
 
@@ -24,6 +27,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -38,6 +42,7 @@ from mmalign.likelihood.tokens import score_tokens
 RESULTS = Path(__file__).with_name("results") / "token_log_probs.md"
 TRL_CHUNK = 32768
 MODES = ("forward", "backward", "head too")
+BETA = 0.1
 Form = Callable[[Tensor, nn.Linear, Tensor], Tensor]
 
 
@@ -65,6 +70,27 @@ def liger(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
     return -LigerFusedLinearCrossEntropyFunction.apply(hidden, head.weight, labels, None, None, -100, 0.0, 0.0, "none")[
         0
     ]
+
+
+def preference(form: Form, pairs: int) -> Form:
+    """The DPO loss of pairs, from the log-probabilities of their answers: preferred ones first, all of one length."""
+
+    def loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        chosen, rejected = form(hidden, head, labels).view(2 * pairs, -1).sum(1).chunk(2)
+        return -nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+    return loss
+
+
+def liger_preference(pairs: int) -> Form:
+    """Liger's DPO loss, without a reference, which would only be added; compiled on a GPU, as its authors have it."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    def loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        fused = LigerFusedLinearDPOLoss(beta=BETA, compiled=hidden.is_cuda, use_ref_model=False)
+        return fused(head.weight, hidden.view(2 * pairs, -1, hidden.shape[-1]), labels.view(2 * pairs, -1))[0]
+
+    return loss
 
 
 def forms(device: str) -> dict[str, Form]:
@@ -100,8 +126,16 @@ def seconds(form: Form, mode: str, *given: object) -> float:
     return time.perf_counter() - start
 
 
-def lines(vocabulary: int, positions: int, width: int, device: str, dtype: torch.dtype, repeats: int) -> list[str]:
-    """The table's rows of one size."""
+def lines(
+    told: dict[str, Form],
+    modes: tuple[str, ...],
+    vocabulary: int,
+    positions: int,
+    args: argparse.Namespace,
+    device: str,
+) -> list[str]:
+    """A table's rows of one size."""
+    width, dtype = args.hidden, getattr(torch, args.dtype)
     torch.manual_seed(0)
     head = nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     given = (
@@ -110,8 +144,8 @@ def lines(vocabulary: int, positions: int, width: int, device: str, dtype: torch
         torch.randint(vocabulary, (positions,), device=device),
     )
     rows = []
-    for mode in MODES:
-        told, bytes_, first = forms(device), {}, None
+    for mode in modes:
+        bytes_, first = {}, None
         for name, form in told.items():
             gc.collect()
             with Live() as live:
@@ -122,7 +156,7 @@ def lines(vocabulary: int, positions: int, width: int, device: str, dtype: torch
                     theirs.float(), mine.float(), atol=2e-2 if dtype != torch.float32 else 1e-4, rtol=1e-3
                 )
             del found
-        spent = {name: statistics.median(all_) for name, all_ in _in_turn(told, mode, given, repeats).items()}
+        spent = {name: statistics.median(all_) for name, all_ in _in_turn(told, mode, given, args.repeats).items()}
         for name in told:
             times, room = spent[name] / spent["ours"], bytes_[name] / bytes_["ours"]
             rows.append(
@@ -160,7 +194,7 @@ def small_model(kind: str, device: str) -> nn.Module:
 
 
 def prompt_lines(length: int, pairs: int, device: str, repeats: int) -> list[str]:
-    """The second table's rows."""
+    """The third table's rows."""
     rows = []
     for kind in ("Lfm2", "Qwen2"):
         model = small_model(kind, device)
@@ -220,8 +254,8 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[16, 256, 1024])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and answer, in the second table")
-    parser.add_argument("--pairs", type=int, default=2, help="of a batch, in the second table")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and answer, in the third table")
+    parser.add_argument("--pairs", type=int, default=2, help="of a batch, in the second and third table")
     parser.add_argument("--dtype", default="float32" if not torch.cuda.is_available() else "bfloat16")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -233,9 +267,22 @@ def main() -> None:
         "| vocabulary | positions | mode | form | time | MiB | bytes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for vocabulary in args.vocabularies:
-        for positions in args.positions:
-            told += lines(vocabulary, positions, args.hidden, device, getattr(torch, args.dtype), args.repeats)
+    sizes = list(product(args.vocabularies, args.positions))
+    for size in sizes:
+        told += lines(forms(device), MODES, *size, args, device)
+    of_pairs = {name: preference(form, args.pairs) for name, form in forms(device).items() if name != "liger"}
+    if find_spec("liger_kernel"):
+        of_pairs["liger"] = liger_preference(args.pairs)
+        told[0] += f" liger-kernel {version('liger-kernel')}."
+    told += [
+        "",
+        f"The DPO loss of {args.pairs} pairs.",
+        "",
+        "| vocabulary | positions | mode | form | time | MiB | bytes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for size in sizes:
+        told += lines(of_pairs, MODES[1:], *size, args, device)
     told += [
         "",
         f"{args.pairs} pairs of {args.length} tokens, float32: prompts read once, as a ratio to whole rows.",
