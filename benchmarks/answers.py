@@ -15,7 +15,7 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ METHODS: dict[str, dict[str, Method]] = {
         "kto": Method(LFM2VLPipeline, {"loss_type": "kto"}, {"beta": (0.1, 0.5)}),
     },
 }
+# Rows whose pairs come from views behind a block and out of order, as in RRPO's recipe, instead of the clean ones.
+PERTURBED = {"dpo, perturbed views": "dpo", "rrpo, perturbed views": "rrpo"}
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {}
 # Of RRPO at its own settings: what is left out.
 ABLATIONS = {
@@ -78,21 +80,31 @@ ABLATIONS = {
 }
 
 
-def rows_of(world: str) -> dict[str, tuple[Method, dict[str, Any]]]:
-    """The rows of a world's table: method and settings."""
-    found = {name: (METHODS[world][name], chosen) for name, chosen in CHOSEN[world].items()}
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    method: Method
+    options: dict[str, Any]
+    perturbed: bool = False
+
+
+def rows_of(world: str) -> dict[str, Row]:
+    """The rows of a world's table."""
+    rows = {name: Row(METHODS[world][name], chosen) for name, chosen in CHOSEN[world].items()}
     if world == "video":
-        method, chosen = found["rrpo"]
-        found |= {name: (method, chosen | change) for name, change in ABLATIONS.items()}
-    return found
+        rrpo = rows["rrpo"]
+        rows |= {name: Row(rrpo.method, rrpo.options | change) for name, change in ABLATIONS.items()}
+    of_views = {name: replace(rows[origin], perturbed=True) for name, origin in PERTURBED.items() if origin in rows}
+    return rows | of_views
 
 
-def measure(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int, rows: range) -> dict[str, Any]:
-    """What every question's answer is worth; with `spec` after alignment, with KL and ranking on held-out pairs. None: the base."""
+def measure(world: Any, line: Row | None, seed: int, rows: range) -> dict[str, Any]:
+    """What every question's answer is worth; after a row's training, with KL and ranking on held-out pairs. None: the base."""
     started = time.perf_counter()
-    pipe = aligned(world, spec, seed)
+    pipe = aligned(world, line, seed)
     told: dict[str, Any] = {}
-    if spec is not None:
+    if line is not None:
         reference = make_reference(pipe.model, kind="adapter")
         held_out = answer_pairs.load(world, "test", kinds=TAUGHT[world])
         found = compare_likelihoods(
@@ -107,16 +119,15 @@ def measure(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int, r
     return {**told, "worth": worth, "said_yes": yes, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def aligned(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int) -> TokenPipeline:
+def aligned(world: Any, line: Row | None, seed: int) -> TokenPipeline:
     """The world's model after a row's training; None: as it is."""
     name = f"playground-{world}"
-    if spec is None:
+    if line is None:
         return TokenPipeline.from_pretrained(name)
-    method, options = spec
-    pipe = method.pipeline.from_pretrained(name)
+    pipe = line.method.pipeline.from_pretrained(name)
     with tempfile.TemporaryDirectory() as folder:
         pipe.align(
-            answer_pairs.load(world, "train", kinds=TAUGHT[world]),
+            answer_pairs.load(world, "train", perturbed=line.perturbed, kinds=TAUGHT[world]),
             output_dir=folder,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
@@ -127,8 +138,8 @@ def aligned(world: Any, spec: tuple[Method, dict[str, Any]] | None, seed: int) -
             use_cpu=True,
             disable_tqdm=True,
             seed=seed,
-            **method.options,
-            **options,
+            **line.method.options,
+            **line.options,
         )
     return pipe
 
@@ -153,7 +164,7 @@ def choose(worlds: Sequence[str]) -> None:
             for options in [{}] if method is None else method.candidates():
                 path = RESULTS / "choice" / f"{slug(f'{world} {name} {_told(options)}')}.json"
                 if not path.is_file():
-                    found = measure(world, method and (method, options), 0, CHOICE_ROWS)
+                    found = measure(world, method and Row(method, options), 0, CHOICE_ROWS)
                     write_json(path, {"world": world, "row": name, "options": options, **found})
 
 
@@ -215,11 +226,11 @@ def cell_path(world: str, name: str, seed: int) -> Path:
 def run(worlds: Sequence[str]) -> None:
     """Every missing cell, seed by seed; the base has one."""
     for world in worlds:
-        cells = [("base", None, 0), *((name, spec, seed) for seed in SEEDS for name, spec in rows_of(world).items())]
-        for name, spec, seed in cells:
+        cells = [("base", None, 0), *((name, line, seed) for seed in SEEDS for name, line in rows_of(world).items())]
+        for name, line, seed in cells:
             if not cell_path(world, name, seed).is_file():
-                about = {"world": world, "row": name, "seed": seed, "options": spec and spec[1]}
-                write_json(cell_path(world, name, seed), {**about, **measure(world, spec, seed, ROWS)})
+                about = {"world": world, "row": name, "seed": seed, "options": line and line.options}
+                write_json(cell_path(world, name, seed), {**about, **measure(world, line, seed, ROWS)})
 
 
 def table() -> str:

@@ -1,24 +1,27 @@
 """Preference sets made by the models' own mistakes: the truth is chosen, what the model said instead is rejected.
 
-A model is asked about pictures and clips as they are and, as RRPO has it, behind a block and out of order. Kept is what it answers
-wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's errors,
-which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the photographs.
+A model is asked about pictures and clips as they are; for another set, as RRPO has it, behind a block and out of order. Kept is what it
+answers wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's
+errors, which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the
+photographs.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from mmalign.data.answer_media import ClipReading
 from mmalign.data.answers import AnswerSource
 from mmalign.data.rows import ListRows
+from mmalign.files import written_aside
 from mmalign.playground import answer_worlds
 from mmalign.playground.answer_worlds import WorldName
 from mmalign.playground.answering import answer, by_kind
@@ -34,8 +37,7 @@ DESCRIBE_SHARE = 0.5
 KINDS_A_ROW = 3
 _STREAM = {"vision": 703, "video": 713}
 _AT_ONCE = 64
-# Beyond them photographs come again.
-_MOST_ROWS = {"vision": {"train": 4_000, "test": 2_000}, "video": {"train": 2_000, "test": 1_000}}
+_MOST_ROWS: dict[Split, int] = {"train": 12_000, "test": 4_000}
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,38 @@ class Answered:
 
 
 def load(
-    world: WorldName, split: Split = "train", *, kinds: Collection[str] | None = None, max_rows: int | None = None
+    world: WorldName,
+    split: Split = "train",
+    *,
+    perturbed: bool = False,
+    kinds: Collection[str] | None = None,
+    max_rows: int | None = None,
 ) -> AnswerSource:
-    """The pairs that ship with the package; `kinds`: only those of these questions. max_rows: only the first ones."""
-    mistakes = load_mistakes(world, split)
+    """The pairs that ship with the package: of mistakes about what was shown as it is, or `perturbed`.
+
+    kinds: only those of these questions. max_rows: only the first ones.
+    """
+    mistakes = load_mistakes(world, split, perturbed=perturbed)
     kept = [mistake for mistake in mistakes if kinds is None or mistake.kind in kinds]
     rows = ListRows(as_rows(world, split, kept))
     return AnswerSource(rows, f"playground-{world}[{split}]", ClipReading(), max_rows=max_rows)
 
 
-def load_mistakes(world: WorldName, split: Split) -> list[Mistake]:
+def load_mistakes(world: WorldName, split: Split, *, perturbed: bool = False) -> list[Mistake]:
     """The mistakes behind them, as they are stored."""
     path = path_of(world, split)
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: reinstall mmalign, or build it with `python -m mmalign.playground.build mistakes`"
         )
-    return [Mistake(**stored) for stored in json.loads(path.read_text(encoding="utf-8"))]
+    stored = [Mistake(**row) for row in pq.read_table(path).to_pylist()]
+    return [mistake for mistake in stored if mistake.perturbed == perturbed]
+
+
+def save(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> None:
+    """Keeps mistakes where `load_mistakes` finds them."""
+    with written_aside(path_of(world, split)) as part:
+        pq.write_table(pa.Table.from_pylist([asdict(mistake) for mistake in mistakes]), part, compression="zstd")
 
 
 def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list[dict[str, Any]]:
@@ -101,53 +118,53 @@ def as_rows(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> list
 
 def path_of(world: WorldName, split: Split) -> Path:
     """Where they lie."""
-    return PAIRS / f"{world}-{split}.json"
+    return PAIRS / f"{world}-{split}.parquet"
 
 
 def find(
-    model: Any, processor: Any, world: WorldName, split: Split, number: int
+    model: Any, processor: Any, world: WorldName, split: Split, number: int, *, perturbed: bool
 ) -> tuple[list[Mistake], dict[str, Any]]:
     """`number` mistakes in rows 0, 1, … of `split`, half of them descriptions, all other kinds alike as far as there are any.
 
     Of a kind that is answered by yes or no, half of the truths are yes: else one of the two words would be what is learnt.
-    Also what was asked for that: shares of right answers to clean and to perturbed rows by kind, and of wrong ones that are no pair.
-    RuntimeError where the world's photographs hold too few.
+    Also what was asked for that: how many wrong answers are usable, and shares of right ones by kind. RuntimeError where thousands of
+    rows hold too few.
     """
     answered: list[Answered] = []
     usable: defaultdict[str, list[Mistake]] = defaultdict(list)
     described = round(DESCRIBE_SHARE * number)
-    for start in range(0, _MOST_ROWS[world][split], _AT_ONCE):
-        part = ask(model, processor, world, split, range(start, start + _AT_ONCE))
+    for start in range(0, _MOST_ROWS[split], _AT_ONCE):
+        part = ask(model, processor, world, split, range(start, start + _AT_ONCE), perturbed=perturbed)
         answered += part
         for one in part:
-            if not one.right and could_be_true(world, one.mistake) and not _known(one.mistake, usable):
+            if not one.right and could_be_true(world, one.mistake):
                 usable[one.mistake.kind].append(one.mistake)
         others = _in_turn(usable)
         if len(usable["describe"]) >= described and len(others) >= number - described:
             chosen = sorted([*usable["describe"][:described], *others[: number - described]], key=lambda one: one.row)
             return chosen, _told(answered, sum(map(len, usable.values())))
     found = {kind: len(mistakes) for kind, mistakes in usable.items()}
-    raise RuntimeError(f"the {split} photographs of {world} hold fewer than {number} mistakes of this model: {found}")
+    raise RuntimeError(f"the {split} rows of {world} hold fewer than {number} mistakes of this model: {found}")
 
 
-def ask(model: Any, processor: Any, world: WorldName, split: Split, rows: Sequence[int]) -> list[Answered]:
-    """Asks about each row, clean and perturbed; for a description only perturbed."""
+def ask(
+    model: Any, processor: Any, world: WorldName, split: Split, rows: Sequence[int], *, perturbed: bool
+) -> list[Answered]:
+    """Asks for a description of each row, and about other kinds."""
     questions = answer_worlds.questions_of(world)
     seen = answer_worlds.see(world, split, rows, seed=_STREAM[world])
     media, posed = [], []
     for row, one in zip(rows, seen, strict=True):
         rng = np.random.default_rng([_STREAM[world], row])
         kinds = [kind for kind in questions.kinds_of(one.shown) if kind != "describe"]
-        hidden = answer_worlds.perturbed(one.medium, torch.Generator().manual_seed(row))
+        medium = answer_worlds.perturbed(one.medium, torch.Generator().manual_seed(row)) if perturbed else one.medium
         for kind in ("describe", *rng.permutation(kinds)[:KINDS_A_ROW].tolist()):
-            question = questions.ask(one.shown, kind, rng, true=bool(rng.integers(2)))
-            for perturbed in (True,) if kind == "describe" else (False, True):
-                media.append(hidden if perturbed else one.medium)
-                posed.append((row, question, perturbed))
-    said = answer(model, processor, media, [question.text for _, question, _ in posed])
+            media.append(medium)
+            posed.append((row, questions.ask(one.shown, kind, rng, true=bool(rng.integers(2)))))
+    said = answer(model, processor, media, [question.text for _, question in posed])
     return [
         Answered(Mistake(row, q.kind, q.text, q.answer, text.strip(), perturbed), is_right(q, text))
-        for (row, q, perturbed), text in zip(posed, said, strict=True)
+        for (row, q), text in zip(posed, said, strict=True)
     ]
 
 
@@ -182,11 +199,6 @@ def _sort(word: str) -> int:
     return next((number for number, sort in enumerate(sorts) if word in sort), -1)
 
 
-def _known(mistake: Mistake, usable: Mapping[str, list[Mistake]]) -> bool:
-    """Whether the row was answered so to the same question before: clean, if this is the perturbed one."""
-    return any(replace(mistake, perturbed=other.perturbed) == other for other in usable[mistake.kind])
-
-
 def _in_turn(usable: Mapping[str, list[Mistake]]) -> list[Mistake]:
     """All but descriptions: the first of each kind, the second of each, …; of yes and no as many as there are of the rarer truth."""
     kinds = []
@@ -197,8 +209,6 @@ def _in_turn(usable: Mapping[str, list[Mistake]]) -> list[Mistake]:
 
 
 def _told(answered: Sequence[Answered], usable: int) -> dict[str, Any]:
-    told: dict[str, Any] = {"answers": len(answered), "wrong": sum(not one.right for one in answered), "usable": usable}
-    for name, perturbed in (("clean", False), ("perturbed", True)):
-        part = [one for one in answered if one.mistake.perturbed == perturbed]
-        told[name] = by_kind([one.mistake.kind for one in part], [one.right for one in part])
-    return told
+    right = [one.right for one in answered]
+    shares = by_kind([one.mistake.kind for one in answered], right)
+    return {"answers": len(answered), "wrong": right.count(False), "usable": usable, "right": shares}

@@ -8,7 +8,6 @@ Everything together takes a few hours on two CPU cores.
 import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -162,14 +161,19 @@ def _build_answers(world: WorldName, target: Path, model: Any, processor: Any, c
 
 
 def build_mistakes(work_dir: Path) -> None:
-    """Collects the mistakes of both as preference pairs."""
+    """Collects the mistakes of both as preference pairs, about what they see clean and perturbed."""
     measured = {}
     for world in get_args(WorldName):
         pipe = TokenPipeline.from_pretrained(f"playground-{world}")
         for split, number in answer_pairs.NUMBER.items():
-            mistakes, counted = answer_pairs.find(pipe.model, pipe.processor, world, split, number)
-            write_json(answer_pairs.path_of(world, split), [asdict(mistake) for mistake in mistakes])
-            measured[f"{world} ({split})"] = counted
+            kept = []
+            for view, perturbed in (("clean", False), ("perturbed", True)):
+                found, counted = answer_pairs.find(
+                    pipe.model, pipe.processor, world, split, number, perturbed=perturbed
+                )
+                kept += found
+                measured[f"{world} ({split}, {view})"] = counted
+            answer_pairs.save(world, split, kept)
     write_json(CURVES / "mistakes-measured.json", measured)
 
 

@@ -41,11 +41,14 @@ class _OneBehind:
         return [said(at, text) for at, text in enumerate(texts)]
 
 
+@pytest.mark.parametrize("perturbed", [False, True])
 @pytest.mark.parametrize("world", WORLDS)
-def test_found_mistakes_are_wrong_usable_and_of_all_kinds(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_found_mistakes_are_wrong_usable_and_of_all_kinds(
+    world: Any, perturbed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answerer = _OneBehind(world, "test")
     monkeypatch.setattr(answer_pairs, "answer", answerer)
-    mistakes, told = answer_pairs.find(None, None, world, "test", 60)
+    mistakes, told = answer_pairs.find(None, None, world, "test", 60, perturbed=perturbed)
     assert len(mistakes) == 60 and told["usable"] >= 60 and told["answers"] == len(answerer.shown)
     assert all(could_be_true(world, one) and one.pred != one.answer for one in mistakes)
     assert len({(one.row, one.question, one.pred) for one in mistakes}) == 60
@@ -55,26 +58,26 @@ def test_found_mistakes_are_wrong_usable_and_of_all_kinds(world: Any, monkeypatc
     assert all(
         abs(truths[kind, "yes"] - truths[kind, "no"]) <= 1 for kind in answer_worlds.questions_of(world).YES_OR_NO
     )
-    assert {one.perturbed for one in mistakes if one.kind != "describe"} == {False, True}
-    assert all(one.perturbed for one in mistakes if one.kind == "describe")
+    assert {one.perturbed for one in mistakes} == {perturbed}
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_each_row_is_asked_about_clean_and_perturbed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_is_asked_about_a_row_clean_and_perturbed(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     answerer = _OneBehind(world, "train")
     monkeypatch.setattr(answer_pairs, "answer", answerer)
-    answered = answer_pairs.ask(None, None, world, "train", [5])
-    (clean,) = answer_worlds.see(world, "train", [5], seed=answer_pairs._STREAM[world])
-    assert len(answered) == 1 + 2 * answer_pairs.KINDS_A_ROW
-    for one, medium in zip(answered, answerer.shown, strict=True):
-        assert (_bytes(medium) != _bytes(clean.medium)) == one.mistake.perturbed
+    clean, hidden = (answer_pairs.ask(None, None, world, "train", [5], perturbed=view) for view in (False, True))
+    asked = [[(one.mistake.question, one.mistake.answer) for one in side] for side in (clean, hidden)]
+    assert asked[0] == asked[1] and len(asked[0]) == 1 + answer_pairs.KINDS_A_ROW
+    (seen,) = answer_worlds.see(world, "train", [5], seed=answer_pairs._STREAM[world])
+    same = [_bytes(medium) == _bytes(seen.medium) for medium in answerer.shown]
+    assert same == [True] * len(clean) + [False] * len(hidden)
 
 
 def test_too_few_mistakes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_pairs, "answer", lambda model, processor, media, texts: ["yes"] * len(texts))
-    monkeypatch.setattr(answer_pairs, "_MOST_ROWS", {"vision": {"test": 64}})
-    with pytest.raises(RuntimeError, match="the test photographs of vision hold fewer than 60 mistakes"):
-        answer_pairs.find(None, None, "vision", "test", 60)
+    monkeypatch.setattr(answer_pairs, "_MOST_ROWS", {"test": 64})
+    with pytest.raises(RuntimeError, match="the test rows of vision hold fewer than 60 mistakes"):
+        answer_pairs.find(None, None, "vision", "test", 60, perturbed=True)
 
 
 @pytest.mark.parametrize("world", WORLDS)
