@@ -1,9 +1,9 @@
 """Preference sets made by the models' own mistakes: the truth is chosen, what the model said instead is rejected.
 
-A model is asked about pictures and clips as they are; for another set, as RRPO has it, behind a block and out of order. Kept is what it
+A model is asked about pictures and clips behind a block and out of order, as RRPO has it; for another set, as they are. Kept is what it
 answers wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's
-errors, which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the
-photographs.
+errors, which are marked. Training sees the clean picture or clip. (What a model gets wrong seeing clearly is where its first thought is
+false: trained on nothing else, it learns to distrust it.) Stored are rows of a stream: they are composed again from the photographs.
 """
 
 from collections import defaultdict
@@ -64,11 +64,11 @@ def load(
     world: WorldName,
     split: Split = "train",
     *,
-    perturbed: bool = False,
+    perturbed: bool = True,
     kinds: Collection[str] | None = None,
     max_rows: int | None = None,
 ) -> AnswerSource:
-    """The pairs that ship with the package: of mistakes about what was shown as it is, or `perturbed`.
+    """The pairs that ship with the package: of mistakes about `perturbed` pictures and clips, or about clean ones.
 
     kinds: only those of these questions. max_rows: only the first ones.
     """
@@ -78,7 +78,7 @@ def load(
     return AnswerSource(rows, f"playground-{world}[{split}]", ClipReading(), max_rows=max_rows)
 
 
-def load_mistakes(world: WorldName, split: Split, *, perturbed: bool = False) -> list[Mistake]:
+def load_mistakes(world: WorldName, split: Split, *, perturbed: bool = True) -> list[Mistake]:
     """The mistakes behind them, as they are stored."""
     path = path_of(world, split)
     if not path.is_file():
