@@ -39,7 +39,6 @@ STEPS, BATCH = 150, 16
 ROWS, CHOICE_ROWS = range(400), range(500, 700)
 TAUGHT = {"video": ("exists", "moves", "order", "way", "first", "describe"), "vision": picture_questions.KINDS}
 TOLERANCE = 0.02
-RATES = (3e-5, 1e-4, 3e-4)
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,27 @@ class Method:
 
     def candidates(self) -> list[dict[str, Any]]:
         """Every combination of the grid."""
-        axes = {"learning_rate": RATES, **self.grid}
-        return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+        return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
+_RATES = {"learning_rate": (3e-5, 1e-4, 3e-4)}
+_DPO = {**_RATES, "beta": (0.5, 2.0)}
+_AND_SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 METHODS: dict[str, dict[str, Method]] = {
     "video": {
-        "sft": Method(TokenPipeline, {"loss_type": "sft"}),
-        "dpo": Method(TokenPipeline, {}, {"beta": (0.5, 2.0)}),
-        "rrpo": Method(RRPOPipeline, {}, {"beta": (0.5, 2.0), "alpha": (0.01, 0.1)}),
+        "sft": Method(TokenPipeline, {"loss_type": "sft"}, _RATES),
+        "dpo": Method(TokenPipeline, {}, _DPO),
+        "dpo + sft": Method(TokenPipeline, _AND_SFT, _DPO),
+        "rrpo": Method(RRPOPipeline, {}, {**_DPO, "alpha": (0.01, 0.1, 1.0)}),
     },
     "vision": {
-        "sft": Method(TokenPipeline, {"loss_type": "sft"}),
-        "dpo": Method(LFM2VLPipeline, {}, {"beta": (0.5, 2.0)}),
-        "ln_pref": Method(LFM2VLPipeline, {"loss_type": "ln_pref", "beta": 5.0}, {"ln_pref_lambda": (0.0, 1.0)}),
-        "kto": Method(LFM2VLPipeline, {"loss_type": "kto"}, {"beta": (0.1, 0.5)}),
+        "sft": Method(TokenPipeline, {"loss_type": "sft"}, _RATES),
+        "dpo": Method(LFM2VLPipeline, {}, _DPO),
+        "dpo + sft": Method(LFM2VLPipeline, _AND_SFT, _DPO),
+        "ln_pref": Method(
+            LFM2VLPipeline, {"loss_type": "ln_pref", "beta": 5.0}, {**_RATES, "ln_pref_lambda": (0.0, 1.0)}
+        ),
+        "kto": Method(LFM2VLPipeline, {"loss_type": "kto"}, {**_RATES, "beta": (0.1, 0.5)}),
     },
 }
 # Rows whose pairs are what the model gets wrong seeing clearly, not behind a block and out of order.
@@ -158,11 +163,12 @@ def questions_of(world: Any, rows: range) -> list[Question]:
 
 
 def choose(worlds: Sequence[str]) -> None:
-    """Every candidate of every method, on rows that the table does not use."""
+    """Every candidate of every method, on rows that the table does not use. The best has most right answers and pairs together."""
     for world in worlds:
         for name, method in {"base": None, **METHODS[world]}.items():
             for options in [{}] if method is None else method.candidates():
-                path = RESULTS / "choice" / f"{slug(f'{world} {name} {_told(options)}')}.json"
+                values = [f"{value:g}" for value in options.values()]
+                path = RESULTS / "choice" / f"{'-'.join([world, slug(name), *values])}.json"
                 if not path.is_file():
                     found = measure(world, method and Row(method, options), 0, CHOICE_ROWS)
                     write_json(path, {"world": world, "row": name, "options": options, **found})
