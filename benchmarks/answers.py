@@ -1,8 +1,9 @@
 """Do answers get better? Models that see, aligned on pairs of their own mistakes: DPO, RRPO on clips; DPO, ln_pref, KTO on pictures.
 
     python benchmarks/answers.py choose                # settings, on held-out pictures and clips of their own, one seed
-    python benchmarks/answers.py run [video|vision]    # every missing cell; stop and resume at will
+    python benchmarks/answers.py run --worlds video    # every missing cell; stop and resume at will
     python benchmarks/answers.py table                 # results/answers/table.md from the finished cells
+    python benchmarks/answers.py known                 # results/answers/known.md: what the pairs have left to teach
 
 A cell is (world, row, seed): it aligns the playground's model, asks every held-out question, and keeps what each answer is worth.
 CHOSEN was filled with what `choose` had shown, and committed with everything else here, before the first cell was run.
@@ -18,11 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import torch
 
 from mmalign import LFM2VLPipeline, RRPOPipeline
+from mmalign.data.answer_tokens import collate_answers, encode_answers, padding_token
 from mmalign.data.questions import Question
 from mmalign.evaluation import answer, compare_likelihoods, grade, paired_difference
 from mmalign.evaluation.answer_grades import Graded, pairs
@@ -30,6 +33,7 @@ from mmalign.files import slug, write_file, write_json
 from mmalign.likelihood.reference import make_reference
 from mmalign.playground import answer_pairs, answer_questions, picture_questions
 from mmalign.playground.answering import MAX_NEW_TOKENS
+from mmalign.training.token_measurement import media_features, scores
 from mmalign.training.token_pipeline import TokenPipeline
 
 RESULTS = Path(__file__).parent / "results" / "answers"
@@ -55,27 +59,31 @@ class Method:
 
 
 _RATES = {"learning_rate": (3e-5, 1e-4, 3e-4)}
-_DPO = {**_RATES, "beta": (0.5, 2.0)}
+_DPO_RATES = {"learning_rate": (1e-4, 3e-4)}
+_DPO = {**_DPO_RATES, "beta": (0.5, 2.0)}
 _AND_SFT = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}
 METHODS: dict[str, dict[str, Method]] = {
     "video": {
         "sft": Method(TokenPipeline, {"loss_type": "sft"}, _RATES),
         "dpo": Method(TokenPipeline, {}, _DPO),
         "dpo + sft": Method(TokenPipeline, _AND_SFT, _DPO),
-        "rrpo": Method(RRPOPipeline, {}, {**_DPO, "alpha": (0.01, 0.1, 1.0)}),
+        "rrpo": Method(RRPOPipeline, {}, {**_DPO, "alpha": (0.01, 0.1)}),
     },
     "vision": {
         "sft": Method(TokenPipeline, {"loss_type": "sft"}, _RATES),
         "dpo": Method(LFM2VLPipeline, {}, _DPO),
         "dpo + sft": Method(LFM2VLPipeline, _AND_SFT, _DPO),
         "ln_pref": Method(
-            LFM2VLPipeline, {"loss_type": "ln_pref", "beta": 5.0}, {**_RATES, "ln_pref_lambda": (0.0, 1.0)}
+            LFM2VLPipeline, {"loss_type": "ln_pref", "beta": 5.0}, {**_DPO_RATES, "ln_pref_lambda": (0.0, 1.0)}
         ),
-        "kto": Method(LFM2VLPipeline, {"loss_type": "kto"}, {**_RATES, "beta": (0.1, 0.5)}),
+        "kto": Method(LFM2VLPipeline, {"loss_type": "kto"}, {**_DPO_RATES, "beta": (0.1, 0.5)}),
     },
 }
-# Rows whose pairs are what the model gets wrong seeing clearly, not behind a block and out of order.
-CLEAN = {"dpo, clean views": "dpo", "rrpo, clean views": "rrpo"}
+# Rows of other pairs (see answer_pairs.py).
+OTHER_PAIRS: dict[str, tuple[str, Any]] = {
+    "dpo, perturbed mistakes": ("dpo", "perturbed"),
+    "dpo, clear mistakes": ("dpo", "clear"),
+}
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {}
 # Of RRPO at its own settings: what is left out.
 ABLATIONS = {
@@ -91,7 +99,7 @@ class Row:
 
     method: Method
     options: dict[str, Any]
-    perturbed: bool = True
+    mistakes: Any = "any"
 
 
 def rows_of(world: str) -> dict[str, Row]:
@@ -100,8 +108,10 @@ def rows_of(world: str) -> dict[str, Row]:
     if world == "video":
         rrpo = rows["rrpo"]
         rows |= {name: Row(rrpo.method, rrpo.options | change) for name, change in ABLATIONS.items()}
-    clean = {name: replace(rows[origin], perturbed=False) for name, origin in CLEAN.items() if origin in rows}
-    return rows | clean
+    others = {
+        name: replace(rows[origin], mistakes=kind) for name, (origin, kind) in OTHER_PAIRS.items() if origin in rows
+    }
+    return rows | others
 
 
 def measure(world: Any, line: Row | None, seed: int, rows: range) -> dict[str, Any]:
@@ -132,7 +142,7 @@ def aligned(world: Any, line: Row | None, seed: int) -> TokenPipeline:
     pipe = line.method.pipeline.from_pretrained(name)
     with tempfile.TemporaryDirectory() as folder:
         pipe.align(
-            answer_pairs.load(world, "train", perturbed=line.perturbed, kinds=TAUGHT[world]),
+            answer_pairs.load(world, "train", mistakes=line.mistakes, kinds=TAUGHT[world]),
             output_dir=folder,
             max_steps=STEPS,
             per_device_train_batch_size=BATCH,
@@ -154,6 +164,35 @@ def answers_of(pipe: TokenPipeline, world: Any, rows: range) -> list[str]:
     source = answer_questions.load(world, rows=rows)
     answers = answer(pipe, source, batch_size=64, max_new_tokens=MAX_NEW_TOKENS, progress=False)
     return [one.answer for one in answers.answers]
+
+
+@torch.no_grad()
+def known_table() -> str:
+    """In how many pairs the base already gives the right answer more probability, seeing clearly as in training."""
+    lines = [
+        "Share of training pairs in which the base, seeing clearly as in training, already gives the right answer more probability "
+        "than the wrong one, by the kind of question. Mistakes as in `mmalign.playground.answer_pairs.load`.",
+        "",
+        "| world | mistakes | pairs | descriptions | yes or no | others |",
+        "|---|---|---|---|---|---|",
+    ]
+    for world, mistakes in product(METHODS, get_args(answer_pairs.Which)):
+        pipe = TokenPipeline.from_pretrained(f"playground-{world}")
+        source = answer_pairs.load(world, "train", mistakes=mistakes)  # type: ignore[arg-type]
+        found: dict[str, list[bool]] = {"descriptions": [], "yes or no": [], "others": []}
+        for start in range(0, len(source), BATCH):
+            ones = [source[row] for row in range(start, min(start + BATCH, len(source)))]
+            encoded = [encode_answers(pair, pipe.processor, pipe.model.config) for pair in ones]
+            batch = collate_answers(encoded, padding_token(pipe.processor))
+            told = scores(pipe.model, batch, media_features(pipe.model, batch)).log_prob.sum(1)
+            for pair, chosen, rejected in zip(ones, *told.chunk(2), strict=True):
+                sort = (
+                    "yes or no" if pair.chosen in ("yes", "no") else "descriptions" if "," in pair.chosen else "others"
+                )
+                found[sort].append(bool(chosen > rejected))
+        shares = [f"{100 * sum(values) / len(values):.1f} %" for values in found.values()]
+        lines.append(f"| {world} | {mistakes} | {len(source)} | {' | '.join(shares)} |")
+    return "\n".join(lines) + "\n"
 
 
 def questions_of(world: Any, rows: range) -> list[Question]:
@@ -310,12 +349,14 @@ def _told(options: dict[str, Any]) -> str:
 def main() -> None:
     """Chooses, runs cells, or prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["choose", "run", "table"])
-    parser.add_argument("worlds", nargs="*", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("command", choices=["choose", "run", "table", "known"])
+    parser.add_argument("--worlds", nargs="+", choices=list(METHODS), default=list(METHODS))
     args = parser.parse_args()
     if args.command == "choose":
         choose(args.worlds)
         text, file = choice_table(), "choice.md"
+    elif args.command == "known":
+        text, file = known_table(), "known.md"
     else:
         if args.command == "run":
             run(args.worlds)

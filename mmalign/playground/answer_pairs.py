@@ -1,17 +1,20 @@
 """Preference sets made by the models' own mistakes: the truth is chosen, what the model said instead is rejected.
 
-A model is asked about pictures and clips behind a block and out of order, as RRPO has it; for another set, as they are. Kept is what it
-answers wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's
-errors, which are marked. Training sees the clean picture or clip. (What a model gets wrong seeing clearly is where its first thought is
-false: trained on nothing else, it learns to distrust it.) Stored are rows of a stream: they are composed again from the photographs.
+A model is asked about pictures and clips behind a block and out of order, as RRPO has it, and as they are. Kept is what it answers
+wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's errors,
+which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the photographs.
+
+Which mistakes make a set decides what it teaches. Where the view was perturbed, nearly all pairs tell what the model knows anyway, seeing
+clearly. What it gets wrong seeing clearly are just the questions where its first thought is false: it learns to distrust it. So
+questions are chosen by the perturbed view, and rejected is what the model says wrong seeing clearly, where it does.
 """
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +38,7 @@ NUMBER: dict[Split, int] = {"train": 600, "test": 200}
 DESCRIBE_SHARE = 0.5
 # Each row asks for a description and for so many other kinds.
 KINDS_A_ROW = 3
+Which = Literal["any", "perturbed", "clear"]
 _STREAM = {"vision": 703, "video": 713}
 _AT_ONCE = 64
 _MOST_ROWS: dict[Split, int] = {"train": 12_000, "test": 4_000}
@@ -42,7 +46,10 @@ _MOST_ROWS: dict[Split, int] = {"train": 12_000, "test": 4_000}
 
 @dataclass(frozen=True)
 class Mistake:
-    """row: of the world's stream. answer: the truth. pred: what the model said; perturbed: whether it saw the row so."""
+    """row: of the world's stream. answer: the truth. pred: what the model said; perturbed: whether it saw the row so.
+
+    clear: of a perturbed row, what it says seeing clearly, where that is wrong too.
+    """
 
     row: int
     kind: str
@@ -50,6 +57,7 @@ class Mistake:
     answer: str
     pred: str
     perturbed: bool
+    clear: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,29 +72,33 @@ def load(
     world: WorldName,
     split: Split = "train",
     *,
-    perturbed: bool = True,
+    mistakes: Which = "any",
     kinds: Collection[str] | None = None,
     max_rows: int | None = None,
 ) -> AnswerSource:
-    """The pairs that ship with the package: of mistakes about `perturbed` pictures and clips, or about clean ones.
+    """The pairs that ship with the package; kinds: only those of these questions. max_rows: only the first ones.
 
-    kinds: only those of these questions. max_rows: only the first ones.
+    mistakes: "any", of questions that are answered wrong where the view is perturbed, what is said wrong seeing clearly, else in that
+    view; "perturbed", always in that view; "clear", of questions that are answered wrong seeing clearly.
     """
-    mistakes = load_mistakes(world, split, perturbed=perturbed)
-    kept = [mistake for mistake in mistakes if kinds is None or mistake.kind in kinds]
+    found = load_mistakes(world, split, mistakes)
+    kept = [mistake for mistake in found if kinds is None or mistake.kind in kinds]
     rows = ListRows(as_rows(world, split, kept))
     return AnswerSource(rows, f"playground-{world}[{split}]", ClipReading(), max_rows=max_rows)
 
 
-def load_mistakes(world: WorldName, split: Split, *, perturbed: bool = True) -> list[Mistake]:
-    """The mistakes behind them, as they are stored."""
+def load_mistakes(world: WorldName, split: Split, mistakes: Which = "any") -> list[Mistake]:
+    """The mistakes behind them."""
     path = path_of(world, split)
     if not path.is_file():
         raise ValueError(
             f"{path} is missing: reinstall mmalign, or build it with `python -m mmalign.playground.build mistakes`"
         )
     stored = [Mistake(**row) for row in pq.read_table(path).to_pylist()]
-    return [mistake for mistake in stored if mistake.perturbed == perturbed]
+    kept = [mistake for mistake in stored if mistake.perturbed == (mistakes != "clear")]
+    if mistakes != "any":
+        return kept
+    return [replace(one, pred=one.clear, perturbed=False) if one.clear is not None else one for one in kept]
 
 
 def save(world: WorldName, split: Split, mistakes: Sequence[Mistake]) -> None:
@@ -134,11 +146,14 @@ def find(
     usable: defaultdict[str, list[Mistake]] = defaultdict(list)
     described = round(DESCRIBE_SHARE * number)
     for start in range(0, _MOST_ROWS[split], _AT_ONCE):
-        part = ask(model, processor, world, split, range(start, start + _AT_ONCE), perturbed=perturbed)
+        rows = range(start, start + _AT_ONCE)
+        clear = ask(model, processor, world, split, rows, perturbed=False)
+        part = ask(model, processor, world, split, rows, perturbed=True) if perturbed else clear
         answered += part
-        for one in part:
+        for one, seeing in zip(part, clear, strict=True):
             if not one.right and could_be_true(world, one.mistake):
-                usable[one.mistake.kind].append(one.mistake)
+                also = perturbed and not seeing.right and could_be_true(world, seeing.mistake)
+                usable[one.mistake.kind].append(replace(one.mistake, clear=seeing.mistake.pred if also else None))
         others = _in_turn(usable)
         if len(usable["describe"]) >= described and len(others) >= number - described:
             chosen = sorted([*usable["describe"][:described], *others[: number - described]], key=lambda one: one.row)
