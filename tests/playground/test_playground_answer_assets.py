@@ -2,7 +2,7 @@
 
 import json
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -38,10 +38,11 @@ def test_answers_held_out_questions_as_often_as_told_and_not_always(world: Any) 
     assert abs(few["accuracy"] - told["accuracy"]) < 0.12
 
 
+@pytest.mark.parametrize("kept", get_args(answer_pairs.Which))
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_chosen_is_the_truth_and_rejected_a_marked_error(world: Any, split: Any) -> None:
-    mistakes = answer_pairs.load_mistakes(world, split)
+def test_chosen_is_the_truth_and_rejected_a_marked_error(world: Any, split: Any, kept: Any) -> None:
+    mistakes = answer_pairs.load_mistakes(world, split, kept)
     assert len(mistakes) == answer_pairs.NUMBER[split]
     assert len({(one.row, one.question, one.pred) for one in mistakes}) == len(mistakes)
     seen = answer_worlds.see(world, split, [one.row for one in mistakes], seed=answer_pairs._STREAM[world])
@@ -54,7 +55,7 @@ def test_chosen_is_the_truth_and_rejected_a_marked_error(world: Any, split: Any)
             {"no"} if mistake.question not in {one.text for one in asked if one.answer == "yes"} else set()
         )
         assert answer_pairs.could_be_true(world, mistake) and mistake.pred != mistake.answer
-    pairs = answer_pairs.load(world, split)
+    pairs = answer_pairs.load(world, split, mistakes=kept)
     assert len(pairs) == len(mistakes)
     for at in range(0, len(pairs), 40):
         pair = pairs[at]
@@ -62,9 +63,19 @@ def test_chosen_is_the_truth_and_rejected_a_marked_error(world: Any, split: Any)
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_any_mistakes_are_of_the_questions_of_perturbed_views_and_clear_ones_where_there_are(world: Any) -> None:
+    views, any_ = (answer_pairs.load_mistakes(world, "train", kept) for kept in ("perturbed", "any"))
+    asked = [[(one.row, one.question, one.answer) for one in side] for side in (views, any_)]
+    assert asked[0] == asked[1]
+    assert [one.pred for one in any_] == [one.pred if one.clear is None else one.clear for one in views]
+    clear = sum(not one.perturbed for one in any_)
+    assert clear == sum(one.clear is not None for one in views) and 100 < clear < 300
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_mistakes_are_this_models_own(world: Any) -> None:
     pipe = _pipe(world)
-    clean = [one for one in answer_pairs.load_mistakes(world, "test") if not one.perturbed][:12]
+    clean = answer_pairs.load_mistakes(world, "test", "clear")[:12]
     seen = answer_worlds.see(world, "test", [one.row for one in clean], seed=answer_pairs._STREAM[world])
     said = answering.answer(pipe.model, pipe.processor, [one.medium for one in seen], [one.question for one in clean])
     # Of two answers that are nearly alike, another processor's arithmetic may take the other.

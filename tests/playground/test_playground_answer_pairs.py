@@ -49,7 +49,7 @@ def test_found_mistakes_are_wrong_usable_and_of_all_kinds(
     answerer = _OneBehind(world, "test")
     monkeypatch.setattr(answer_pairs, "answer", answerer)
     mistakes, told = answer_pairs.find(None, None, world, "test", 60, perturbed=perturbed)
-    assert len(mistakes) == 60 and told["usable"] >= 60 and told["answers"] == len(answerer.shown)
+    assert len(mistakes) == 60 and told["usable"] >= 60 and told["answers"] * (1 + perturbed) == len(answerer.shown)
     assert all(could_be_true(world, one) and one.pred != one.answer for one in mistakes)
     assert len({(one.row, one.question, one.pred) for one in mistakes}) == 60
     kinds = Counter(one.kind for one in mistakes)
@@ -59,6 +59,8 @@ def test_found_mistakes_are_wrong_usable_and_of_all_kinds(
         abs(truths[kind, "yes"] - truths[kind, "no"]) <= 1 for kind in answer_worlds.questions_of(world).YES_OR_NO
     )
     assert {one.perturbed for one in mistakes} == {perturbed}
+    # This one answers the same whatever it sees.
+    assert all(one.clear == (one.pred if perturbed else None) for one in mistakes)
 
 
 @pytest.mark.parametrize("world", WORLDS)
