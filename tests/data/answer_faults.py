@@ -81,6 +81,8 @@ SHARED: list[Fault] = [
     ({"videos": ["clip", "none.mp4"]}, "videos[1]", "no such file: 'none.mp4'"),
     ({"video": {"frames": ["other.png"] * 3, "fps": 0}}, "video", "fps is 0, expected a number above 0"),
     ({"video": {"frames": ["other.png"] * 3, "fps": "8"}}, "video", "fps is '8'"),
+    ({"video": {"frames": ["other.png"] * 3, "fps": 10**400}}, "video", "fps is an integer of more than 18 digits"),
+    ({"video": {"frames": ["other.png"] * 3, "indices": [[0], 1, 2]}}, "video", "not a list of whole numbers"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4]}}, "video", "3 frames, but 2 indices"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4, 4]}}, "video", "not in ascending order"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4, 5], "total_frames": 5}}, "video", "index 5 of a video"),
