@@ -208,6 +208,7 @@ def load_answers(
             "revision": revision,
             "root": root,
             "max_rows": max_rows,
+            "max_pixels": None if max_pixels == MAX_PIXELS else max_pixels,
             "num_frames": num_frames,
         }
         given |= {"fps": fps, "source_fps": source_fps, "longest_side": longest_side, "frame_cache": frame_cache}

@@ -55,6 +55,11 @@ def given(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
+def empty(value: Any) -> bool:
+    """Whether an optional cell holds nothing, or a text, list or mapping with nothing in it."""
+    return not given(value) or (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
 def read_user(raw: Mapping[str, Any], row: int) -> str | None:
     """`user_id` as text; an empty cell is nobody."""
     value = raw.get("user_id")

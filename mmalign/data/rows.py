@@ -156,6 +156,10 @@ class ParquetRows:
     def __len__(self) -> int:
         return self._length
 
+    def __reduce__(self) -> Any:
+        # Open files do not travel to another process; it opens its own.
+        return type(self), (self._paths, self.roots[0], self._wanted)
+
     def select_columns(self, columns: Sequence[str]) -> None:
         """Read only these from now on."""
         self._wanted = list(columns)

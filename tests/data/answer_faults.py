@@ -108,6 +108,8 @@ MESSAGES: list[Fault] = [
     ({"prompt": [{"role": "system", "content": [PART]}, user("x")]}, "prompt", "a part of type 'image' in a turn of 'system'"),
     ({"prompt": [user([PART, TEXT]), said(""), user("so?")]}, "prompt", "a turn of 'assistant' is empty"),
     ({"chosen": [said([PART])]}, "chosen", "a part of type 'image' in a turn of 'assistant'"),
+    ({"prompt": [user([PART, TEXT]), said("hm") | {"tool_calls": [{}]}, user("so?")]}, "prompt", "a message with tool_calls, which"),
+    ({"chosen": [said("a bag") | {"reasoning_content": "it has a strap"}]}, "chosen", "with reasoning_content, which is not read"),
     ({"chosen": [user("other"), said("a bag")]}, "chosen", "is not that of prompt"),
 ]  # fmt: skip
 

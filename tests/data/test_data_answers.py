@@ -1,14 +1,16 @@
 """Sources of answers: the same pairs from every kind of file, what names their content, splits, and what is refused."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image
 
-from mmalign.data import AnswerSource, load_answers, split_by_prompt
+from mmalign.data import AnswerSource, InvalidRow, load_answers, split_by_prompt
 from mmalign.data.answer_forms import REQUIRED
 from mmalign.data.answer_records import Picture
 from mmalign.data.kinds import kind_of
@@ -74,6 +76,14 @@ def test_every_kind_of_source_gives_the_same_pairs(folder: Path) -> None:
     assert load_answers([{"prompt": "x", "completion": "y", "label": True}]).sides == 1
 
 
+def test_a_source_goes_to_another_process(folder: Path) -> None:
+    """As workers take it where processes are not forked."""
+    Dataset.from_list(rows()).to_parquet(folder / "rows.parquet")
+    source = load_answers(folder / "rows.parquet", max_rows=3).select([2, 0], "two")
+    there = pickle.loads(pickle.dumps(source))
+    assert read(there) == read(source) and there.fingerprint() == source.fingerprint()
+
+
 def test_a_hub_data_set_is_loaded_by_datasets(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As RLAIF-V lies there: pictures in the table."""
     Dataset.from_list(
@@ -127,6 +137,31 @@ def test_parts_have_no_picture_in_common(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"audio": np.zeros(2)}, "row 0, audio: holds ndarray, and sound is not read"),
+        ({"image": np.zeros((4, 4, 3), np.uint8)}, "row 0, image: expected an image, its bytes or a path, got ndarray"),
+        ({"chosen": np.array(["a", "b"])}, "row 0, chosen: expected text, got ndarray"),
+        ({"label": np.array([1, 0])}, "row 0, label: expected true or false, got ndarray"),
+    ],
+)
+def test_arrays_where_none_belong_are_bad_rows(change: Row, told: str) -> None:
+    """Arrays do not say whether they are empty, or equal to anything."""
+    row = {"prompt": "x", **({"completion": "a"} if "label" in change else {"chosen": "a", "rejected": "b"})}
+    with pytest.raises(InvalidRow, match=told):
+        load_answers([row | change])[0]
+    liked = {"prompt": "x", "completion": "y"}
+    assert [load_answers([liked | {"label": one}])[0].label for one in (np.bool_(True), np.int64(0))] == [1, 0]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_break_beside_a_mark_belongs_to_it(end: str, folder: Path) -> None:
+    row = {"prompt": f"Look:{end}<image>{end}what?{end}Say.", "chosen": "a", "rejected": "b", "image": "0.png"}
+    before, picture, after = load_answers([row], root=folder)[0].prompt[0].parts
+    assert (before, type(picture), after) == ("Look:", Picture, f"what?{end}Say.")
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"caption": "x", "jpg_0": b"", "jpg_1": b"", "label_0": 1}, "not preference data of answers. Expected one of"),
@@ -146,9 +181,13 @@ def test_layouts_that_hold_pictures_only_are_refused(folder: Path) -> None:
     assert kind_of(folder) == "pairs"
     with pytest.raises(ValueError, match=r"neither .json, .jsonl nor parquet"):
         load_answers(folder)
+    for source in ("shards/none.tar", iter(rows())):
+        with pytest.raises(ValueError, match="A source is a Hub data set id") as caught:
+            load_answers(source)
+        assert "WebDataset" not in str(caught.value) and "playground" not in str(caught.value)
     with pytest.raises(ValueError, match="not from streams"):
         load_answers(Dataset.from_list(rows()).to_iterable_dataset(), max_rows=2)
-    for options in ({"num_frames": 2}, {"fps": 2.0}, {"split": "test"}, {"frame_cache": folder}):
+    for options in ({"num_frames": 2}, {"fps": 2.0}, {"split": "test"}, {"frame_cache": folder}, {"max_pixels": 9}):
         with pytest.raises(ValueError, match="does not apply to an AnswerSource"):
             load_answers(load_answers(rows(), root=folder), **options)  # type: ignore[arg-type]
 
