@@ -25,7 +25,7 @@ from mmalign.data.clips import Limits
 from mmalign.data.fingerprints import digest_of
 from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
 from mmalign.data.raw import bad
-from mmalign.data.records import BadRow, EndOfSource, InvalidRow
+from mmalign.data.records import EndOfSource, InvalidRow
 from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
 from mmalign.data.sources import open_rows, refuse
 
@@ -129,22 +129,11 @@ class AnswerSource:
             return None
 
 
-def oriented(pair: AnswerPair) -> AnswerPair:
-    """The pair with the preferred answer as the chosen one; InvalidRow for a tie, from which nothing is learnt."""
-    if pair.rejected is None or pair.label > _TIE:
-        return pair
-    if pair.label == _TIE:
-        raise InvalidRow(BadRow(pair.row, "label", "a tie: neither answer is preferred"))
-    return replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_marks=pair.rejected_marks,
-        rejected_marks=pair.chosen_marks,
-        fields=(pair.fields[1], pair.fields[0]),
-        label=1 - pair.label,
-        scores={name: (b, a) for name, (a, b) in pair.scores.items()},
-    )
+def untied(pair: AnswerPair) -> AnswerPair:
+    """The same pair; InvalidRow for a tie, from which nothing is learnt."""
+    if pair.rejected is not None and pair.label == _TIE:
+        raise bad(pair.row, "label", "a tie: neither answer is preferred")
+    return pair
 
 
 def open_turns(turns: Sequence[RawTurn], row: int, rows: Rows, reading: ClipReading) -> tuple[Turn, ...]:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.answer_records import AnswerPair
 from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
-from mmalign.data.answers import AnswerSource, load_answers, oriented
+from mmalign.data.answers import AnswerSource, load_answers, untied
 from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.storage import default_cache_dir
@@ -39,9 +39,9 @@ class Encoder:
     processor_kwargs: dict[str, Any]
 
     def __call__(self, row: int) -> EncodedAnswers:
-        """The row's tokens and media, the better answer first; raises InvalidRow."""
+        """The row's tokens and media; raises InvalidRow."""
         return encode_answers(
-            self.taken(oriented(self.source[row])),
+            self.taken(untied(self.source[row])),
             self.processor,
             self.config,
             max_length=self.max_length,
@@ -130,10 +130,11 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     bad = [one for one in checked if isinstance(one, BadRow)]
     good = [one for one in checked if isinstance(one, _Good)]
     if bad and args.on_bad_row == "raise":
-        raise ValueError(f"{source.name}: {summarise(bad, len(source))}; on_bad_row='skip' trains without them")
+        told = summarise(bad, len(source), what="cannot be used")
+        raise ValueError(f"{source.name}: {told}; on_bad_row='skip' trains without them")
     sides = {one.sides for one in good}
     if not good:
-        raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source))}")
+        raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source), what='cannot be used')}")
     if len(sides) > 1:
         raise ValueError(f"{source.name} holds pairs and single answers: split it")
     rows = EncodedRows(encoder, [one.row for one in good])

@@ -254,7 +254,7 @@ def test_a_bad_row_is_named_or_left_out_and_told(tmp_path: Path, caplog: pytest.
     data = rows("lfm2_vl")
     data[2]["chosen"] = ""
     data[4]["prompt"] = "<image> and <image>?"
-    with pytest.raises(ValueError, match="2 of 6 rows left out: row 2, chosen: .*row 4, .*on_bad_row='skip'"):
+    with pytest.raises(ValueError, match="2 of 6 rows cannot be used: row 2, chosen: .*row 4, .*on_bad_row='skip'"):
         trainer(tmp_path, "lfm2_vl", train_dataset=data)
     with caplog.at_level(logging.WARNING, logger="mmalign"):
         run = trainer(tmp_path, "lfm2_vl", train_dataset=data, on_bad_row="skip", max_steps=2)
