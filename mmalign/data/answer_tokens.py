@@ -119,7 +119,8 @@ def encode_answers(
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
     prompt, (ids, text, media) = _read(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
-    placeholders = {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
+    named = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    placeholders = {token for token in named if token is not None}
     control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | placeholders
     read: list[AnsweredChat] = []
     for answer, marks, field in _sides(pair):

@@ -40,6 +40,12 @@ class Medium:
     field: str = dataclasses.field(compare=False)
     marked: bool = dataclasses.field(default=False, compare=False)
 
+    @property
+    def shown(self) -> Any:
+        """What tells it from others: of {"bytes", "path"} the bytes, whatever they are called."""
+        held = self.value.get("bytes") if isinstance(self.value, Mapping) else None
+        return self.value if held is None else held
+
 
 RawPart: TypeAlias = "str | Medium"
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image
 
-from mmalign.data import AnswerSource, InvalidRow, load_answers, split_by_prompt
+from mmalign.data import AnswerSource, InvalidRow, load_answers, split_by_prompt, validate_answers
 from mmalign.data.answer_forms import REQUIRED
 from mmalign.data.answer_records import Picture
 from mmalign.data.kinds import kind_of
@@ -134,6 +134,15 @@ def test_parts_have_no_picture_in_common(folder: Path) -> None:
     seen = [{pair.media[0].image.getpixel((0, 0)) for pair in part if pair.media} for part in (rest, held)]  # type: ignore[union-attr]
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 40
     assert [pair.row for pair in held] == list(range(len(held)))
+
+
+def test_one_picture_under_two_names_is_one_prompt(folder: Path) -> None:
+    """As in tables that hold their pictures, from sets that were put together."""
+    data = [(folder / f"{at}.png").read_bytes() for at in (0, 0, 1)]
+    pictures = [{"bytes": held, "path": f"{at}.png"} for at, held in enumerate(data)]
+    source = load_answers([{"question": "x", "chosen": "a", "rejected": "b", "image": one} for one in pictures])
+    one, other, different = source.prompts()
+    assert one == other != different and validate_answers(source, progress=False).num_prompts == 2
 
 
 @pytest.mark.parametrize(
