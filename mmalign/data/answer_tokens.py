@@ -52,6 +52,12 @@ class EncodedAnswers:
     media: dict[str, Tensor]
     label: float
 
+    @property
+    def stacked(self) -> tuple[int, ...] | None:
+        """What rows of one batch must agree in: the shape of a clip, number of frames first, as families have it that stack clips."""
+        clips = self.media.get("pixel_values_videos")
+        return None if clips is None else tuple(clips.shape[1:])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerBatch:

@@ -26,7 +26,7 @@ from mmalign.data.fingerprints import digest_of
 from mmalign.data.images import MAX_PIXELS, to_rgb
 from mmalign.data.raw import bad, opening, told_as
 from mmalign.data.records import EndOfSource, InvalidRow
-from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
+from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, check_rows
 from mmalign.data.sources import open_rows, refuse
 
 _TIE = 0.5
@@ -38,10 +38,7 @@ class AnswerSource:
     def __init__(self, rows: Rows, name: str, reading: ClipReading, *, max_rows: int | None = None) -> None:
         if not isinstance(rows, ListRows | ParquetRows | DatasetRows):
             raise ValueError(f"{name}: answers are read from lists, JSON, parquet and datasets, not from streams")
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name = name
         self.form = recognise(rows.columns)
         self.reading = reading

@@ -25,7 +25,7 @@ from mmalign.data.images import MAX_PIXELS, to_rgb
 from mmalign.data.rankings import RANKED, Rankings
 from mmalign.data.raw import RawPair, bad, opening, told_as
 from mmalign.data.records import EndOfSource, InvalidRow, PairRecord
-from mmalign.data.rows import DatasetRows, ParquetRows, Rows
+from mmalign.data.rows import DatasetRows, ParquetRows, Rows, check_rows
 from mmalign.data.sources import open_rows, refuse
 from mmalign.data.streams import StreamRows
 from mmalign.data.tars import TarRows
@@ -88,10 +88,7 @@ class PairSource:
         num_frames: int | None = None,
         captioned: bool = False,
     ) -> None:
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name = name
         self.form = recognise(rows.columns, captioned=captioned)
         self.max_pixels, self.num_frames = max_pixels, num_frames

@@ -26,7 +26,7 @@ from mmalign.data.answers import identity_of, open_turns
 from mmalign.data.fingerprints import digest_of
 from mmalign.data.raw import bad, given, read_text, what
 from mmalign.data.records import EndOfSource
-from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
+from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, check_rows
 from mmalign.data.sources import open_rows, refuse
 
 _ABOUT = ("kind", "pair", "options")
@@ -64,10 +64,7 @@ class QuestionSource:
     def __init__(self, rows: Rows, name: str, reading: ClipReading, *, max_rows: int | None = None) -> None:
         if not isinstance(rows, ListRows | ParquetRows | DatasetRows):
             raise ValueError(f"{name}: questions are read from lists, JSON, parquet and datasets, not from streams")
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name, self.reading, self._rows = name, reading, rows
         self._form, self._asks = _recognised(rows.columns, name)
         self._length = len(rows) if max_rows is None else min(max_rows, len(rows))

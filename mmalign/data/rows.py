@@ -38,6 +38,14 @@ class Rows(Protocol):
     def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str: ...
 
 
+def check_rows(rows: Rows, name: str, max_rows: int | None) -> None:
+    """ValueError for a table without rows, and where none of them are asked for."""
+    if len(rows) == 0:
+        raise ValueError(f"{name} has no rows")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+
+
 class ListRows:
     """A list of dicts in memory; images are PIL, bytes, or paths under `root`.
 
