@@ -137,7 +137,7 @@ def _untagged(answer: tuple[str, str, Any, str], row: int) -> tuple[str, tuple[S
 def _liked(raw: Mapping[str, Any], row: int) -> float:
     label = raw.get("label")
     # Arrays do not say whether they are equal.
-    if isinstance(label, str) or getattr(label, "ndim", None) or label not in (0, 1):
+    if getattr(label, "ndim", None) or label not in (0, 1):
         raise bad(row, "label", f"expected true or false, got {what(label)}")
     return float(label)
 

@@ -123,6 +123,7 @@ FORMS: dict[str, tuple[Row, Read, list[Fault]]] = {
             ({"prompt": None}, "prompt", "expected text, got None"),
             ({"prompt": "", "image": None}, "prompt", "a turn of 'user' is empty"),
             ({"prompt": "<image><image>?"}, "image", "2 image placeholder(s) in prompt but 1 image(s)"),
+            ({"prompt": "<image>?", "image": None, "video": "clip"}, "prompt", "1 image placeholder(s) in prompt but 0 image(s)"),
             ({"prompt": "<video>?"}, "prompt", "1 video placeholder(s) in prompt but 0 video(s)"),
             ({"image": None, "images": ["picture.png"] * 3, "prompt": "<image><image>"}, "images", "2 image placeholder(s) in prompt"),
         ],

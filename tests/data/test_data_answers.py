@@ -13,6 +13,7 @@ from PIL import Image
 from mmalign.data import AnswerSource, InvalidRow, load_answers, split_by_prompt, validate_answers
 from mmalign.data.answer_forms import REQUIRED
 from mmalign.data.answer_records import Picture
+from mmalign.data.answers import untied
 from mmalign.data.kinds import kind_of
 
 Row = dict[str, Any]
@@ -71,6 +72,7 @@ def test_every_kind_of_source_gives_the_same_pairs(folder: Path) -> None:
         options = {"root": folder} if source is dataset or source in (folder / "split", folder / "saved") else {}
         assert read(load_answers(source, **options)) == expected, source
     assert len(load_answers(folder / "saved", split="test", root=folder)) == 1
+    assert len(load_answers(folder, max_rows=9)) == 4
     source = load_answers(folder, max_rows=2)
     assert len(source) == 2 and load_answers(source) is source and source.sides == 2 and source.unit == "pair"
     assert load_answers([{"prompt": "x", "completion": "y", "label": True}]).sides == 1
@@ -104,8 +106,10 @@ def test_the_fingerprint_tells_content_and_reading_apart(folder: Path) -> None:
     def prints(source: Any, **options: Any) -> str:
         return load_answers(source, **options).fingerprint()
 
-    Dataset.from_list(rows()).to_parquet(folder / "rows.parquet")
-    (folder / "rows.json").write_text(json.dumps(rows()))
+    (folder / "clip").mkdir()
+    items = [row | {"images": ["1.png"], "video": "clip"} for row in rows()]
+    Dataset.from_list(items).to_parquet(folder / "rows.parquet")
+    (folder / "rows.json").write_text(json.dumps(items))
     for source in (folder / "rows.parquet", folder / "rows.json"):
         whole = prints(source)
         assert whole == prints(source) == prints(source, frame_cache=folder / "cache")
@@ -115,11 +119,14 @@ def test_the_fingerprint_tells_content_and_reading_apart(folder: Path) -> None:
             prints(source, longest_side=9),
             prints(source, max_rows=2),
         ]
-        # A picture that only a message names.
+        # A picture that only a message names, and a frame.
         Image.new("RGB", (4, 3), (9, 9, 9)).save(folder / "0.png")
-        assert len({whole, *others, prints(source)}) == 6
+        others.append(prints(source))
         Image.new("RGB", (4, 3), (0, 0, 0)).save(folder / "0.png")
         assert prints(source) == whole
+        Image.new("RGB", (4, 3)).save(folder / "clip" / "0.png")
+        assert len({whole, *others, prints(source)}) == 7
+        (folder / "clip" / "0.png").unlink()
 
 
 def test_parts_have_no_picture_in_common(folder: Path) -> None:
@@ -134,6 +141,31 @@ def test_parts_have_no_picture_in_common(folder: Path) -> None:
     seen = [{pair.media[0].image.getpixel((0, 0)) for pair in part if pair.media} for part in (rest, held)]  # type: ignore[union-attr]
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 40
     assert [pair.row for pair in held] == list(range(len(held)))
+
+
+def test_rows_are_selected_from_those_that_were_selected(folder: Path) -> None:
+    whole = load_answers(rows(), root=folder)
+    part = whole.select([3, 2, 0], "three").select([2, 0], "two")
+    assert [found[0] for found in read(part)] == ["what 0?", "what 3?"] and part[1].row == 1
+    assert [part.table_row(at) for at in (0, 1)] == [0, 3] and part.num_table_rows == 4
+    assert part.prompts() == [whole.prompts()[at] for at in (0, 3)]
+
+
+def test_a_tie_teaches_nothing() -> None:
+    row = {"prompt": "x", "chosen": "a", "rejected": "b"}
+    source = load_answers([row | {"chosen_votes": votes, "rejected_votes": 2} for votes in (2, 3)])
+    with pytest.raises(InvalidRow, match="row 0, label: a tie"):
+        untied(source[0])
+    assert untied(source[1]).label == 0.6
+    single = load_answers([{"prompt": "x", "completion": "a", "label": 0}])[0]
+    assert untied(single) is single
+
+
+def test_prompts_differ_in_who_says_what() -> None:
+    said = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]
+    other = [said[0], said[1] | {"role": "assistant"}, said[2]]
+    one, two = load_answers([{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in (said, other)]).prompts()
+    assert one != two
 
 
 def test_one_picture_under_two_names_is_one_prompt(folder: Path) -> None:
