@@ -195,6 +195,40 @@ def test_arrays_where_none_belong_are_bad_rows(change: Row, told: str) -> None:
     assert [load_answers([liked | {"label": one}])[0].label for one in (np.bool_(True), np.int64(0))] == [1, 0]
 
 
+def placed(row: Row, folder: Path) -> list[list[str]]:
+    """What stands in each turn: texts, and the kinds of media."""
+    (folder / "clip").mkdir(exist_ok=True)
+    Image.new("RGB", (4, 3)).save(folder / "clip" / "0.png")
+    answers = {"chosen": "a", "rejected": "b"} if "prompt" in row else {"answer": "a", "pred": "b"}
+    prompt = load_answers([row | answers], root=folder)[0].prompt
+    return [[part if isinstance(part, str) else type(part).__name__ for part in turn.parts] for turn in prompt]
+
+
+def test_media_stand_where_they_are_asked_for_or_before_the_first_user(folder: Path) -> None:
+    both = {"image": "0.png", "video": "clip"}
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what?"}]
+    more = [{"role": "assistant", "content": "this"}, {"role": "user", "content": "and?"}]
+    expected = [["Be brief."], ["Picture", "VideoClip", "what?"], ["this"], ["and?"]]
+    assert placed({"prompt": chat + more, **both}, folder) == expected
+    assert placed({"prompt": "a <video> b <image> c", **both}, folder) == [["a ", "VideoClip", " b ", "Picture", " c"]]
+    assert placed({"prompt": "a <video> b", **both}, folder) == [["Picture", "a ", "VideoClip", " b"]]
+    # Of RRPO's rows only those without a picture of their own mean the clip.
+    rrpo = {"question": "<image>\nwhat?"}
+    assert placed(rrpo | {"video": "clip"}, folder) == [["VideoClip", "what?"]]
+    assert placed(rrpo | {"media_path": ["0.png", "1.png"]}, folder) == [["VideoClip", "what?"]]
+    assert placed(rrpo | both, folder) == [["VideoClip", "Picture", "what?"]]
+
+
+@pytest.mark.parametrize("name", ["image", "path", "url"])
+def test_a_part_may_hold_its_own_picture(name: str, folder: Path) -> None:
+    # Arrow fills what others hold with structs of nothing.
+    waiting = {"type": "image", "image": {"bytes": None, "path": None}}
+    content = [{"type": "image", name: "1.png"}, waiting, {"type": "text", "text": "?"}]
+    row = {"prompt": [{"role": "user", "content": content}], "chosen": "a", "rejected": "b", "image": "0.png"}
+    media = load_answers([row], root=folder)[0].media
+    assert [one.image.getpixel((0, 0)) for one in media] == [(1, 0, 0), (0, 0, 0)]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_line_break_beside_a_mark_belongs_to_it(end: str, folder: Path) -> None:
     row = {"prompt": f"Look:{end}<image>{end}what?{end}Say.", "chosen": "a", "rejected": "b", "image": "0.png"}

@@ -120,6 +120,7 @@ def test_options_reach_the_source_or_are_refused():
         ({"question": "a", "answer": " "}, "row 0, answer: expected a text"),
         ({"question": "a", "options": []}, "row 0, options: expected a text"),
         ({"question": "<image>a"}, "1 image placeholder(s)"),
+        ({"question": [{"role": "user", "content": [{"type": "image"}]}], "video": "x"}, "1 image placeholder(s)"),
         ({"question": None}, "row 0, question: expected text"),
         ({"question": "a", "kind": 1.5}, "row 0, kind: expected text"),
         ({"question": " "}, "row 0, question: a turn of 'user' is empty"),
