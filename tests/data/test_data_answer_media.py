@@ -98,6 +98,10 @@ def test_frames_that_were_taken_before_keep_their_numbers() -> None:
     clip = open_clip(known, ClipReading(num_frames=3))
     assert (told(clip), clip.indices, clip.frames_per_second, clip.total_frames) == ([0, 2, 4], (0, 60, 120), 30, 150)
     assert open_clip(known, ClipReading(fps=0.5)).indices == (0, 60, 120)
+    # 500 is 15 steps of 10 / 0.3, and by a hair less in floats.
+    assert len(module._at_rate(range(501), 10, 0.3)) == 16
+    later = known | {"indices": [10, 40, 70, 100, 130]}
+    assert open_clip(later, ClipReading(fps=0.5)).indices == (10, 70, 130)
     assert open_clip(known | {"total_frames": None}, ClipReading()).total_frames == 121
     with pytest.raises(BadImage, match="holds fewer than 2 frames a second"):
         open_clip(known, ClipReading(fps=2))
@@ -193,6 +197,10 @@ def test_a_video_that_breaks_off_is_no_shorter_video(form: str, codec: str, opti
 )
 def test_unusual_videos_are_whole(whole: Callable[[], bytes]) -> None:
     assert told(open_clip(whole(), ClipReading(num_frames=3))) == [0, 10, 19]
+
+
+def test_what_a_video_tells_of_its_rate_comes_first(video: bytes) -> None:
+    assert open_clip(video, ClipReading(num_frames=3, source_fps=99)).frames_per_second == RATE
 
 
 def test_large_frames_are_shrunk(video: bytes) -> None:

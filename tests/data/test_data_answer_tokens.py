@@ -407,6 +407,11 @@ def test_a_token_over_the_border_belongs_to_the_answers() -> None:
     assert encoded.answers[0].marked.tolist() == [True, False]
     # The space before "42" is a token of its own, and the template's.
     assert encoded.answers[1].supervised.tolist() == [False, True, True, True]
+    turned = encode_answers(pair(chosen="42", rejected="red"), tokenizer, tiny_vlm("lfm2")[0].config)
+    assert torch.equal(turned.prompt, encoded.prompt)
+    assert [answer.ids.tolist() for answer in turned.answers] == [
+        answer.ids.tolist() for answer in encoded.answers[::-1]
+    ]
 
 
 def test_marks_move_with_an_answer_that_the_template_strips() -> None:

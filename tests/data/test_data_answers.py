@@ -200,7 +200,7 @@ def placed(row: Row, folder: Path) -> list[list[str]]:
     (folder / "clip").mkdir(exist_ok=True)
     Image.new("RGB", (4, 3)).save(folder / "clip" / "0.png")
     answers = {"chosen": "a", "rejected": "b"} if "prompt" in row else {"answer": "a", "pred": "b"}
-    prompt = load_answers([row | answers], root=folder)[0].prompt
+    prompt = load_answers([answers | row], root=folder)[0].prompt
     return [[part if isinstance(part, str) else type(part).__name__ for part in turn.parts] for turn in prompt]
 
 
@@ -217,6 +217,13 @@ def test_media_stand_where_they_are_asked_for_or_before_the_first_user(folder: P
     assert placed(rrpo | {"video": "clip"}, folder) == [["VideoClip", "what?"]]
     assert placed(rrpo | {"media_path": ["0.png", "1.png"]}, folder) == [["VideoClip", "what?"]]
     assert placed(rrpo | both, folder) == [["VideoClip", "Picture", "what?"]]
+
+
+def test_a_mark_and_a_part_are_the_same_place(folder: Path) -> None:
+    """Where answers bring the conversation with them, written otherwise than the prompt."""
+    asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    answers = {side: [asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert placed({"prompt": "<image>what?", "image": "0.png", **answers}, folder) == [["Picture", "what?"]]
 
 
 @pytest.mark.parametrize("name", ["image", "path", "url"])
