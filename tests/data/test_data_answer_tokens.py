@@ -336,7 +336,7 @@ def test_an_answer_is_cut_only_when_asked_and_only_at_its_end() -> None:
 
 def test_a_cut_row_of_which_nothing_can_be_learnt_is_named() -> None:
     row = pair(
-        chosen="The bag is red.", rejected="The bag is blue.", chosen_marks=((11, 14),), rejected_marks=((11, 15),)
+        chosen="The bag is red.", rejected="The bag is blue.", chosen_marks=((11, 14),), rejected_marks=((4, 7),)
     )
     cut: dict[str, Any] = {"max_length": len(encode("lfm2", row).prompt) + 3, "truncate": "answer"}
     with pytest.raises(InvalidRow, match="row 7, chosen: .* and no marked phrase would be left"):
@@ -346,7 +346,7 @@ def test_a_cut_row_of_which_nothing_can_be_learnt_is_named() -> None:
         encode("lfm2", unmarked, **cut)
     cut["max_length"] += 1
     told = encode("lfm2", row, **cut)
-    assert [tiny_vlm("lfm2")[1].decode(answer.ids[answer.marked]) for answer in told.answers] == [" red", " blue"]
+    assert [tiny_vlm("lfm2")[1].decode(answer.ids[answer.marked]) for answer in told.answers] == [" red", " bag"]
 
 
 def test_answers_that_the_template_makes_equal_are_named() -> None:
@@ -407,11 +407,27 @@ def test_a_token_over_the_border_belongs_to_the_answers() -> None:
     assert encoded.answers[0].marked.tolist() == [True, False]
     # The space before "42" is a token of its own, and the template's.
     assert encoded.answers[1].supervised.tolist() == [False, True, True, True]
+    with pytest.raises(InvalidRow, match="row 7, rejected: .*, and no word of the answer would be left"):
+        only_the_space = {"max_length": len(encoded.prompt) + 1, "truncate": "answer"}
+        encode_answers(row, tokenizer, tiny_vlm("lfm2")[0].config, **only_the_space)
     turned = encode_answers(pair(chosen="42", rejected="red"), tokenizer, tiny_vlm("lfm2")[0].config)
     assert torch.equal(turned.prompt, encoded.prompt)
     assert [answer.ids.tolist() for answer in turned.answers] == [
         answer.ids.tolist() for answer in encoded.answers[::-1]
     ]
+
+
+def test_a_processor_that_ends_the_prompt_is_refused() -> None:
+    """No row's fault: every answer would stand behind an end token."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, processor = tiny_vlm("qwen2_5_vl")
+    ending, end = copy.deepcopy(processor), processor.tokenizer.eos_token
+    special = [(end, processor.tokenizer.eos_token_id)]
+    ending.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=special)
+    with pytest.raises(ValueError, match="Qwen2_5_VLProcessor adds tokens behind the prompt") as caught:
+        encode_answers(pair(picture()), ending, model.config)
+    assert not isinstance(caught.value, InvalidRow)
 
 
 def test_marks_move_with_an_answer_that_the_template_strips() -> None:
