@@ -193,6 +193,7 @@ def test_published_templates_are_supervised_as_a_peer_marks_them(kind: str, name
     [
         ("The bag is red.", "The", ["The"]),
         ("The bag is red.", "red", [" red"]),
+        ("The bag is red.", "bag ", [" bag"]),
         ("The bag is red.", "red.", [" red", "."]),
         ("It moves to the left, then.", "left", [" left"]),
         ("The colour is red", "colour is red", [" colour", " is", " red"]),
@@ -428,6 +429,20 @@ def test_a_processor_that_ends_the_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="Qwen2_5_VLProcessor adds tokens behind the prompt") as caught:
         encode_answers(pair(picture()), ending, model.config)
     assert not isinstance(caught.value, InvalidRow)
+
+
+def test_a_tokenizer_s_template_is_complete() -> None:
+    """As its apply_chat_template takes it: nothing is set before."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = tiny_vlm("lfm2")
+    starting, start = copy.deepcopy(tokenizer), tokenizer.bos_token
+    special = [(start, tokenizer.bos_token_id)]
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=special)
+    starting.chat_template = tokenizer.chat_template.replace("{{- bos_token -}}", "")
+    assert starting("x")["input_ids"][0] == tokenizer.bos_token_id
+    ids = encode_answers(pair(), starting, model.config).prompt.tolist()
+    assert [tokenizer.bos_token_id, *ids] == encode("lfm2", pair()).prompt.tolist()
 
 
 def test_marks_move_with_an_answer_that_the_template_strips() -> None:

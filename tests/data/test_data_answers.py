@@ -261,11 +261,13 @@ def test_layouts_that_hold_pictures_only_are_refused(folder: Path) -> None:
         Image.new("RGB", (4, 3)).save(folder / name)
     (folder / "x.txt").write_text("a bag")
     assert kind_of(folder) == "pairs"
-    with pytest.raises(ValueError, match=r"neither .json, .jsonl nor parquet"):
-        load_answers(folder)
-    for source in ("shards/none.tar", iter(rows())):
-        with pytest.raises(ValueError, match="A source is a Hub data set id") as caught:
+    (folder / "shard.tar").write_bytes(b"")
+    for source in (folder, folder / "shard.tar"):
+        with pytest.raises(ValueError, match=r"neither .json, .jsonl nor parquet"):
             load_answers(source)
+    for absent in ("shards/none.tar", iter(rows())):
+        with pytest.raises(ValueError, match="A source is a Hub data set id") as caught:
+            load_answers(absent)
         assert "WebDataset" not in str(caught.value) and "playground" not in str(caught.value)
     with pytest.raises(ValueError, match="not from streams"):
         load_answers(Dataset.from_list(rows()).to_iterable_dataset(), max_rows=2)
