@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from mmalign.data.answer_marks import BadMarks, parse_marks
 from mmalign.data.answer_records import Span
-from mmalign.data.answer_turns import COLUMNS, RawTurn, answer_of, read_turns, user_turn, with_media
+from mmalign.data.answer_turns import COLUMNS, RawTurn, answer_of, check_said, read_turns, user_turn, with_media
 from mmalign.data.columns import read_scores
 from mmalign.data.judgements import label_of_chosen
-from mmalign.data.raw import bad, given, read_text, read_user, what
+from mmalign.data.raw import bad, empty, given, read_text, read_user, what
 
 Form = Literal[
     "preference", "implicit prompt", "unpaired", "rlaif-v", "ms-swift", "ms-swift messages", "sharegpt", "rrpo", "videochat2"
@@ -86,7 +86,7 @@ def used_columns(form: Form, columns: Collection[str]) -> list[str]:
 def read_answers(form: Form, raw: Mapping[str, Any], row: int) -> RawAnswers:
     """One row, checked field by field; InvalidRow names the first field at fault."""
     for name, reason in _refused(form).items():
-        if given(raw.get(name)) and raw[name] not in ("", [], {}, ()):
+        if not empty(raw.get(name)):
             raise bad(row, name, f"holds {what(raw[name])}, and {reason}")
     turns, answers = _READERS[form](raw, row)
     if not turns or turns[-1].role != "user":
@@ -95,8 +95,7 @@ def read_answers(form: Form, raw: Mapping[str, Any], row: int) -> RawAnswers:
             row, REQUIRED[form][0], f"the conversation before the answer ends with {last}, expected the user's turn"
         )
     prompt = with_media(turns, raw, row, llava=form == "rrpo")
-    if empty := next((turn for turn in prompt if not turn.media and not turn.text.strip()), None):
-        raise bad(row, REQUIRED[form][0], f"a turn of {empty.role!r} is empty")
+    check_said(prompt, REQUIRED[form][0], row)
     chosen, *rest = (_untagged(answer, row) for answer in answers)
     rejected, rejected_marks = rest[0] if rest else (None, None)
     fields = tuple(field for _, field, _, _ in answers)
@@ -137,7 +136,8 @@ def _untagged(answer: tuple[str, str, Any, str], row: int) -> tuple[str, tuple[S
 
 def _liked(raw: Mapping[str, Any], row: int) -> float:
     label = raw.get("label")
-    if label not in (0, 1) or isinstance(label, str):
+    # Arrays do not say whether they are equal.
+    if getattr(label, "ndim", None) or label not in (0, 1):
         raise bad(row, "label", f"expected true or false, got {what(label)}")
     return float(label)
 
@@ -182,14 +182,14 @@ def _swift(raw: Mapping[str, Any], row: int) -> _Told:
 def _swift_messages(raw: Mapping[str, Any], row: int) -> _Told:
     for kind in ("images", "videos"):
         other = raw.get(f"rejected_{kind}")
-        if given(other) and other != [] and other != raw.get(kind):
+        if not empty(other) and other != raw.get(kind):
             raise bad(row, f"rejected_{kind}", f"differs from {kind}: both answers must be to the same prompt")
     return _paired(raw, row, None, ("messages", "rejected_messages"), "messages")
 
 
 def _sharegpt(raw: Mapping[str, Any], row: int) -> _Told:
     turns = read_turns(raw.get("conversations"), "conversations", row)
-    if given(raw.get("system")) and raw["system"] != "":
+    if not empty(raw.get("system")):
         turns = (*read_turns([{"role": "system", "content": raw["system"]}], "system", row), *turns)
     return _paired(raw, row, turns, ("chosen", "rejected"), "conversations")
 

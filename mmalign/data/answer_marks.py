@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 from typing import Literal
+from unicodedata import category
 
 from mmalign.data.answer_records import Span
 
@@ -60,7 +61,7 @@ def differing_spans(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    words = [[(match.group(), match.span()) for match in _WORD.finditer(text)] for text in (chosen, rejected)]
+    words = [_words(chosen), _words(rejected)]
     one, other = ([word for word, _ in side] for side in words)
     matcher = SequenceMatcher(None, one, other, autojunk=False)
     found: tuple[list[Span], list[Span]] = ([], [])
@@ -83,6 +84,13 @@ def tagged(text: str, spans: Iterable[Span]) -> str:
         told += f"{text[at:start]}<MASK>{text[start:stop]}</MASK>"
         at = stop
     return told + text[at:]
+
+
+def _words(text: str) -> list[tuple[str, Span]]:
+    """Words and other signs with their places."""
+    # Accents and vowel signs that are characters of their own are part of the word that they stand in.
+    plain = "".join("a" if category(letter).startswith("M") else letter for letter in text)
+    return [(text[slice(*match.span())], match.span()) for match in _WORD.finditer(plain)]
 
 
 def _pieces(tagged: str) -> list[str]:

@@ -26,13 +26,15 @@ from mmalign.data.answer_records import VideoClip
 from mmalign.data.clips import Limits, Pick, Sampled, evenly, sample_clip, video_kind
 from mmalign.data.fingerprints import files_fingerprint
 from mmalign.data.images import BadImage, content, inside
-from mmalign.data.raw import given
+from mmalign.data.raw import given, what
 from mmalign.data.shards import read_notes, read_shard, write_shard
 
 # Of a video, whether all of them are used or not: 18 minutes at 30 frames a second.
 MAX_VIDEO_FRAMES = 2**15
 # What processors of transformers take where they are told nothing.
 _ASSUMED_RATE = 24.0
+# Frames a second that nobody films; larger integers are no floats any more.
+_FASTEST = 1e9
 _KEYS = ("frames", "fps", "indices", "total_frames")
 _FORMAT = 1
 _log = logging.getLogger(__name__)
@@ -165,13 +167,14 @@ def _with_knowledge(value: Mapping[str, Any]) -> tuple[Any, _Known]:
     if unknown := sorted({str(key) for key, item in value.items() if given(item)} - set(_KEYS)):
         raise BadImage(f"a clip with {', '.join(unknown)}: expected {', '.join(_KEYS)}, or bytes and path")
     told: dict[str, Any] = {key: value[key] for key in _KEYS if given(value.get(key))}
-    rate, indices, total = told.get("fps"), told.get("indices"), told.get("total_frames")
-    if rate is not None and not (_is_number(rate) and 0 < rate < math.inf):
-        raise BadImage(f"fps is {rate!r}, expected a number above 0")
+    rate, indices, total = (_plain(told.get(key)) for key in ("fps", "indices", "total_frames"))
+    if rate is not None and not (_is_number(rate) and 0 < rate < _FASTEST):
+        raise BadImage(f"fps is {what(rate)}, expected a number above 0")
     if total is not None and not (type(total) is int and total > 0):
-        raise BadImage(f"total_frames is {total!r}, expected a whole number above 0")
+        raise BadImage(f"total_frames is {what(total)}, expected a whole number above 0")
     if indices is not None:
-        if not isinstance(indices, list | tuple) or not all(type(index) is int for index in indices):
+        indices = [_plain(index) for index in indices] if isinstance(indices, list | tuple) else None
+        if indices is None or not all(type(index) is int for index in indices):
             raise BadImage("indices are not a list of whole numbers")
         if any(a >= b for a, b in zip([-1, *indices], indices, strict=False)):
             raise BadImage("indices are not in ascending order from 0 up")
@@ -179,6 +182,11 @@ def _with_knowledge(value: Mapping[str, Any]) -> tuple[Any, _Known]:
             raise BadImage(f"index {indices[-1]} of a video with total_frames {total}")
         indices = tuple(indices)
     return told["frames"], _Known(None if rate is None else float(rate), indices, total)
+
+
+def _plain(value: Any) -> Any:
+    """A number or an array of numpy or torch as Python's own numbers."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | torch.Tensor) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -53,7 +53,7 @@ class Turn:
 class AnswerPair:
     """A conversation that ends with the user's turn, and two answers to it; rejected is None where there is one, liked or not.
 
-    chosen, rejected: the text of the assistant's next turn. label: how strongly `chosen` is preferred, in [0, 1]; of a single answer
+    chosen, rejected: the text of the assistant's next turn. label: how strongly `chosen` is preferred, in [0.5, 1]; of a single answer
     whether it is liked (1) or not (0). chosen_marks, rejected_marks: characters [start, stop) of the phrases that matter, in order,
     without overlap; None where nothing is marked. fields: where the answers stand in the source. scores: a column's name →
     (score of chosen, of rejected).

@@ -9,7 +9,7 @@ The family's own processor reads the prompt, once; an answer is what the chat te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,6 +24,8 @@ from mmalign.data.chats import write_answer, write_prompt
 from mmalign.data.placeholders import check_placeholders
 from mmalign.data.prompt_tokens import check_keywords, check_media, read_prompt
 from mmalign.data.records import BadRow, InvalidRow
+
+_NEVER_CUT = "prompts are never cut: raise it, or take fewer frames (num_frames) or smaller pictures (processor_kwargs)"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +51,12 @@ class EncodedAnswers:
     text: dict[str, Tensor]
     media: dict[str, Tensor]
     label: float
+
+    @property
+    def stacked(self) -> tuple[int, ...] | None:
+        """What rows of one batch must agree in: the shape of a clip, number of frames first, as families have it that stack clips."""
+        clips = self.media.get("pixel_values_videos")
+        return None if clips is None else tuple(clips.shape[1:])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,7 +115,8 @@ def encode_answers(
     """A pair as the model reads it; InvalidRow says what of the row it cannot read.
 
     processor: the family's, or a tokenizer of a model that reads text only. config: the model's, by which placeholders are counted.
-    max_length: tokens of prompt and answer together; a longer row is refused, or, with truncate="answer", loses its answer's end.
+    max_length: tokens of prompt and answer together; a longer row is refused, or, with truncate="answer", loses its answer's end,
+    but for a row of which nothing to learn from would be left: answers without a word, without their marked phrases, or alike.
     processor_kwargs, template_kwargs: for the processor (an image budget) and for its chat template.
     """
     _check_options(max_length, truncate)
@@ -116,8 +125,9 @@ def encode_answers(
     if not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} tells no character offsets: load the fast tokenizer")
     prompt, (ids, text, media) = _read(pair.row, pair.prompt, processor, config, processor_kwargs or {}, options)
-    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    control |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
+    named = (getattr(config, f"{kind}_token_id", None) for kind in ("image", "video"))
+    placeholders = {token for token in named if token is not None}
+    control = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | placeholders
     read: list[AnsweredChat] = []
     for answer, marks, field in _sides(pair):
         with _refusing(pair.row, field):
@@ -129,11 +139,17 @@ def encode_answers(
     length = len(ids) - (len(alone) - kept)
     if ids[length - 1 :].tolist() != alone[kept - 1 :]:
         raise ValueError(f"{type(processor).__name__} adds tokens behind the prompt, where the answer should follow")
-    answers = []
+    told = _told(ids[:length], placeholders)
+    with _refusing(pair.row, "prompt"):
+        if max_length is not None and length >= max_length:
+            raise ValueError(f"{told}: no room for an answer in max_length ({max_length}); {_NEVER_CUT}")
+    answers: list[AnswerTokens] = []
     for chat, (_, _, field) in zip(read, _sides(pair), strict=True):
         masks = (torch.tensor(values[kept:]) for values in (chat.ids, chat.supervised, chat.marked))
         with _refusing(pair.row, field):
-            answers.append(_fit(AnswerTokens(*masks), length, max_length, truncate))
+            answers.append(_fit(AnswerTokens(*masks), length, told, max_length, truncate))
+            if len(answers) == 2 and torch.equal(answers[0].ids, answers[1].ids):
+                raise ValueError(f"the same tokens as {pair.fields[0]}, as far as they are read")
     extras = {name: values[:length] for name, values in text.items()}
     return EncodedAnswers(pair.row, ids[:length], tuple(answers), extras, media, pair.label)
 
@@ -212,7 +228,8 @@ def _refusing(row: int, field: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InvalidRow(BadRow(row, field, str(error))) from error
+        # Advice to whoever calls the processor follows in further lines.
+        raise InvalidRow(BadRow(row, field, (str(error) or type(error).__name__).splitlines()[0])) from error
 
 
 def _sides(pair: AnswerPair) -> list[tuple[str, tuple[Span, ...] | None, str]]:
@@ -228,21 +245,29 @@ def _check_options(max_length: int | None, truncate: str | None) -> None:
         )
     if truncate is not None and max_length is None:
         raise ValueError("truncate needs max_length")
+    if max_length is not None and max_length < 1:
+        raise ValueError(f"max_length must be at least 1, got {max_length}")
 
 
-def _fit(answer: AnswerTokens, prompt: int, max_length: int | None, truncate: str | None) -> AnswerTokens:
-    length = prompt + len(answer.ids)
-    if max_length is None or length <= max_length:
+def _told(prompt: Tensor, placeholders: Collection[int]) -> str:
+    """How long a prompt is, and what of it media are."""
+    media = sum(int((prompt == token).sum()) for token in placeholders)
+    return f"{len(prompt)} tokens" + (f", {media} of them pictures and clips" if media else "")
+
+
+def _fit(answer: AnswerTokens, prompt: int, told: str, max_length: int | None, truncate: str | None) -> AnswerTokens:
+    if max_length is None or prompt + len(answer.ids) <= max_length:
         return answer
-    said = f"prompt ({prompt} tokens) and answer ({len(answer.ids)}) are longer than max_length ({max_length})"
+    said = f"prompt ({told}) and answer ({len(answer.ids)}) are longer than max_length ({max_length})"
     if truncate is None:
         raise ValueError(f"{said}; raise it, or set truncate='answer'")
-    room = max(max_length - prompt, 0)
-    if not answer.supervised[:room].any():
-        raise ValueError(
-            f"{said} without the answer: the prompt and its media are never cut; raise it, or make the media smaller"
-        )
-    return AnswerTokens(answer.ids[:room], answer.supervised[:room], answer.marked[:room])
+    room = max_length - prompt
+    cut = AnswerTokens(answer.ids[:room], answer.supervised[:room], answer.marked[:room])
+    if not cut.supervised.any():
+        raise ValueError(f"{said}, and no word of the answer would be left; {_NEVER_CUT}")
+    if answer.marked.any() and not cut.marked.any():
+        raise ValueError(f"{said}, and no marked phrase would be left; raise it")
+    return cut
 
 
 def _padded(sequences: list[Tensor], value: int, side: str) -> dict[str, Tensor]:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from mmalign.data.answer_records import Role
-from mmalign.data.raw import bad, given, read_text, what
+from mmalign.data.raw import bad, empty, given, read_text, what
 
 Kind = Literal["image", "video"]
 # The columns that hold a row's media: one, or a list of them.
 COLUMNS: dict[Kind, tuple[str, ...]] = {"image": ("image", "images"), "video": ("video", "videos", "media_path")}
-_MARK = re.compile(r"\n?<(image|video)>\n?")
+_MARK = re.compile(r"(?:\r?\n)?<(image|video)>(?:\r?\n)?")
+# What a message may hold beside its content, and what a template would write of it.
+_UNREAD = ("tool_calls", "reasoning_content", "thinking")
 _ROLES: dict[Any, Role] = {
     "system": "system",
     "user": "user",
@@ -37,6 +39,12 @@ class Medium:
     value: Any
     field: str = dataclasses.field(compare=False)
     marked: bool = dataclasses.field(default=False, compare=False)
+
+    @property
+    def shown(self) -> Any:
+        """What tells it from others: of {"bytes", "path"} the bytes, whatever they are called."""
+        held = self.value.get("bytes") if isinstance(self.value, Mapping) else None
+        return self.value if held is None else held
 
 
 RawPart: TypeAlias = "str | Medium"
@@ -121,6 +129,13 @@ def with_media(
     return filled
 
 
+def check_said(turns: Sequence[RawTurn], field: str, row: int) -> None:
+    """InvalidRow for a turn without a word, a picture or a clip."""
+    for turn in turns:
+        if not turn.media and not turn.text.strip():
+            raise bad(row, field, f"a turn of {turn.role!r} is empty")
+
+
 def _filled(part: RawPart, media: Mapping[Kind, Any]) -> RawPart:
     return next(media[part.kind]) if isinstance(part, Medium) and part.value is None else part
 
@@ -132,6 +147,8 @@ def _as_clip(part: RawPart) -> RawPart:
 def _turn(message: Any, field: str, row: int) -> RawTurn:
     if not isinstance(message, Mapping):
         raise bad(row, field, f"expected messages with role and content, got {what(message)}")
+    if unread := next((name for name in _UNREAD if not empty(message.get(name))), None):
+        raise bad(row, field, f"a message with {unread}, which is not read")
     said, content = (message.get("role"), message.get("content"))
     if said is None and content is None:
         said, content = (message.get("from"), message.get("value"))

@@ -56,7 +56,7 @@ def validate_answers(source: AnswerSource, *, workers: int = 4, progress: bool =
 def _asked(raw: RawAnswers) -> tuple[str, ...]:
     """What tells prompts apart: who says what, and the content of their media."""
     return tuple(
-        f"{turn.role}: {turn.text} {digest_of([medium.value for medium in turn.media])}" for turn in raw.prompt
+        f"{turn.role}: {turn.text} {digest_of([medium.shown for medium in turn.media])}" for turn in raw.prompt
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from mmalign.data.answer_records import AnswerPair, Part, Picture, Turn
 from mmalign.data.answer_turns import Medium, RawTurn
 from mmalign.data.clips import Limits
 from mmalign.data.fingerprints import digest_of
-from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
-from mmalign.data.raw import bad
-from mmalign.data.records import BadRow, EndOfSource, InvalidRow
-from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
+from mmalign.data.images import MAX_PIXELS, to_rgb
+from mmalign.data.raw import bad, opening, told_as
+from mmalign.data.records import EndOfSource, InvalidRow
+from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, check_rows
 from mmalign.data.sources import open_rows, refuse
 
 _TIE = 0.5
@@ -38,10 +38,7 @@ class AnswerSource:
     def __init__(self, rows: Rows, name: str, reading: ClipReading, *, max_rows: int | None = None) -> None:
         if not isinstance(rows, ListRows | ParquetRows | DatasetRows):
             raise ValueError(f"{name}: answers are read from lists, JSON, parquet and datasets, not from streams")
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name = name
         self.form = recognise(rows.columns)
         self.reading = reading
@@ -84,9 +81,7 @@ class AnswerSource:
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def prompts(self) -> list[str | None]:
-        """What tells the prompt of every row from others: its media by their content, or its text where it has none; None where
-        it cannot be read. Nothing is decoded.
-        """
+        """What tells the prompt of every row from others, as in `identity_of`; None where it cannot be read."""
         return [self._prompt(row) for row in range(len(self))]
 
     def select(self, rows: Sequence[int], name: str) -> AnswerSource:
@@ -102,10 +97,8 @@ class AnswerSource:
         """What row i tells before its media are opened; InvalidRow where that cannot be read."""
         if not 0 <= row < len(self):
             raise EndOfSource(f"row {row} of {len(self)}")
-        try:
+        with told_as(row):
             return read_answers(self.form, self._rows[self._index[row]], row)
-        except InvalidRow as error:
-            raise bad(row, error.bad_row.field, error.bad_row.reason) from error
 
     def opened(self, raw: RawAnswers, row: int) -> AnswerPair:
         """The same with its pictures and clips; InvalidRow where they cannot be used."""
@@ -129,22 +122,11 @@ class AnswerSource:
             return None
 
 
-def oriented(pair: AnswerPair) -> AnswerPair:
-    """The pair with the preferred answer as the chosen one; InvalidRow for a tie, from which nothing is learnt."""
-    if pair.rejected is None or pair.label > _TIE:
-        return pair
-    if pair.label == _TIE:
-        raise InvalidRow(BadRow(pair.row, "label", "a tie: neither answer is preferred"))
-    return replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_marks=pair.rejected_marks,
-        rejected_marks=pair.chosen_marks,
-        fields=(pair.fields[1], pair.fields[0]),
-        label=1 - pair.label,
-        scores={name: (b, a) for name, (a, b) in pair.scores.items()},
-    )
+def untied(pair: AnswerPair) -> AnswerPair:
+    """The same pair; InvalidRow for a tie, from which nothing is learnt."""
+    if pair.rejected is not None and pair.label == _TIE:
+        raise bad(pair.row, "label", "a tie: neither answer is preferred")
+    return pair
 
 
 def open_turns(turns: Sequence[RawTurn], row: int, rows: Rows, reading: ClipReading) -> tuple[Turn, ...]:
@@ -153,8 +135,8 @@ def open_turns(turns: Sequence[RawTurn], row: int, rows: Rows, reading: ClipRead
 
 
 def identity_of(prompt: Sequence[RawTurn]) -> str:
-    """What tells a prompt from others: its media by their content, or its text where it has none. Nothing is decoded."""
-    media = [medium.value for turn in prompt for medium in turn.media]
+    """What tells a prompt from others: its media (files by their names), or its text where it has none. Nothing is decoded."""
+    media = [medium.shown for turn in prompt for medium in turn.media]
     return digest_of(media) if media else "\n".join(f"{turn.role}: {turn.text}" for turn in prompt)
 
 
@@ -162,15 +144,10 @@ def _opened(part: str | Medium, row: int, rows: Rows, reading: ClipReading) -> P
     if isinstance(part, str):
         return part
     place: dict[str, Any] = {"roots": rows.roots, "absolute": rows.absolute}
-    try:
+    with opening(part.value, part.field, row):
         if part.kind == "video":
             return open_clip(part.value, reading, **place)
         return Picture(to_rgb(part.value, max_pixels=reading.limits.max_pixels, **place))
-    except BadImage as error:
-        name = part.value.get("path") if isinstance(part.value, Mapping) else part.value
-        shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
-        where = f" in {shown}" if shown and shown not in str(error) else ""
-        raise bad(row, part.field, f"{error}{where}") from error
 
 
 def load_answers(
@@ -208,6 +185,7 @@ def load_answers(
             "revision": revision,
             "root": root,
             "max_rows": max_rows,
+            "max_pixels": None if max_pixels == MAX_PIXELS else max_pixels,
             "num_frames": num_frames,
         }
         given |= {"fps": fps, "source_fps": source_fps, "longest_side": longest_side, "frame_cache": frame_cache}

@@ -39,8 +39,8 @@ def write_answer(
         whole = _render(messages, processor, options, add_generation_prompt=False)
         if not whole.startswith(prompt):
             raise ValueError(
-                "the chat template writes the prompt otherwise once it is answered; one for thinking models may want "
-                "template_kwargs={'enable_thinking': False}"
+                "the chat template writes the prompt otherwise once it is answered; one for thinking models needs "
+                "template_kwargs={'enable_thinking': False} (of encode_answers), or to be replaced in the processor"
             )
         return whole[len(prompt) :]
 

@@ -46,6 +46,8 @@ VIDEO_ENDINGS = frozenset("mp4 mov webm".split())
 MAX_FRAMES = 4096
 # Of all frames that are used: 81 of full HD, and some.
 MAX_CLIP_PIXELS = 2**28
+# What PyAV counts the time of files in.
+_MICROSECONDS = 1_000_000
 # Pictures in the container that MP4 has too.
 _PICTURE_BRANDS = {b"avif", b"avis", b"heic", b"mif1", b"msf1"}
 
@@ -237,14 +239,15 @@ def _of_video(source: Any, kind: str, pick: Pick, limits: Limits) -> Sampled:
         # An open file and a named format: FFmpeg opens nothing else, whatever the file refers to.
         with (
             io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source.open("rb") as file,
-            av.open(file, "r", format=kind) as opened_video,
+            # Titles in old encodings are nobody's business.
+            av.open(file, "r", format=kind, metadata_errors="ignore") as opened_video,
         ):
             yield opened_video
 
     try:
         with container() as video:
             rate = video.streams.video[0].average_rate
-            frames = _roomy(video.decode(video=0), 1, limits)
+            frames = _roomy(_to_its_end(video), 1, limits)
             total = sum(1 for _ in islice(frames, limits.max_frames + 1))
         rate = float(rate) if rate else None
         wanted = _picked(pick, total, rate, limits)
@@ -255,6 +258,25 @@ def _of_video(source: Any, kind: str, pick: Pick, limits: Limits) -> Sampled:
     except (av.FFmpegError, IndexError) as error:
         raise BadImage(f"damaged or truncated video, or none in the file ({type(error).__name__})") from error
     return Sampled(tuple(used), tuple(wanted), total, rate)
+
+
+def _to_its_end(video: Any) -> Iterator[Any]:
+    """Every frame; BadImage behind the last one of a file that breaks off, which FFmpeg reads as a shorter video."""
+    stream, end = video.streams.video[0], 0.0
+    # Sound may go on where the pictures stop.
+    for packet in video.demux():
+        if packet.is_corrupt:
+            raise BadImage("damaged or truncated video: the file breaks off")
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index == stream.index:
+            yield from packet.decode()
+    if video.duration is None or not stream.average_rate:
+        return
+    told, read = video.duration / _MICROSECONDS, end - (video.start_time or 0) / _MICROSECONDS
+    # The last frame may not say how long it is shown.
+    if told - read > 0.1 * told + 2 / float(stream.average_rate):
+        raise BadImage(f"damaged or truncated video: the file breaks off after {read:.2g} of {told:.2g} seconds")
 
 
 def _roomy(frames: Iterator[Any], num_frames: int, limits: Limits) -> Iterator[Any]:

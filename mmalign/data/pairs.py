@@ -21,11 +21,11 @@ from mmalign.data.columns import (
     score_columns,
     used_columns,
 )
-from mmalign.data.images import MAX_PIXELS, BadImage, to_rgb
+from mmalign.data.images import MAX_PIXELS, to_rgb
 from mmalign.data.rankings import RANKED, Rankings
-from mmalign.data.raw import RawPair, bad
+from mmalign.data.raw import RawPair, bad, opening, told_as
 from mmalign.data.records import EndOfSource, InvalidRow, PairRecord
-from mmalign.data.rows import DatasetRows, ParquetRows, Rows
+from mmalign.data.rows import DatasetRows, ParquetRows, Rows, check_rows
 from mmalign.data.sources import open_rows, refuse
 from mmalign.data.streams import StreamRows
 from mmalign.data.tars import TarRows
@@ -88,10 +88,7 @@ class PairSource:
         num_frames: int | None = None,
         captioned: bool = False,
     ) -> None:
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name = name
         self.form = recognise(rows.columns, captioned=captioned)
         self.max_pixels, self.num_frames = max_pixels, num_frames
@@ -208,10 +205,8 @@ class PairSource:
         """What row i tells before its pictures are opened; InvalidRow where that cannot be read."""
         if not 0 <= row < len(self):
             raise EndOfSource(f"row {row} of {len(self)}")
-        try:
+        with told_as(row):
             return self._pairs[self._index[row]]
-        except InvalidRow as error:
-            raise bad(row, error.bad_row.field, error.bad_row.reason) from error
 
     def opened(self, pair: RawPair, row: int) -> PairRecord:
         """The same with its pictures; InvalidRow where they cannot be used."""
@@ -226,13 +221,8 @@ class PairSource:
 
     def _open(self, value: Any, field: str, row: int) -> Any:
         read = to_rgb if self.num_frames is None else partial(read_clip, num_frames=self.num_frames)
-        try:
+        with opening(value, field, row):
             return read(value, roots=self._rows.roots, absolute=self._rows.absolute, max_pixels=self.max_pixels)
-        except BadImage as error:
-            name = value.get("path") if isinstance(value, Mapping) else value
-            shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
-            where = f" in {shown}" if shown and shown not in str(error) else ""
-            raise bad(row, field, f"{error}{where}") from error
 
 
 def _alike(one: PictureOrClip, other: PictureOrClip) -> bool:

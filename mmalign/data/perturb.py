@@ -48,7 +48,9 @@ def perturb(
 
 
 def shuffled(number: int, shuffle: Shuffle, *, window: int = 2, generator: torch.Generator) -> Tensor:
-    """(number,) which frame comes at each place; in a local shuffle none moves by more than `window` places."""
+    """(number,) which frame comes at each place; in a local shuffle none moves by more than `window` places, from 0 up."""
+    if window < 0:
+        raise ValueError(f"window must not be negative, got {window}")
     places = torch.arange(number)
     match shuffle:
         case "none":

@@ -45,7 +45,10 @@ def check_media(media: Sequence[Picture | VideoClip], processor: Any) -> None:
 def read_prompt(
     prompt: str, media: Sequence[Picture | VideoClip], processor: Any, processor_kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Ids (P,); the tensors that go with the tokens (P,), by name; every other tensor that the processor returns, by name."""
+    """Ids (P,); the tensors that go with the tokens (P,), by name; every other tensor that the processor returns, by name.
+
+    ValueError where the processor cannot read them.
+    """
     tokenizer = getattr(processor, "tokenizer", processor)
     # The processor may write into what it is given.
     keywords = copy.deepcopy(dict(processor_kwargs))
@@ -58,7 +61,11 @@ def read_prompt(
         keywords["videos"] = [list(clip.frames) for clip in clips]
         keywords["video_metadata"] = [_metadata(clip) for clip in clips]
         keywords["do_sample_frames"] = False
-    out = dict(processor(text=[prompt], return_tensors="pt", **keywords))
+    try:
+        out = dict(processor(text=[prompt], return_tensors="pt", **keywords))
+    except RuntimeError as error:
+        # Tiles of one picture that do not stack, as LFM2-VL's of a very long one.
+        raise ValueError(f"{type(processor).__name__} cannot read its pictures and clips: {error}") from error
     ids = out.pop("input_ids")[0]
     out.pop("attention_mask", None)
     text = {name: out.pop(name)[0] for name in _PER_TOKEN if name in out}

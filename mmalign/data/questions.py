@@ -21,13 +21,13 @@ from typing import Any, Protocol
 from mmalign.data.answer_forms import MEDIA_COLUMNS, REQUIRED, Form, read_answers, recognise, used_columns
 from mmalign.data.answer_media import ClipReading
 from mmalign.data.answer_records import Turn
-from mmalign.data.answer_turns import RawTurn, read_turns, user_turn, with_media
+from mmalign.data.answer_turns import RawTurn, check_said, read_turns, user_turn, with_media
 from mmalign.data.answers import identity_of, open_turns
 from mmalign.data.fingerprints import digest_of
 from mmalign.data.raw import bad, given, read_text, what
 from mmalign.data.records import EndOfSource
-from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows
-from mmalign.data.sources import open_rows
+from mmalign.data.rows import DatasetRows, ListRows, ParquetRows, Rows, check_rows
+from mmalign.data.sources import open_rows, refuse
 
 _ABOUT = ("kind", "pair", "options")
 _TIE = 0.5
@@ -64,10 +64,7 @@ class QuestionSource:
     def __init__(self, rows: Rows, name: str, reading: ClipReading, *, max_rows: int | None = None) -> None:
         if not isinstance(rows, ListRows | ParquetRows | DatasetRows):
             raise ValueError(f"{name}: questions are read from lists, JSON, parquet and datasets, not from streams")
-        if len(rows) == 0:
-            raise ValueError(f"{name} has no rows")
-        if max_rows is not None and max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+        check_rows(rows, name, max_rows)
         self.name, self.reading, self._rows = name, reading, rows
         self._form, self._asks = _recognised(rows.columns, name)
         self._length = len(rows) if max_rows is None else min(max_rows, len(rows))
@@ -128,7 +125,9 @@ class QuestionSource:
             raise bad(row, self._asks, f"ends with the turn of {turns[-1].role!r}, expected the user's")
         told = raw.get("answer")
         right = _texts(told, "answer", row) if given(told) else ()
-        return with_media(turns, raw, row, llava=self._asks == "question"), right, raw
+        turns = with_media(turns, raw, row, llava=self._asks == "question")
+        check_said(turns, self._asks, row)
+        return turns, right, raw
 
 
 def load_questions(
@@ -144,10 +143,12 @@ def load_questions(
 ) -> QuestionSource:
     """Open a source of questions; nothing is decoded yet. source and options: as in `load_answers`."""
     if isinstance(source, QuestionSource):
+        options: dict[str, Any] = {"split": split, "revision": revision, "root": root, "max_rows": max_rows}
+        refuse("a QuestionSource", **options, num_frames=num_frames, fps=fps, frame_cache=frame_cache)
         return source
     cache = None if frame_cache is None else Path(frame_cache).expanduser()
     reading = ClipReading(num_frames=num_frames, fps=fps, cache=cache)
-    rows, name = open_rows(source, split=split, revision=revision, root=root, pictures=False)
+    rows, name = open_rows(source, split=split, revision=revision, root=root, max_rows=max_rows, pictures=False)
     return QuestionSource(rows, name, reading, max_rows=max_rows)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from mmalign.data.images import BadImage
 from mmalign.data.records import BadRow, InvalidRow
 
 
@@ -25,6 +28,27 @@ class RawPair:
 def bad(row: int, field: str, reason: str) -> InvalidRow:
     """The error that leaves a row out whole."""
     return InvalidRow(BadRow(row, field, reason))
+
+
+@contextmanager
+def told_as(row: int) -> Iterator[None]:
+    """What is wrong with a row, told of the one that it is `row` of."""
+    try:
+        yield
+    except InvalidRow as error:
+        raise bad(row, error.bad_row.field, error.bad_row.reason) from error
+
+
+@contextmanager
+def opening(value: Any, field: str, row: int) -> Iterator[None]:
+    """What is wrong with a picture or clip, as what is wrong with its row; with the name of its file."""
+    try:
+        yield
+    except BadImage as error:
+        name = value.get("path") if isinstance(value, Mapping) else value
+        shown = repr(str(name)[:80]) if isinstance(name, str | Path) else ""
+        where = f" in {shown}" if shown and shown not in str(error) else ""
+        raise bad(row, field, f"{error}{where}") from error
 
 
 def read_text(raw: Mapping[str, Any], field: str, row: int) -> str:
@@ -53,6 +77,11 @@ def read_number(value: Any, field: str, row: int) -> float:
 def given(value: Any) -> bool:
     """Whether an optional cell holds anything; pandas writes empty ones as NaN."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def empty(value: Any) -> bool:
+    """Whether an optional cell holds nothing, or a text, list or mapping with nothing in it."""
+    return not given(value) or (isinstance(value, str | list | tuple | Mapping) and not value)
 
 
 def read_user(raw: Mapping[str, Any], row: int) -> str | None:

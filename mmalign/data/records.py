@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from mmalign.data.clips import PictureOrClip
 
 
+# Bad rows that are told with their reasons, and by their numbers alone.
+_NAMED, _NUMBERED = 5, 50
+
+
 @dataclass(frozen=True, slots=True)
 class PairRecord:
     """Two pictures, or two clips, of one prompt, in the data set's own order; image_1 is None where there is one with its caption.
@@ -57,8 +61,12 @@ class EndOfSource(IndexError):
     """Raised on reading behind a source's last row; where a stream ends may not be known before."""
 
 
-def summarise(bad_rows: list[BadRow], total: int, shown: int = 5) -> str:
-    """ "3 of 100 rows left out: row 4, jpg_0: …; …" — one line, the first few named."""
-    named = "; ".join(str(bad) for bad in bad_rows[:shown])
-    more = f"; and {len(bad_rows) - shown} more" if len(bad_rows) > shown else ""
-    return f"{len(bad_rows)} of {total} rows left out: {named}{more}"
+def summarise(bad_rows: list[BadRow], total: int, *, what: str = "left out") -> str:
+    """ "7 of 100 rows left out: row 4, jpg_0: …; …; and 2 more: 71, 80" — one line, the first few with their reasons.
+
+    what: becomes, or became, of them.
+    """
+    named = "; ".join(str(bad) for bad in bad_rows[:_NAMED])
+    rest = [str(bad.row) for bad in bad_rows[_NAMED:]]
+    numbers = ", ".join([*rest[:_NUMBERED], *(["…"] if len(rest) > _NUMBERED else [])])
+    return f"{len(bad_rows)} of {total} rows {what}: {named}" + (f"; and {len(rest)} more: {numbers}" if rest else "")

@@ -38,6 +38,14 @@ class Rows(Protocol):
     def fingerprint(self, *, folders: bool = False, media: Sequence[str] = MEDIA) -> str: ...
 
 
+def check_rows(rows: Rows, name: str, max_rows: int | None) -> None:
+    """ValueError for a table without rows, and where none of them are asked for."""
+    if len(rows) == 0:
+        raise ValueError(f"{name} has no rows")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, got {max_rows}")
+
+
 class ListRows:
     """A list of dicts in memory; images are PIL, bytes, or paths under `root`.
 
@@ -155,6 +163,10 @@ class ParquetRows:
 
     def __len__(self) -> int:
         return self._length
+
+    def __reduce__(self) -> Any:
+        # Open files do not travel to another process; it opens its own.
+        return type(self), (self._paths, self.roots[0], self._wanted)
 
     def select_columns(self, columns: Sequence[str]) -> None:
         """Read only these from now on."""

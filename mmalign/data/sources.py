@@ -16,10 +16,13 @@ from mmalign.data.streams import StreamRows, known_length
 from mmalign.data.tars import TAR_ENDINGS, TarRows, tar_files
 
 PLAYGROUND = "playground"
+_TABLES = (
+    "a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder with metadata.jsonl, "
+    "a .json or .jsonl file, a datasets.Dataset, or a list of dicts"
+)
 _FORMS = (
-    '"playground", a Hub data set id, a parquet file or a folder of them, a datasets save_to_disk folder, a folder '
-    "with metadata.jsonl, a .json or .jsonl file, a folder of pictures named x_chosen.png and x_rejected.png with x.txt, "
-    "WebDataset shards (a .tar, a folder of them, or x-{000..011}.tar), a datasets.Dataset, or a list of dicts"
+    '"playground", a folder of pictures named x_chosen.png and x_rejected.png with x.txt, WebDataset shards (a .tar, a '
+    f"folder of them, or x-{{000..011}}.tar), {_TABLES}"
 )
 
 
@@ -38,11 +41,11 @@ def open_rows(
 
     pictures: also layouts of files that hold pictures and prompts and nothing else: folders of named pictures, and tar files.
     """
-    asked = {"streaming": streaming or None}
+    asked, forms = {"streaming": streaming or None}, _FORMS if pictures else _TABLES
     folder = None if root is None else Path(root).expanduser()
     if not isinstance(source, str | Path):
         refuse("data in memory", revision=revision, **asked)
-        return _in_memory(source, split, folder, max_rows), type(source).__name__
+        return _in_memory(source, split, folder, max_rows, forms), type(source).__name__
     name = str(source)
     local = Path(source).expanduser()
     if name == PLAYGROUND:
@@ -59,7 +62,7 @@ def open_rows(
         or name.startswith((".", "/", "~"))
         or name.endswith((".parquet", ".json", ".jsonl", "/", *TAR_ENDINGS))
     ):
-        raise ValueError(f"{name}: no such file or folder. A source is {_FORMS}")
+        raise ValueError(f"{name}: no such file or folder. A source is {forms}")
     elif streaming:
         rows = _streamed(name, split or "train", revision, folder, max_rows)
     else:
@@ -67,9 +70,11 @@ def open_rows(
     return rows, name if split is None else f"{name}[{split}]"
 
 
-def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int | None = None) -> Rows:
+def _in_memory(
+    source: Any, split: str | None, root: Path | None, max_rows: int | None = None, forms: str = _FORMS
+) -> Rows:
     if isinstance(source, Mapping):
-        return _in_memory(choose_split(source, split), None, root, max_rows)
+        return _in_memory(choose_split(source, split), None, root, max_rows, forms)
     if split is not None:
         raise ValueError(f"split={split!r} does not apply to {type(source).__name__}: pass the split itself")
     if isinstance(source, Sequence):
@@ -80,7 +85,7 @@ def _in_memory(source: Any, split: str | None, root: Path | None, max_rows: int 
         return DatasetRows(source, () if root is None else (root,))
     if isinstance(source, IterableDataset):
         return _stream(source, "the stream", max_rows, root)
-    raise ValueError(f"cannot read pairs from {type(source).__name__}. A source is {_FORMS}")
+    raise ValueError(f"cannot read rows from {type(source).__name__}. A source is {forms}")
 
 
 def _playground(split: str) -> Rows:

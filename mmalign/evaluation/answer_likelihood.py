@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmalign.data.answer_tokens import AnswerBatch, collate_answers, encode_answers, padding_token
-from mmalign.data.answers import AnswerSource, oriented
+from mmalign.data.answers import AnswerSource
 from mmalign.data.fingerprints import digest_of
 from mmalign.denoisers.parts import evaluating
 from mmalign.evaluation.intervals import as_clusters, mean_interval, proportion_interval
@@ -69,7 +69,7 @@ def compare_likelihoods(
     if not rows:
         raise ValueError(f"{data.name} holds nothing but ties")
     for start in tqdm(range(0, len(rows), batch_size), desc="Weighing answers", disable=not progress):
-        pairs = [oriented(data[row]) for row in rows[start : start + batch_size]]
+        pairs = [data[row] for row in rows[start : start + batch_size]]
         options: dict[str, Any] = {"processor_kwargs": processor_kwargs}
         encoded = [encode_answers(pair, processor, cast(Any, model).config, **options) for pair in pairs]
         batch = collate_answers(encoded, padding_token(processor)).to(cast(Any, model).device)

@@ -1,7 +1,7 @@
 """The options of preference training of models that answer in tokens."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from mmalign import losses
@@ -91,8 +91,8 @@ class TokenConfig(LossConfig, AlignConfig):
         return options
 
     def taken(self, pair: AnswerPair) -> AnswerPair:
-        """A row as the method takes it, its preferred answer first; may raise InvalidRow."""
-        return pair
+        """A row as the method takes it; may raise InvalidRow. Whole answers are compared: their marked phrases count for nothing."""
+        return replace(pair, chosen_marks=None, rejected_marks=None)
 
     def taking(self) -> dict[str, Any]:
         """The options that `taken` reads."""

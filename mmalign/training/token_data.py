@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmalign.data.answer_records import AnswerPair
 from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
-from mmalign.data.answers import AnswerSource, load_answers, oriented
+from mmalign.data.answers import AnswerSource, load_answers, untied
 from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
 from mmalign.data.storage import default_cache_dir
@@ -39,9 +39,9 @@ class Encoder:
     processor_kwargs: dict[str, Any]
 
     def __call__(self, row: int) -> EncodedAnswers:
-        """The row's tokens and media, the better answer first; raises InvalidRow."""
+        """The row's tokens and media; raises InvalidRow."""
         return encode_answers(
-            self.taken(oriented(self.source[row])),
+            self.taken(untied(self.source[row])),
             self.processor,
             self.config,
             max_length=self.max_length,
@@ -130,12 +130,14 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     bad = [one for one in checked if isinstance(one, BadRow)]
     good = [one for one in checked if isinstance(one, _Good)]
     if bad and args.on_bad_row == "raise":
-        raise ValueError(f"{source.name}: {summarise(bad, len(source))}; on_bad_row='skip' trains without them")
+        told = summarise(bad, len(source), what="cannot be used")
+        raise ValueError(f"{source.name}: {told}; on_bad_row='skip' trains without them")
     sides = {one.sides for one in good}
     if not good:
-        raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source))}")
+        raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source), what='cannot be used')}")
     if len(sides) > 1:
         raise ValueError(f"{source.name} holds pairs and single answers: split it")
+    _check_clips(good, source.name, args, "eval" if evaluated else "train")
     rows = EncodedRows(encoder, [one.row for one in good])
     answers = Answers(source.name, encoder, rows, bad, sides.pop(), max(one.length for one in good))
     if bad:
@@ -171,6 +173,20 @@ class _Good:
     row: int
     sides: int
     length: int
+    stacked: tuple[int, ...] | None
+
+
+def _check_clips(good: list[_Good], name: str, args: TokenConfig, part: str) -> None:
+    """ValueError where clips could meet in a batch that do not stack: training would end wherever they do."""
+    size = f"per_device_{part}_batch_size"
+    clips = [one for one in good if one.stacked is not None]
+    other = next((one for one in clips if one.stacked != clips[0].stacked), None)
+    if other is not None and getattr(args, size) > 1:
+        shapes = " and ".join(str(one.stacked) for one in (clips[0], other))
+        raise ValueError(
+            f"{name}: the clips of rows {clips[0].row} and {other.row} cannot share a batch ({shapes}, frames first): set "
+            f"num_frames, or {size}=1"
+        )
 
 
 class _Probe(Dataset[Any]):
@@ -188,7 +204,7 @@ class _Probe(Dataset[Any]):
         except InvalidRow as error:
             return error.bad_row
         longest = max(len(answer.ids) for answer in encoded.answers)
-        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest)
+        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest, encoded.stacked)
 
 
 def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | BadRow]:

@@ -88,7 +88,7 @@ class RRPOConfig(TokenConfig):
     def taken(self, pair: AnswerPair) -> AnswerPair:
         """The pair with its phrases marked; InvalidRow where an answer then has none, for nothing would be compared."""
         if not self.refined or pair.rejected is None:
-            return pair
+            return super().taken(pair)
         marks = pair.chosen_marks, pair.rejected_marks
         if None in marks:
             marks = differing_spans(pair.chosen, pair.rejected, insertions=self.insertions, deletions=self.deletions)

@@ -81,6 +81,8 @@ SHARED: list[Fault] = [
     ({"videos": ["clip", "none.mp4"]}, "videos[1]", "no such file: 'none.mp4'"),
     ({"video": {"frames": ["other.png"] * 3, "fps": 0}}, "video", "fps is 0, expected a number above 0"),
     ({"video": {"frames": ["other.png"] * 3, "fps": "8"}}, "video", "fps is '8'"),
+    ({"video": {"frames": ["other.png"] * 3, "fps": 10**400}}, "video", "fps is an integer of more than 18 digits"),
+    ({"video": {"frames": ["other.png"] * 3, "indices": [[0], 1, 2]}}, "video", "not a list of whole numbers"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4]}}, "video", "3 frames, but 2 indices"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4, 4]}}, "video", "not in ascending order"),
     ({"video": {"frames": ["other.png"] * 3, "indices": [0, 4, 5], "total_frames": 5}}, "video", "index 5 of a video"),
@@ -106,6 +108,8 @@ MESSAGES: list[Fault] = [
     ({"prompt": [{"role": "system", "content": [PART]}, user("x")]}, "prompt", "a part of type 'image' in a turn of 'system'"),
     ({"prompt": [user([PART, TEXT]), said(""), user("so?")]}, "prompt", "a turn of 'assistant' is empty"),
     ({"chosen": [said([PART])]}, "chosen", "a part of type 'image' in a turn of 'assistant'"),
+    ({"prompt": [user([PART, TEXT]), said("hm") | {"tool_calls": [{}]}, user("so?")]}, "prompt", "a message with tool_calls, which"),
+    ({"chosen": [said("a bag") | {"reasoning_content": "it has a strap"}]}, "chosen", "with reasoning_content, which is not read"),
     ({"chosen": [user("other"), said("a bag")]}, "chosen", "is not that of prompt"),
 ]  # fmt: skip
 
@@ -119,6 +123,7 @@ FORMS: dict[str, tuple[Row, Read, list[Fault]]] = {
             ({"prompt": None}, "prompt", "expected text, got None"),
             ({"prompt": "", "image": None}, "prompt", "a turn of 'user' is empty"),
             ({"prompt": "<image><image>?"}, "image", "2 image placeholder(s) in prompt but 1 image(s)"),
+            ({"prompt": "<image>?", "image": None, "video": "clip"}, "prompt", "1 image placeholder(s) in prompt but 0 image(s)"),
             ({"prompt": "<video>?"}, "prompt", "1 video placeholder(s) in prompt but 0 video(s)"),
             ({"image": None, "images": ["picture.png"] * 3, "prompt": "<image><image>"}, "images", "2 image placeholder(s) in prompt"),
         ],

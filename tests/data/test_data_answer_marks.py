@@ -124,6 +124,9 @@ def test_words_that_stand_on_one_side_only() -> None:
     assert phrases("a very red car", "a red car", insertions="skip") == (["very"], [])
     assert phrases("a very red car", "a red car", deletions="skip") == ([], ["a"])
     assert phrases("", "a car") == ([], ["a car"])
+    assert phrases("it isn't a T-shirt", "it is a shirt") == (["isn't", "T-shirt"], ["is", "shirt"])
+    assert phrases("वह लड़का है।", "वह लड़की है।") == (["लड़का"], ["लड़की"])
+    assert phrases("un cafe\u0301 noir", "un cafe noir") == (["cafe\u0301"], ["cafe"])
     with pytest.raises(ValueError, match="insertions must be one of neighbour, skip, got 'mark'"):
         differing_spans("a", "b", insertions="mark")  # type: ignore[arg-type]
 

@@ -1,12 +1,14 @@
 """Clips in conversations: which frames are read, what is told of them, and decoded frames that are kept on disk."""
 
-import io
 import logging
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmalign.data import InvalidRow, clear_cache, load_answers
@@ -30,18 +32,31 @@ def told(clip: VideoClip) -> list[int]:
     return [round(np.asarray(frame).mean() / 12) for frame in clip.frames]
 
 
+def encoded(form: str = "mp4", codec: str = "mpeg4", *, seconds_of_sound: int = 0, **options: str) -> bytes:
+    """Twenty frames in two seconds; titled TITLE. options: of the container."""
+    av = pytest.importorskip("av")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"clip.{form}")
+        with av.open(str(path), "w", format=form, options=options) as container:
+            container.metadata["title"] = "TITLE"
+            stream = container.add_stream(codec, rate=RATE)
+            stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 24, 16, "yuv420p", 4_000_000
+            sound = container.add_stream("aac", rate=8000) if seconds_of_sound else None
+            for frame in frames():
+                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+            container.mux(stream.encode())
+            for at in range(8000 * seconds_of_sound // 1024):
+                silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                silence.sample_rate, silence.pts = 8000, 1024 * at
+                container.mux(sound.encode(silence))
+            container.mux(sound.encode() if sound else [])
+        return path.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def video() -> bytes:
     """Twenty frames in two seconds."""
-    av = pytest.importorskip("av")
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=RATE)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 24, 16, "yuv420p", 4_000_000
-        for frame in frames():
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
-    return buffer.getvalue()
+    return encoded()
 
 
 @pytest.mark.parametrize(
@@ -83,9 +98,27 @@ def test_frames_that_were_taken_before_keep_their_numbers() -> None:
     clip = open_clip(known, ClipReading(num_frames=3))
     assert (told(clip), clip.indices, clip.frames_per_second, clip.total_frames) == ([0, 2, 4], (0, 60, 120), 30, 150)
     assert open_clip(known, ClipReading(fps=0.5)).indices == (0, 60, 120)
+    # 500 is 15 steps of 10 / 0.3, and by a hair less in floats.
+    assert len(module._at_rate(range(501), 10, 0.3)) == 16
+    later = known | {"indices": [10, 40, 70, 100, 130]}
+    assert open_clip(later, ClipReading(fps=0.5)).indices == (10, 70, 130)
     assert open_clip(known | {"total_frames": None}, ClipReading()).total_frames == 121
     with pytest.raises(BadImage, match="holds fewer than 2 frames a second"):
         open_clip(known, ClipReading(fps=2))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    """As whoever sampled the frames has them."""
+    known = {
+        "frames": frames(3),
+        "fps": np.float32(30),
+        "indices": np.arange(0, 90, 30),
+        "total_frames": torch.tensor(90),
+    }
+    for indices in (known["indices"], list(known["indices"]), torch.arange(0, 90, 30)):
+        clip = open_clip(known | {"indices": indices}, ClipReading())
+        assert (clip.frames_per_second, clip.indices, clip.total_frames) == (30, (0, 30, 60), 90)
+        assert {type(value) for value in (*clip.indices, clip.total_frames)} == {int}
 
 
 def test_a_rate_that_nobody_tells_is_assumed_aloud(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,6 +172,35 @@ def test_videos_that_cannot_be_used_say_why(video: bytes, monkeypatch: pytest.Mo
     with pytest.raises(BadImage, match="6 frames of 24×16, and 320 pixels a frame are the limit"):
         open_clip(video, ClipReading(num_frames=6))
     assert len(open_clip(video, ClipReading(num_frames=6, limits=Limits(longest_side=12))).frames) == 6
+
+
+@pytest.mark.parametrize(
+    ("form", "codec", "options"), [("mp4", "mpeg4", {"movflags": "faststart"}), ("webm", "libvpx", {})]
+)
+def test_a_video_that_breaks_off_is_no_shorter_video(form: str, codec: str, options: dict[str, str]) -> None:
+    """FFmpeg reads what there is of it and reports no error."""
+    whole = encoded(form, codec, **options)
+    assert open_clip(whole, ClipReading(num_frames=3)).indices == (0, 10, 19)
+    for share in (0.7, 0.8):
+        with pytest.raises(BadImage, match="damaged or truncated video: the file breaks off"):
+            open_clip(whole[: int(share * len(whole))], ClipReading(num_frames=3))
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        lambda: encoded(seconds_of_sound=6),  # goes on behind the pictures
+        lambda: encoded("webm", "libvpx", live="1"),  # was never told how long it is
+        lambda: encoded().replace(b"TITLE", b"\xe9t\xe9\xe9\xe9"),  # Latin-1
+    ],
+    ids=["sound", "live", "title"],
+)
+def test_unusual_videos_are_whole(whole: Callable[[], bytes]) -> None:
+    assert told(open_clip(whole(), ClipReading(num_frames=3))) == [0, 10, 19]
+
+
+def test_what_a_video_tells_of_its_rate_comes_first(video: bytes) -> None:
+    assert open_clip(video, ClipReading(num_frames=3, source_fps=99)).frames_per_second == RATE
 
 
 def test_large_frames_are_shrunk(video: bytes) -> None:

@@ -193,6 +193,7 @@ def test_published_templates_are_supervised_as_a_peer_marks_them(kind: str, name
     [
         ("The bag is red.", "The", ["The"]),
         ("The bag is red.", "red", [" red"]),
+        ("The bag is red.", "bag ", [" bag"]),
         ("The bag is red.", "red.", [" red", "."]),
         ("It moves to the left, then.", "left", [" left"]),
         ("The colour is red", "colour is red", [" colour", " is", " red"]),
@@ -311,21 +312,62 @@ def test_an_answer_is_cut_only_when_asked_and_only_at_its_end() -> None:
     assert torch.equal(
         encode("lfm2_vl", pair(picture()), max_length=prompt + longest).answers[0].ids, whole.answers[0].ids
     )
-    said = rf"row 7, chosen: prompt \({prompt} tokens\) and answer \({longest}\) are longer than max_length"
-    with pytest.raises(InvalidRow, match=said):
+    seen = int((whole.prompt == tiny_vlm("lfm2_vl")[1].image_token_id).sum())
+    said = rf"{prompt} tokens, {seen} of them pictures and clips"
+    with pytest.raises(
+        InvalidRow, match=rf"row 7, chosen: prompt \({said}\) and answer \({longest}\) are longer than max_length"
+    ):
         encode("lfm2_vl", pair(picture()), max_length=prompt + longest - 1)
     cut = encode("lfm2_vl", pair(picture()), max_length=prompt + 3, truncate="answer")
     assert torch.equal(cut.prompt, whole.prompt)
     for answer, full in zip(cut.answers, whole.answers, strict=True):
         assert answer.ids.tolist() == full.ids[:3].tolist()
         assert answer.supervised.tolist() == full.supervised[:3].tolist()
-    for length in (prompt, prompt - 4, 1):  # would cut the question, then its picture
-        with pytest.raises(InvalidRow, match="the prompt and its media are never cut"):
-            encode("lfm2_vl", pair(picture()), max_length=length, truncate="answer")
+    for length in (prompt, prompt - 4, 20, 1):  # would cut the question, then its picture
+        for truncate in (None, "answer"):
+            with pytest.raises(InvalidRow, match=rf"row 7, prompt: {said}: no room .*; prompts are never cut"):
+                encode("lfm2_vl", pair(picture()), max_length=length, truncate=truncate)
     with pytest.raises(ValueError, match="truncate must be None or 'answer', got 'keep_end'"):
         encode("lfm2_vl", pair(picture()), max_length=100, truncate="keep_end")
     with pytest.raises(ValueError, match="truncate needs max_length"):
         encode("lfm2_vl", pair(), truncate="answer")
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        encode("lfm2_vl", pair(), max_length=0)
+
+
+def test_a_cut_row_of_which_nothing_can_be_learnt_is_named() -> None:
+    row = pair(
+        chosen="The bag is red.", rejected="The bag is blue.", chosen_marks=((11, 14),), rejected_marks=((4, 7),)
+    )
+    cut: dict[str, Any] = {"max_length": len(encode("lfm2", row).prompt) + 3, "truncate": "answer"}
+    with pytest.raises(InvalidRow, match="row 7, chosen: .* and no marked phrase would be left"):
+        encode("lfm2", row, **cut)
+    unmarked = pair(chosen=row.chosen, rejected=row.rejected)
+    with pytest.raises(InvalidRow, match="row 7, rejected: the same tokens as chosen"):
+        encode("lfm2", unmarked, **cut)
+    cut["max_length"] += 1
+    told = encode("lfm2", row, **cut)
+    assert [tiny_vlm("lfm2")[1].decode(answer.ids[answer.marked]) for answer in told.answers] == [" red", " bag"]
+
+
+def test_answers_that_the_template_makes_equal_are_named() -> None:
+    model, tokenizer = tiny_vlm("lfm2")
+    stripping = copy.deepcopy(tokenizer)
+    stripping.chat_template = stripping.chat_template.replace("message['content'] -}}", "message['content'] | trim -}}")
+    with pytest.raises(InvalidRow, match="row 7, rejected: the same tokens as chosen"):
+        encode_answers(pair(chosen="A bag.", rejected="A bag. "), stripping, model.config)
+
+
+def test_a_picture_that_makes_a_processor_fail_is_named() -> None:
+    with pytest.raises(
+        InvalidRow, match="row 7, prompt: Lfm2VlProcessor cannot read its pictures and clips: "
+    ) as caught:
+        encode("lfm2_vl", pair(picture(3000, 8)))
+    assert "\n" not in str(caught.value)
+    # transformers gives advice in further lines.
+    with pytest.raises(InvalidRow, match="row 7, prompt: ") as caught:
+        encode("llava_onevision", pair(clip(4), clip(2)))
+    assert "\n" not in str(caught.value)
 
 
 def test_options_reach_the_processor_and_stay_as_they_were() -> None:
@@ -366,6 +408,41 @@ def test_a_token_over_the_border_belongs_to_the_answers() -> None:
     assert encoded.answers[0].marked.tolist() == [True, False]
     # The space before "42" is a token of its own, and the template's.
     assert encoded.answers[1].supervised.tolist() == [False, True, True, True]
+    with pytest.raises(InvalidRow, match="row 7, rejected: .*, and no word of the answer would be left"):
+        only_the_space = {"max_length": len(encoded.prompt) + 1, "truncate": "answer"}
+        encode_answers(row, tokenizer, tiny_vlm("lfm2")[0].config, **only_the_space)
+    turned = encode_answers(pair(chosen="42", rejected="red"), tokenizer, tiny_vlm("lfm2")[0].config)
+    assert torch.equal(turned.prompt, encoded.prompt)
+    assert [answer.ids.tolist() for answer in turned.answers] == [
+        answer.ids.tolist() for answer in encoded.answers[::-1]
+    ]
+
+
+def test_a_processor_that_ends_the_prompt_is_refused() -> None:
+    """No row's fault: every answer would stand behind an end token."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, processor = tiny_vlm("qwen2_5_vl")
+    ending, end = copy.deepcopy(processor), processor.tokenizer.eos_token
+    special = [(end, processor.tokenizer.eos_token_id)]
+    ending.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=special)
+    with pytest.raises(ValueError, match="Qwen2_5_VLProcessor adds tokens behind the prompt") as caught:
+        encode_answers(pair(picture()), ending, model.config)
+    assert not isinstance(caught.value, InvalidRow)
+
+
+def test_a_tokenizer_s_template_is_complete() -> None:
+    """As its apply_chat_template takes it: nothing is set before."""
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = tiny_vlm("lfm2")
+    starting, start = copy.deepcopy(tokenizer), tokenizer.bos_token
+    special = [(start, tokenizer.bos_token_id)]
+    starting.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A", special_tokens=special)
+    starting.chat_template = tokenizer.chat_template.replace("{{- bos_token -}}", "")
+    assert starting("x")["input_ids"][0] == tokenizer.bos_token_id
+    ids = encode_answers(pair(), starting, model.config).prompt.tolist()
+    assert [tokenizer.bos_token_id, *ids] == encode("lfm2", pair()).prompt.tolist()
 
 
 def test_marks_move_with_an_answer_that_the_template_strips() -> None:

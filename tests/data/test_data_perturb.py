@@ -73,6 +73,8 @@ def test_bounds_that_no_share_keeps(area: tuple[float, float]) -> None:
         perturb(_frames(2, 32, 32), area=area, generator=torch.Generator())
 
 
-def test_an_unknown_shuffle() -> None:
+def test_shuffles_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="none, local or global"):
         shuffled(4, "far", generator=torch.Generator())
+    with pytest.raises(ValueError, match="window must not be negative, got -3"):
+        shuffled(4, "local", window=-3, generator=torch.Generator())

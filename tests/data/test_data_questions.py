@@ -105,6 +105,14 @@ def test_what_holds_no_questions_is_refused(rows, told):
         load_questions(rows)
 
 
+def test_options_reach_the_source_or_are_refused():
+    source = load_questions([{"question": "a"}, {"question": "b"}], max_rows=1)
+    assert len(source) == 1 and load_questions(source) is source
+    for options in ({"max_rows": 1}, {"num_frames": 2}, {"fps": 2.0}, {"split": "test"}):
+        with pytest.raises(ValueError, match="does not apply to a QuestionSource"):
+            load_questions(source, **options)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -112,8 +120,10 @@ def test_what_holds_no_questions_is_refused(rows, told):
         ({"question": "a", "answer": " "}, "row 0, answer: expected a text"),
         ({"question": "a", "options": []}, "row 0, options: expected a text"),
         ({"question": "<image>a"}, "1 image placeholder(s)"),
+        ({"question": [{"role": "user", "content": [{"type": "image"}]}], "video": "x"}, "1 image placeholder(s)"),
         ({"question": None}, "row 0, question: expected text"),
         ({"question": "a", "kind": 1.5}, "row 0, kind: expected text"),
+        ({"question": " "}, "row 0, question: a turn of 'user' is empty"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, "ends with the turn of 'assistant'"),
     ],
 )

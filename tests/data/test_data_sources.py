@@ -223,7 +223,7 @@ def test_a_large_source_is_sampled(tmp_path: Path, pickapic_rows: Rows, monkeypa
         ([{"prompt": "x", "text": "y"}], {}, "prompt, text: not preference data .* jpg_0"),
         ([], {}, "no rows"),
         (["x"], {}, "row 0: expected a dict, got str"),
-        (7, {}, "cannot read pairs from int"),
+        (7, {}, "cannot read rows from int"),
         ("./nowhere", {}, "no such file or folder"),
         ("nowhere/x.parquet", {}, "no such file or folder"),
         ("nowhere.json", {}, "no such file or folder"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_vlm import tiny_vlm
+from tiny_vlm import clip, tiny_vlm
 from torch import nn
 from training import worker
 from training.runs import trained
@@ -254,7 +254,7 @@ def test_a_bad_row_is_named_or_left_out_and_told(tmp_path: Path, caplog: pytest.
     data = rows("lfm2_vl")
     data[2]["chosen"] = ""
     data[4]["prompt"] = "<image> and <image>?"
-    with pytest.raises(ValueError, match="2 of 6 rows left out: row 2, chosen: .*row 4, .*on_bad_row='skip'"):
+    with pytest.raises(ValueError, match="2 of 6 rows cannot be used: row 2, chosen: .*row 4, .*on_bad_row='skip'"):
         trainer(tmp_path, "lfm2_vl", train_dataset=data)
     with caplog.at_level(logging.WARNING, logger="mmalign"):
         run = trainer(tmp_path, "lfm2_vl", train_dataset=data, on_bad_row="skip", max_steps=2)
@@ -273,6 +273,22 @@ def test_a_row_that_is_too_long_is_a_bad_row_or_is_cut(tmp_path: Path) -> None:
         trainer(tmp_path, train_dataset=data, max_length=100)
     run = trainer(tmp_path, train_dataset=data, max_length=100, truncate="answer")
     assert run._train.longest == 100 and len(run._train.dataset) == 6
+
+
+def test_clips_that_cannot_share_a_batch_are_told_before_training(tmp_path: Path) -> None:
+    data = rows("llava_onevision")
+    data[4]["video"] = {"frames": list(clip(6).frames), "fps": 2.0}
+    with pytest.raises(
+        ValueError, match="clips of rows 0 and 4 cannot share a batch .*: set num_frames, or per_device_train_"
+    ):
+        trainer(tmp_path, "llava_onevision", train_dataset=data)
+    with pytest.raises(ValueError, match="or per_device_eval_batch_size=1"):
+        trainer(tmp_path, "llava_onevision", eval_dataset=data)
+    alone = trainer(tmp_path, "llava_onevision", train_dataset=data, per_device_train_batch_size=1)
+    assert len(alone._train.dataset) == 6
+    assert trainer(tmp_path, "llava_onevision", train_dataset=data, num_frames=4)._train.dataset.rows == list(range(6))
+    # Qwen's clips are one after the other.
+    assert len(trainer(tmp_path, "qwen2_5_vl", train_dataset=data)._train.dataset) == 6
 
 
 def test_a_trained_weight_without_a_gradient_stops_the_run(tmp_path: Path) -> None:
