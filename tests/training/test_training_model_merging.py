@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def test_della_keeps_large_entries_more_often_and_the_mean_of_all() -> None:
     torch.testing.assert_close((found != 0).float().mean(0), expected, rtol=0, atol=0.035)
     torch.testing.assert_close(found.abs().amax(0), row.abs() / expected)
     torch.testing.assert_close(found.mean(0), row, rtol=0.12, atol=0)
+
+
+def test_double_precision_stays() -> None:
+    base, model = (x.double() for x in tensors(2))
+    for method in ("soup", "task_arithmetic", "ties", "dare", "dare_ties", "della"):
+        assert merged(base, [model], method=method).dtype == torch.float64
 
 
 def test_della_elects_signs_as_ties_does() -> None:
@@ -232,6 +239,22 @@ def test_files_do_not_matter(place: Path, tmp_path: Path) -> None:
     assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
+def test_the_index_of_an_earlier_save_is_not_read(place: Path, tmp_path: Path) -> None:
+    """transformers leaves it there when it saves a model in one file, and reads the file."""
+    from transformers import AutoModelForImageTextToText
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    AutoModelForImageTextToText.from_pretrained(place / "run-1").save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    (tmp_path / "base" / "history.json").write_text("[]")
+    out = merge_models(tmp_path / "base", [place / "run-2"], tmp_path / "out")
+    assert not {"model.safetensors.index.json", "history.json"} & {path.name for path in out.iterdir()}
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, place / "run-2"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
 def test_a_soup_needs_no_base(place: Path, tmp_path: Path) -> None:
     found = load_file(merge_models(None, [place / "run-1", place / "run-2"], tmp_path / "out") / "model.safetensors")
     runs = [load_file(place / f"run-{number}" / "model.safetensors") for number in (1, 2)]
@@ -283,6 +306,14 @@ def test_a_lora_that_has_no_place_is_refused(place: Path, tmp_path: Path) -> Non
     adapted(tmp_path / "run")
     with pytest.raises(ValueError, match="run holds a LoRA: name its base"):
         merge_models(None, [tmp_path / "run"], tmp_path / "out")
+    adapted(tmp_path / "dora", use_dora=True)
+    with pytest.raises(
+        ValueError, match="lora_magnitude_vector, which is more than a low-rank pair: save the whole model"
+    ):
+        merge_models(place / "base", [tmp_path / "dora"], tmp_path / "out")
+    (tmp_path / "dora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="dora holds no adapter_model.safetensors"):
+        merge_models(place / "base", [tmp_path / "dora"], tmp_path / "out")
     state = load_file(tmp_path / "run" / "adapter_model.safetensors")
     odd = {name.replace("language_model", "speech_model"): value for name, value in state.items()}
     save_file(odd, tmp_path / "run" / "adapter_model.safetensors")
@@ -338,6 +369,14 @@ def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             merge_models(place / "base", [folder], tmp_path / "out")
+    (empty / "model.safetensors").write_bytes((place / "run-1" / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="empty/model.safetensors is damaged"):
+        merge_models(place / "base", [empty], tmp_path / "out")
+    with pytest.raises(ValueError, match="absent: no such folder"):
+        merge_models(place / "base", [tmp_path / "absent"], tmp_path / "out")
+    with pytest.raises(ValueError, match="models is a list"):
+        merge_models(place / "base", str(place / "run-1"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="base is not empty: choose a new folder"):
         merge_models(place / "base", [place / "run-1"], place / "base")
 
@@ -353,6 +392,8 @@ def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> N
             {"method": "della", "density": 0.95, "epsilon": 0.2},
             r"density ± epsilon/2 must lie in \(0, 1\], got 0.85 to 1.05",
         ),
+        ({"method": "della", "epsilon": float("nan")}, "density ± epsilon/2 must lie in"),
+        ({"method": "ties", "weights": (1.0, float("nan"))}, "weights must be finite numbers, got 1.0, nan"),
         ({"method": "soup", "weights": (1.0, -1.0)}, "must have a sum above 0, got 0"),
         ({"method": "ties", "weights": (1.0,)}, "1 weights for 2 models"),
     ],
