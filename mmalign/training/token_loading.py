@@ -1,6 +1,8 @@
 """Models that answer and their processors, from folders and the Hub; what is wrong with them is said in one line, with the remedy."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,9 @@ def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    name = str(name_or_path)
-    folder = Path(name).expanduser()
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if local:
-        _check_folder(folder)
-    where = str(folder) if local else name
-    options.setdefault("use_safetensors", True)
-    shared = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-    try:
+    options = {"use_safetensors": True, "trust_remote_code": False, **options}
+    shared = shared_options(options)
+    with loading(name_or_path) as where:
         config = options.pop("config", None) or AutoConfig.from_pretrained(where, **shared)
         kind: Any = (
             AutoModelForImageTextToText
@@ -38,10 +34,36 @@ def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -
         )
         model = kind.from_pretrained(where, config=config, **options)
         processor = AutoProcessor.from_pretrained(where, **shared)
-    except (OSError, ValueError) as error:
+    return model.eval(), processor
+
+
+@contextmanager
+def loading(name_or_path: str | os.PathLike[str]) -> Iterator[str]:
+    """A block that loads a model, and from where: a folder that holds one, or a Hub id; ValueError says in one line what is wrong."""
+    from safetensors import SafetensorError
+
+    name, local = str(name_or_path), is_a_path(name_or_path)
+    folder = Path(name).expanduser()
+    if local:
+        _check_folder(folder)
+    where = str(folder) if local else name
+    try:
+        yield where
+    except (OSError, ValueError, SafetensorError) as error:
         named = where if local else f"{name!r} is no folder here, and the Hub's model"
         raise ValueError(f"{named} could not be loaded: {' '.join(str(error).split())}") from error
-    return model.eval(), processor
+
+
+def is_a_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is meant, be it there or not, and no Hub id."""
+    name = str(name_or_path)
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def shared_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained` that a model's config and processor take too: where it is found, and whether its code may run."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
+    return {name: options[name] for name in names if name in options}
 
 
 def check_model(model: nn.Module) -> None:
