@@ -14,7 +14,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.answer_records import AnswerPair
 from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
 from mmalign.data.answers import AnswerSource, load_answers, oriented
 from mmalign.data.fingerprints import processor_fingerprint
@@ -30,34 +29,33 @@ class Encoder:
     """How a row becomes tokens: the source's row, as the method takes it, read by the model's own processor."""
 
     source: AnswerSource
-    taken: Callable[[AnswerPair], AnswerPair]
-    method: dict[str, Any]
+    args: TokenConfig
     processor: Any
     config: Any
-    max_length: int | None
-    truncate: Any
-    processor_kwargs: dict[str, Any]
 
     def __call__(self, row: int) -> EncodedAnswers:
         """The row's tokens and media, the better answer first; raises InvalidRow."""
-        return encode_answers(
-            self.taken(oriented(self.source[row])),
+        pair, args = self.args.taken(oriented(self.source[row])), self.args
+        encoded = encode_answers(
+            pair,
             self.processor,
             self.config,
-            max_length=self.max_length,
-            truncate=self.truncate,
-            processor_kwargs=self.processor_kwargs,
+            max_length=args.max_length,
+            truncate=args.truncate,
+            processor_kwargs=args.processor_kwargs,
         )
+        args.check_encoded(pair, encoded)
+        return encoded
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides about a row's tokens and media."""
         parts = {
             "source": self.source.fingerprint(),
-            "method": self.method,
+            "method": self.args.taking(),
             "processor": processor_fingerprint(self.processor),
-            "max_length": self.max_length,
-            "truncate": self.truncate,
-            "processor_kwargs": self.processor_kwargs,
+            "max_length": self.args.max_length,
+            "truncate": self.args.truncate,
+            "processor_kwargs": self.args.processor_kwargs,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -123,9 +121,7 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     # Frames of a video are taken out of its file once.
     frames = None if opened else Path(args.cache_dir or default_cache_dir()) / "frames"
     source = load_answers(data, split=split, num_frames=args.num_frames, frame_cache=frames)
-    encoder = Encoder(
-        source, args.taken, args.taking(), processor, config, args.max_length, args.truncate, args.processor_kwargs
-    )
+    encoder = Encoder(source, args, processor, config)
     checked = _checked(encoder, len(source), args)
     bad = [one for one in checked if isinstance(one, BadRow)]
     good = [one for one in checked if isinstance(one, _Good)]
@@ -144,19 +140,21 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     return answers
 
 
-def check_answers(train: Answers, evaluated: Answers | None, args: TokenConfig) -> None:
-    """ValueError where the loss reads something else than the rows are, and for evaluation on the training rows."""
-    if train.sides == 1 and not args.is_unpaired:
+def check_answers(answers: Answers, args: TokenConfig, train: Answers | None) -> None:
+    """ValueError where the loss reads something else than the rows are, or the training data, if these are others."""
+    if answers.sides == 1 and not args.is_unpaired:
         raise ValueError(
-            f"{train.name} holds single answers, and loss_type={'+'.join(args.loss_type)!r} compares pairs: take kto, bco or "
+            f"{answers.name} holds single answers, and loss_type={'+'.join(args.loss_type)!r} compares pairs: take kto, bco or "
             "apo_zero_unpaired"
         )
-    if evaluated is None:
-        return
+    if train is not None and answers.sides != train.sides:
+        raise ValueError(f"{train.name} and {answers.name} differ: one holds pairs, the other single answers")
+
+
+def check_held_out(train: Answers, evaluated: Answers) -> None:
+    """ValueError if the evaluation data are the training data; a warning if they share prompts."""
     if evaluated.fingerprint == train.fingerprint:
         raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
-    if evaluated.sides != train.sides:
-        raise ValueError(f"{train.name} and {evaluated.name} differ: one holds pairs, the other single answers")
     known, asked = train.prompts, evaluated.prompts
     if shared := known & asked:
         logger.warning(

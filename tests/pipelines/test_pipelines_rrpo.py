@@ -20,6 +20,7 @@ from mmalign.likelihood.answers import AnswerScores, token_weights
 from mmalign.likelihood.token_head import TokenHead
 from mmalign.likelihood.tokens import score_tokens
 from mmalign.pipelines.video.rrpo import RRPOConfig, RRPOPipeline, phrase_weights, rrpo_loss
+from mmalign.training.token_data import prepare_answers
 from mmalign.training.token_measurement import AnswerMeasurement
 
 B, T, V = 2, 9, 13
@@ -167,6 +168,7 @@ def test_normalised_rewards_are_means():
         ({"logps": "mean"}, "leave logps out"),
         ({"joint": True}, "joint"),
         ({"loss_type": "sigmoid_norm", "normalize": "phrase_tokens"}, "normalize divides by tokens"),
+        ({"loss_type": "ipo", "normalize": "response_tokens"}, "normalize divides by tokens"),
         ({"loss_type": "kto"}, "two answers"),
         ({"reference_cache": True}, "reference_cache"),
     ],
@@ -201,6 +203,38 @@ def test_marks_of_the_data_stay_and_others_are_found():
 def test_a_row_without_a_phrase_is_named(row: AnswerPair, told: str):
     with pytest.raises(InvalidRow, match=told):
         config().taken(row)
+
+
+def test_the_divergence_needs_the_reference_that_a_loss_may_not():
+    args = RRPOConfig("unused", report_to="none", loss_type="simpo", beta=2.0, reference="copy")
+    assert args.is_reference_free and args.needs_kl
+    with pytest.raises(ValueError, match="reference has no effect"):
+        RRPOConfig("unused", report_to="none", loss_type="simpo", beta=2.0, reference="copy", alpha=0.0)
+
+
+def test_a_row_whose_phrases_were_cut_off_is_a_bad_one(tmp_path: Any):
+    model, processor = tiny_vlm("lfm2")
+    ends = [f"It stands there for a long while, and it is {colour}" for colour in ("red", "blue")]
+    data = [{"prompt": "Which?", "chosen": ends[0], "rejected": ends[1]}]
+    answers = {}
+    for length in (30, 60):
+        args = config(max_length=length, truncate="answer", on_bad_row="skip", disable_tqdm=True)
+        try:
+            answers[length] = prepare_answers(data, processor, model.config, args).dataset[0]["encoded"].answers
+        except ValueError as error:
+            answers[length] = str(error)
+    assert answers[30] == (
+        "no usable rows in list: 1 of 1 rows left out: row 0, chosen: no token lies in its marked phrases within max_length=30"
+    )
+    assert all(answer.marked.any() for answer in answers[60])
+
+
+def test_the_presets_are_the_released_scripts(tmp_path: Any):
+    args = RRPOConfig.preset("videochat2", output_dir=str(tmp_path), report_to="none", fp16=False)
+    assert (args.alpha, args.beta, args.learning_rate) == (0.01, 0.9, 2e-5)
+    # Down to one per cent, without a warm-up.
+    assert args.lr_scheduler_type == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
+    assert args.warmup_steps == 0 and args.num_frames == 16
 
 
 def rows(number: int = 8) -> list[dict[str, Any]]:

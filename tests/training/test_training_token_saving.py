@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_vlm import picture, tiny_vlm
+from tiny_vlm import VIDEO_KINDS, clip, picture, tiny_vlm
 from training.token_runs import batch, losses_of, pipeline, rows, trainer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
+from mmalign import LFM2VLPipeline
 from mmalign.data.shards import read_notes
 from mmalign.training.answer_cache import ReferenceTokens
 from mmalign.training.token_measurement import media_features, states
@@ -85,16 +86,56 @@ def test_a_pipeline_answers_as_generate_does(monkeypatch: pytest.MonkeyPatch) ->
         pipeline("lfm2")("What?", images=[image])
 
 
+@pytest.mark.parametrize("kind", VIDEO_KINDS)
+def test_a_pipeline_shows_every_frame_of_a_clip(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = pipeline(kind), []
+    plain = type(pipe.processor.video_processor).__call__
+
+    def recording(self: Any, *clips: Any, **options: Any) -> Any:
+        seen.append(options)
+        return plain(self, *clips, **options)
+
+    monkeypatch.setattr(type(pipe.processor.video_processor), "__call__", recording)
+    frames = list(clip(4).frames)
+    assert isinstance(pipe("What moves?", videos=[frames], max_new_tokens=2), str)
+    assert [options["do_sample_frames"] for options in seen] == [False]
+
+
 def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    model, tokenizer = tiny_vlm("lfm2")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     for path, message in (
         ("none", "no such folder"),
         ("lora", "holds a LoRA, not a model"),
         ("", "it has no config.json"),
+        ("half", "half could not be loaded"),
     ):
-        with pytest.raises(ValueError, match=message):
-            TokenPipeline.from_pretrained(tmp_path / path)
+        for pipeline_class in (TokenPipeline, LFM2VLPipeline):
+            with pytest.raises(ValueError, match=message) as caught:
+                pipeline_class.from_pretrained(tmp_path / path)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_model_s_own_code_runs_only_when_asked(tmp_path: Path) -> None:
+    for part in tiny_vlm("lfm2"):
+        part.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "own_code.py").write_text(
+        "from transformers import Lfm2Config, Lfm2ForCausalLM\n"
+        "class OwnConfig(Lfm2Config):\n    model_type = 'own'\n"
+        "class Own(Lfm2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = tmp_path / "own" / "config.json"
+    named = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": named}))
+    with pytest.raises(ValueError, match="could not be loaded: .*trust_remote_code=True"):
+        TokenPipeline.from_pretrained(tmp_path / "own")
+    loaded = TokenPipeline.from_pretrained(tmp_path / "own", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "Own"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
@@ -192,6 +233,12 @@ def test_a_kept_reference_that_is_wrong_is_refused(tmp_path: Path) -> None:
     tensors["log_probs"][0] += 1e-6
     save_file(tensors, cache.path, {"notes": json.dumps(notes)})
     with pytest.raises(ValueError, match="was changed after it was written"):
+        trainer(tmp_path / "again", **options).train()
+    save_file(tensors, cache.path)
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        trainer(tmp_path / "again", **options).train()
+    cache.path.write_bytes(cache.path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="is damaged: delete it"):
         trainer(tmp_path / "again", **options).train()
 
 

@@ -166,12 +166,28 @@ def test_kto_takes_a_pair_as_a_liked_and_a_disliked_answer(tmp_path: Path) -> No
     assert found.rows == [0, 1, 2] * 2
 
 
-def test_kto_learns_from_single_answers(tmp_path: Path) -> None:
-    single = [
+def single_answers(seed: int = 0) -> list[dict[str, Any]]:
+    """The pairs of `rows`, each as one that is liked and one that is not."""
+    return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in rows()
+        for row in rows(seed=seed)
         for side in ("chosen", "rejected")
     ]
+
+
+def test_rows_that_are_evaluated_later_must_suit_the_loss_too(tmp_path: Path) -> None:
+    pairs = trainer(tmp_path)
+    with pytest.raises(ValueError, match="holds single answers, and loss_type='sigmoid' compares pairs"):
+        pairs.evaluate(single_answers())
+    kto = trainer(tmp_path, loss_type="kto")
+    with pytest.raises(ValueError, match="a batch would have one row: change per_device_eval_batch_size"):
+        kto.evaluate(rows(seed=1)[:3])
+    with pytest.raises(ValueError, match="differ: one holds pairs, the other single answers"):
+        kto.evaluate(single_answers())
+
+
+def test_kto_learns_from_single_answers(tmp_path: Path) -> None:
+    single = single_answers()
     run = trainer(tmp_path, train_dataset=single, loss_type="kto", per_device_train_batch_size=4, max_steps=6)
     run.train()
     last = [entry for entry in run.state.log_history if "loss" in entry][-1]
@@ -239,6 +255,22 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert told == [entry["num_tokens"] for entry in alone.state.log_history if "loss" in entry]
     assert ranks[0]["metrics"]["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-4)
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
+
+
+def test_a_process_without_a_row_to_evaluate_writes_as_the_others_do(tmp_path: Path) -> None:
+    """Were it to write fewer tables, its next message would be taken for one of them."""
+    options: dict[str, Any] = {
+        "train_dataset": rows("lfm2_vl", 4),
+        "eval_dataset": rows("lfm2_vl", 1, seed=1),
+        "reference_cache": True,
+        "cache_dir": str(tmp_path / "kept"),
+        "max_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    ranks = worker.together(2, tmp_path / "two", options, target=worker.share_answers)
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    assert len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == 2
 
 
 def test_workers_read_the_same_rows(tmp_path: Path) -> None:
