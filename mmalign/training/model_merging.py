@@ -34,7 +34,7 @@ _COPIED = (".json", ".txt", ".model", ".jinja")
 _NOTICES = ("LICENSE", "NOTICE")
 _RECORD, _ADAPTER, _LORA = "merge.json", "adapter_config.json", "adapter_model.safetensors"
 # What of the base's folder would be told of the merged model, and is not true of it.
-_NOT_COPIED = (_INDEX, _RECORD, "history.json")
+_NOT_COPIED = (_INDEX, _RECORD, "history.json", "trainer_state.json", "manifest.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
+from mmalign.data.answer_tokens import EncodedAnswers, encode_answers, media_sizes
 from mmalign.data.answers import AnswerSource, load_answers, oriented
 from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
@@ -109,6 +109,14 @@ class Answers:
         return summarise(self.bad_rows, total) if self.bad_rows else ""
 
 
+@dataclass(frozen=True)
+class _Good:
+    row: int
+    sides: int
+    length: int
+    sizes: dict[str, tuple[int, ...]]
+
+
 def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *, evaluated: bool = False) -> Answers:
     """Opens `data` and reads every row once, so that what is wrong with one is told before training; `config`: the model's.
 
@@ -132,12 +140,26 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
         raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source))}")
     if len(sides) > 1:
         raise ValueError(f"{source.name} holds pairs and single answers: split it")
+    _check_sizes(good, args.per_device_eval_batch_size if evaluated else args.per_device_train_batch_size)
     rows = EncodedRows(encoder, [one.row for one in good])
     answers = Answers(source.name, encoder, rows, bad, sides.pop(), max(one.length for one in good))
     if bad:
         logger.warning("%s: %s", source.name, answers.left_out)
     logger.info("%s: %d rows of up to %d tokens", source.name, len(good), answers.longest)
     return answers
+
+
+def _check_sizes(good: list[_Good], batch_size: int) -> None:
+    """ValueError where two rows cannot share a batch, as they may at any step."""
+    first: dict[str, _Good] = {}
+    for one in good if batch_size > 1 else ():
+        for name, size in one.sizes.items():
+            other = first.setdefault(name, one)
+            if other.sizes[name] != size:
+                raise ValueError(
+                    f"rows {other.row} and {one.row} cannot share a batch: {name} of {other.sizes[name]} and {size}; give clips the "
+                    "same number of frames (num_frames), or take batches of one row"
+                )
 
 
 def check_answers(answers: Answers, args: TokenConfig, train: Answers | None) -> None:
@@ -164,13 +186,6 @@ def check_held_out(train: Answers, evaluated: Answers) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Good:
-    row: int
-    sides: int
-    length: int
-
-
 class _Probe(Dataset[Any]):
     """What becomes of each row: a `_Good`, or a `BadRow`."""
 
@@ -186,7 +201,7 @@ class _Probe(Dataset[Any]):
         except InvalidRow as error:
             return error.bad_row
         longest = max(len(answer.ids) for answer in encoded.answers)
-        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest)
+        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest, media_sizes(encoded))
 
 
 def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | BadRow]:

@@ -246,9 +246,11 @@ def test_the_index_of_an_earlier_save_is_not_read(place: Path, tmp_path: Path) -
     shutil.copytree(place / "base", tmp_path / "base")
     AutoModelForImageTextToText.from_pretrained(place / "run-1").save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
-    (tmp_path / "base" / "history.json").write_text("[]")
+    for told in ("history.json", "trainer_state.json", "manifest.json"):
+        (tmp_path / "base" / told).write_text("[]")
     out = merge_models(tmp_path / "base", [place / "run-2"], tmp_path / "out")
-    assert not {"model.safetensors.index.json", "history.json"} & {path.name for path in out.iterdir()}
+    about_the_base = {"model.safetensors.index.json", "history.json", "trainer_state.json", "manifest.json"}
+    assert not about_the_base & {path.name for path in out.iterdir()}
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, place / "run-2"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

@@ -298,6 +298,20 @@ def test_a_bad_row_is_named_or_left_out_and_told(tmp_path: Path, caplog: pytest.
     assert "Not every row was trained on: 2 of 6 rows left out: row 2, chosen" in card
 
 
+def test_clips_that_cannot_share_a_batch_are_told_before_the_first_step(tmp_path: Path) -> None:
+    data = rows("llava_onevision")
+    data[4]["video"]["frames"] = data[4]["video"]["frames"][:2]
+    said = (
+        r"rows 0 and 4 cannot share a batch: pixel_values_videos of \(4, 3, 16, 16\) and \(2, 3, 16, 16\); .*num_frames"
+    )
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, "llava_onevision", train_dataset=data)
+    alone = trainer(tmp_path, "llava_onevision", train_dataset=data, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=said):
+        alone.evaluate([{**row, "prompt": f"Again, {row['prompt']}"} for row in data])
+    assert len(trainer(tmp_path, "llava_onevision", train_dataset=data, num_frames=2)._train.dataset) == 6
+
+
 def test_a_row_that_is_too_long_is_a_bad_row_or_is_cut(tmp_path: Path) -> None:
     data = rows()
     data[1]["chosen"] = "A bag. " * 40
