@@ -117,9 +117,9 @@ def _check_type(model_type: str) -> None:
 
 @dataclass
 class LFM2VLConfig(TokenConfig):
-    """Options of `TokenConfig`, and those of distillation.
+    """Options of `TokenConfig`, and those of distillation, which are for pairs' preferred answers and single ones that are liked.
 
-    teacher          a folder or Hub id of an LFM2 model with the same tokenizer, such as a larger one; distils on the preferred answers
+    teacher          a folder or Hub id of an LFM2 model with the same tokenizer, such as a larger one
     kd_weight        how much the distillation counts beside the loss of the pairs
     kd_top_k         tokens of the teacher that are compared one by one, at each position
     kd_temperature   τ of the comparison within them; how they stand against all others is compared without
