@@ -175,6 +175,30 @@ def test_an_image_budget_is_kept_with_the_run_and_answered_with(
     assert budget_of(loaded[0].processor) == ImageBudget(min_tokens=4, max_tokens=8, split=True)
 
 
+def test_rows_that_are_opened_here_are_opened_as_the_options_say(model: Path, data: Path, monkeypatch: Any) -> None:
+    from mmalign.training.token_pipeline import TokenPipeline
+
+    aligned: list[dict[str, Any]] = []
+
+    def align(self: Any, source: Any, *, eval_dataset: Any, **options: Any) -> None:
+        aligned.append(
+            {"rows": len(source), "held_out": len(eval_dataset), "frames": source.reading.num_frames, **options}
+        )
+
+    monkeypatch.setattr(TokenPipeline, "align", align)
+    asked: list[Any] = []
+    from mmalign.data import answers
+
+    plain = answers.load_answers
+    monkeypatch.setattr(answers, "load_answers", lambda *a, **o: asked.append(o.pop("split")) or plain(*a, **o))
+    words = ["train", "token-dpo", "--model", str(model), "--data", str(data / "pairs.jsonl"), "--use-cpu"]
+    words += ["--eval-data", str(data / "held_out.jsonl"), "--train-split", "fit", "--eval-split", "held"]
+    assert main([*words, "--max-rows", "5", "--num-frames", "4"]) == 0
+    assert (aligned[0]["rows"], aligned[0]["held_out"], aligned[0]["frames"]) == (5, 3, 4) and asked == ["fit", "held"]
+    # The trainer would refuse to open them otherwise once more.
+    assert [aligned[0][name] for name in ("train_split", "eval_split", "num_frames")] == [None, None, None]
+
+
 def test_the_lora_of_rrpo_s_paper_is_what_the_documentation_types(model: Path) -> None:
     from mmalign.cli.train_answers import _lora
     from mmalign.training.token_loading import load_answering_model

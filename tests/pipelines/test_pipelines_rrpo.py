@@ -19,7 +19,7 @@ from mmalign.data.records import InvalidRow
 from mmalign.likelihood.answers import AnswerScores, token_weights
 from mmalign.likelihood.token_head import TokenHead
 from mmalign.likelihood.tokens import score_tokens
-from mmalign.pipelines.video.rrpo import RRPOConfig, RRPOPipeline, phrase_weights, rrpo_loss
+from mmalign.pipelines.video.rrpo import RRPOConfig, RRPOPipeline, RRPOTrainer, phrase_weights, rrpo_loss
 from mmalign.training.token_data import prepare_answers
 from mmalign.training.token_measurement import AnswerMeasurement
 
@@ -156,6 +156,26 @@ def test_normalised_rewards_are_means():
         lengths = among.sum(1).chunk(2)
         torch.testing.assert_close(means.chosen_logratio, sums.chosen_logratio / lengths[0])
         torch.testing.assert_close(means.rejected_logratio, sums.rejected_logratio / lengths[1])
+        # The divergence is then per token of the whole answer, whatever is marked.
+        summed = measured(policy, reference, args).policy.kl
+        assert summed is not None
+        per_token = (summed.sum(1) / SUPERVISED.sum(1))[:B]
+        added = loss(policy, reference, normalize=normalize, alpha=0.5) - loss(
+            policy, reference, normalize=normalize, alpha=0.0
+        )
+        torch.testing.assert_close(added, 0.5 * per_token)
+
+
+def test_the_panel_tells_both_divergences_and_the_share_of_marked_tokens():
+    args = config(alpha=0.1)
+    found = measured(logits(1), logits(2), args)
+    run = object.__new__(RRPOTrainer)
+    run.args = args
+    told = run.panel(found, torch.ones(B))
+    assert found.policy.kl is not None and told["marked"] == (int(MARKED.sum()), int(SUPERVISED.sum()))
+    sums = found.policy.kl.sum(1).double()
+    assert told["kl/chosen"] == (pytest.approx(sums[:B].sum().item()), B)
+    assert told["kl/rejected"] == (pytest.approx(sums[B:].sum().item()), B)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +210,12 @@ def test_marks_of_the_data_stay_and_others_are_found():
     found = config().taken(pair("a red bag falls", "a blue bag falls"))
     assert (found.chosen_marks, found.rejected_marks) == (((2, 5),), ((2, 6),))
     assert config(refined=False).taken(pair("same", "same")).chosen_marks is None
+    added = pair("a bag falls", "a blue bag falls")
+    assert config().taken(added).chosen_marks == ((0, 1),)
+    with pytest.raises(InvalidRow, match="row 4, chosen: no phrase is marked in it"):
+        config(insertions="skip").taken(added)
+    with pytest.raises(InvalidRow, match="row 4, rejected: no phrase is marked in it"):
+        config(deletions="skip").taken(added)
 
 
 @pytest.mark.parametrize(

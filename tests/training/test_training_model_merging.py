@@ -134,8 +134,9 @@ def test_what_is_no_weight_is_the_base_s_or_a_mean() -> None:
     count = torch.tensor(7)
     assert merged(count, [torch.tensor(9)], method="task_arithmetic", weights=(1.0,)) is count
     base, a, b = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.2])
-    found = merged(base, [a, b], method="task_arithmetic", weights=(3.0, 3.0), name="norm.running_var")
-    assert found.item() == pytest.approx(0.35)
+    for name in ("norm.running_var", "norm.running_mean"):
+        found = merged(base, [a, b], method="task_arithmetic", weights=(3.0, 3.0), name=name)
+        assert found.item() == pytest.approx(0.35)
 
 
 def test_half_precision_is_summed_in_float32_and_equal_weights_stay() -> None:
@@ -179,6 +180,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = tiny_vlm("lfm2_vl")
     model.save_pretrained(folder / "base", max_shard_size="60KB")
     processor.save_pretrained(folder / "base")
+    (folder / "base" / "LICENSE").write_text("Theirs.")
     for number in (1, 2):
         trained = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(number)
@@ -212,6 +214,10 @@ def test_a_merged_folder_loads_in_plain_transformers(place: Path, tmp_path: Path
     assert files == {path.name for path in (place / "base").glob("*.safetensors")} and len(files) > 2
     stored = {name for file in files for name in load_file(out / file)}
     assert "lm_head.weight" not in stored
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = {name: value.nbytes for file in files for name, value in load_file(out / file).items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values()) and index["weight_map"].keys() == sizes.keys()
+    assert (out / "LICENSE").read_text() == "Theirs."
     base, *runs = states(place)
     if how["method"] != "della":  # whose draws hang on the names in the files, which are not those in memory
         expected = {name: merge_tensor(name, base[name], [run[name] for run in runs], Recipe(**how)) for name in base}
@@ -316,6 +322,12 @@ def test_a_lora_that_has_no_place_is_refused(place: Path, tmp_path: Path) -> Non
     (tmp_path / "dora" / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="dora holds no adapter_model.safetensors"):
         merge_models(place / "base", [tmp_path / "dora"], tmp_path / "out")
+    path = tmp_path / "run" / "adapter_config.json"
+    plain = path.read_text()
+    path.write_text(json.dumps(json.loads(plain) | {"fan_in_fan_out": True}))
+    with pytest.raises(ValueError, match="which is no linear layer"):
+        merge_models(place / "base", [tmp_path / "run"], tmp_path / "out")
+    path.write_text(plain)
     state = load_file(tmp_path / "run" / "adapter_model.safetensors")
     odd = {name.replace("language_model", "speech_model"): value for name, value in state.items()}
     save_file(odd, tmp_path / "run" / "adapter_model.safetensors")

@@ -167,6 +167,15 @@ def test_parts_and_adapters_that_are_not_there(tmp_path: Path) -> None:
         trainer(tmp_path, per_device_train_batch_size=8)
 
 
+def test_a_model_that_is_spread_over_devices_is_refused(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "cpu"}
+    with pytest.raises(ValueError, match="the model is spread over 0, cpu: load it without device_map"):
+        trainer(tmp_path, "lfm2", pipe)
+    pipe.model.hf_device_map = {"": 0}
+    trainer(tmp_path, "lfm2", pipe)
+
+
 def test_dropout_of_the_models_own_is_refused(tmp_path: Path) -> None:
     pipe = pipeline("qwen2_5_vl")
     layer = next(part for part in pipe.model.modules() if hasattr(part, "attention_dropout"))

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.token_runs import batch, losses_of, moved_lora, pipeline, plain_lo
 from transformers import TrainerCallback
 
 from mmalign.likelihood.reference import base_state
-from mmalign.training.token_measurement import reference_scores
+from mmalign.training.token_measurement import AnswerPolicy, reference_scores
 from mmalign.training.token_parts import default_lora
 from mmalign.training.token_trainer import TokenTrainer
 from mmalign.training.token_weights import without_adapters
@@ -138,6 +139,34 @@ def test_joint_counts_the_words_of_the_prompt_and_no_picture(tmp_path: Path) -> 
     assert plain.measure(plain.model, given, epoch=0, data=plain._train).supervised.equal(given.supervised)
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_tokens_are_counted_as_they_are_read(share_prompt: bool, tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=rows(number=2), max_steps=2, share_prompt=share_prompt)
+    run.train()
+    encoded = [run._train.dataset[index]["encoded"] for index in range(2)]
+    read = sum(len(one.prompt) + len(answer.ids) for one in encoded for answer in one.answers)
+    told = [entry["num_tokens"] for entry in run.state.log_history if "loss" in entry]
+    assert told == [read, 2 * read]
+
+
+def test_rows_without_pictures_teach_no_encoder(tmp_path: Path) -> None:
+    data = [{name: value for name, value in row.items() if name != "image"} for row in rows("lfm2_vl")]
+    trainer(tmp_path, "lfm2_vl", train_dataset=data, peft_config=None, trained_parts="all", max_steps=1).train()
+
+
+def test_a_head_that_is_not_known_stops_the_run(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.model.config.logits_scaling = 2.0
+    with pytest.raises(ValueError, match="it scales or caps them in a way that is not known here"):
+        trainer(tmp_path, "lfm2", pipe).train()
+
+
+def test_a_models_own_dropout_stays_off_and_a_loras_does_not() -> None:
+    network = nn.ModuleDict({"own": nn.Dropout(0.5), "lora_dropout": nn.ModuleDict({"default": nn.Dropout(0.5)})})
+    policy = AnswerPolicy(nn.ModuleDict({"layer": network})).train()
+    assert [module.training for module in policy.modules() if isinstance(module, nn.Dropout)] == [False, True]
+
+
 def test_sharing_the_prompt_changes_no_gradient(tmp_path: Path) -> None:
     told = {}
     for share in (False, True):
@@ -160,6 +189,20 @@ def test_kto_takes_a_pair_as_a_liked_and_a_disliked_answer(tmp_path: Path) -> No
         torch.stack([(p[side] - r[side]).sum() for p, r in zip(policy, reference, strict=True)]) for side in (0, 1)
     )
     baseline = torch.tensor(found.panel["kl_baseline"][0]).clamp(min=0)
+    # The prompts with the next row's preferred answer.
+    rounds = [run._train.dataset[index]["encoded"] for index in range(3)]
+    mixed = [
+        replace(one, answers=other.answers[:1]) for one, other in zip(rounds, [*rounds[1:], rounds[0]], strict=True)
+    ]
+    others = [{"encoded": one} for one in mixed]
+    with run.reference.model(run.network) as frozen:
+        kept = plain_log_probs(frozen, run, items=others)
+    gaps = [
+        float((p[0] - r[0]).sum()) for p, r in zip(plain_log_probs(run.network, run, items=others), kept, strict=True)
+    ]
+    assert baseline == pytest.approx(max(0.0, sum(gaps) / 3), rel=1e-3) and found.panel["kl_baseline"][
+        0
+    ] == pytest.approx(sum(gaps) / 3, rel=1e-3)
     beta = run.args.beta
     expected = torch.cat([1.5 * torch.sigmoid(beta * (baseline - chosen)), torch.sigmoid(beta * (rejected - baseline))])
     torch.testing.assert_close(found.loss.detach(), expected, rtol=1e-4, atol=1e-5)
