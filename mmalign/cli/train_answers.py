@@ -22,6 +22,9 @@ _DATA = (
 )
 _HELP = {
     "data": _DATA,
+    "train_split": "split of a Hub data set or a folder; none is train",
+    "eval_split": "the same of the evaluation data",
+    "loss_type": "any loss of pairs in mmalign.losses, or of single answers (kto, …); several are summed with loss_weights",
     "eval_data": "held-out preference data for --eval-strategy steps",
     "output_dir": "checkpoints, history and the trained weights go here",
     "cache_dir": "where --reference-cache keeps what it keeps; none is the place that `mmalign cache` shows",
