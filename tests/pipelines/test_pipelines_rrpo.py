@@ -1,5 +1,6 @@
 """RRPO's loss: what it is at the reference, which tokens move it and which way, what it is made of, and a run on tiny models."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -231,9 +232,17 @@ def test_a_row_without_a_phrase_is_named(row: AnswerPair, told: str):
         config().taken(row)
 
 
-def test_the_divergence_needs_the_reference_that_a_loss_may_not():
-    args = RRPOConfig("unused", report_to="none", loss_type="simpo", beta=2.0, reference="copy")
-    assert args.is_reference_free and args.needs_kl
+def test_the_divergence_needs_the_reference_that_a_loss_may_not(tmp_path: Any):
+    args = RRPOConfig(
+        str(tmp_path), report_to="none", loss_type="simpo", beta=2.0, reference="copy", use_cpu=True,
+        per_device_train_batch_size=2, disable_tqdm=True,
+    )  # fmt: skip
+    pipe = RRPOPipeline.from_parts(*copy.deepcopy(tiny_vlm("lfm2")))
+    data = [{"prompt": "Which?", "chosen": f"It is {word}.", "rejected": "It is blue."} for word in ("red", "white")]
+    run = RRPOTrainer(pipe, args, data)
+    assert args.is_reference_free and run.reference.kind == "copy"
+    found = run.measure(run.model, run.collate([run._train.dataset[0]])["batch"], epoch=0, data=run._train)
+    assert found.policy.kl is not None
     with pytest.raises(ValueError, match="reference has no effect"):
         RRPOConfig("unused", report_to="none", loss_type="simpo", beta=2.0, reference="copy", alpha=0.0)
 
@@ -276,8 +285,6 @@ def rows(number: int = 8) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_5_vl", "smolvlm"])
 def test_a_run_tells_phrases_apart_and_stays_near_the_reference(kind: str, tmp_path: Any):
-    import copy
-
     model, processor = copy.deepcopy(tiny_vlm(kind))
     pipe = RRPOPipeline.from_parts(model, processor)
     options = dict(
