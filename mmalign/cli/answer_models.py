@@ -118,13 +118,19 @@ def load_answering(
     name: str | None = None,
     lora: str | None = None,
     device: str | None = None,
+    **more: Any,
 ) -> Any:
-    """The model that was asked for, with its processor and its LoRA, on its device. pipeline_class: none is `TokenPipeline`."""
+    """The model that was asked for, with its processor and its LoRA, on its device.
+
+    pipeline_class: none is `TokenPipeline`. more: for its `from_pretrained`. With a LoRA in a run's folder comes the processor that
+    the run saved there, which may have an image budget of its own.
+    """
     import torch
+    from transformers import AutoProcessor
 
     from mmalign.training.token_pipeline import TokenPipeline
 
-    options: dict[str, Any] = {"dtype": getattr(torch, given["dtype"])}
+    options: dict[str, Any] = {"dtype": getattr(torch, given["dtype"]), **more}
     if name is None and given["revision"] is not None:
         options["revision"] = given["revision"]
     pipe: Any = (pipeline_class or TokenPipeline).from_pretrained(name or given["model"], **options)
@@ -135,6 +141,8 @@ def load_answering(
                 f"{folder} holds no {_ADAPTER}: give a whole model to --model, and what it was made of to --base"
             )
         pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
+        if (folder / "tokenizer_config.json").is_file():
+            pipe.processor = AutoProcessor.from_pretrained(folder)
     # Nothing is trained here.
     pipe.model.requires_grad_(False)
     return pipe.to(best_device(device or given.values.get("device")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from importlib import import_module
@@ -378,13 +379,17 @@ def lora_of(given: Given) -> Any:
         return None
     from mmalign.training.pipeline import default_lora
 
-    lora = default_lora()
-    lora.r = given["lora_r"]
-    lora.lora_alpha = lora.r if given["lora_alpha"] is None else given["lora_alpha"]
-    lora.lora_dropout = given["lora_dropout"]
-    if given["lora_target_modules"]:
-        names = given["lora_target_modules"]
-        lora.target_modules = names[0] if len(names) == 1 else set(names)
+    return as_asked(default_lora(), given, alpha=1)
+
+
+def as_asked(lora: Any, given: Given, *, alpha: int) -> Any:
+    """The LoRA with the rank, scale, dropout and layers of the options; `alpha`: how many times the rank the scale is by default."""
+    lora.r, lora.lora_dropout = given["lora_r"], given["lora_dropout"]
+    lora.lora_alpha = alpha * lora.r if given["lora_alpha"] is None else given["lora_alpha"]
+    if names := given["lora_target_modules"]:
+        # peft reads a text as a regular expression of a layer's whole name, and a set as its last parts.
+        is_one_text = len(names) == 1 and (names[0] == "all-linear" or not re.fullmatch(r"[\w.]+", names[0]))
+        lora.target_modules = names[0] if is_one_text else set(names)
     return lora
 
 

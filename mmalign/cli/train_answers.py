@@ -11,7 +11,7 @@ from mmalign.cli import train
 from mmalign.cli.aliases import RENAMED, aliases
 from mmalign.cli.answer_models import answering_options, load_answering
 from mmalign.cli.fields import OTHERS, OWN, USUAL, documented_fields
-from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag
+from mmalign.cli.options import Alias, Command, Given, Option, UsageError, flag, mapping_or_text
 from mmalign.cli.terminal import Interrupted, command, rank_prefix
 from mmalign.cli.trained import checkpoints, how_to_go_on
 
@@ -22,6 +22,9 @@ _DATA = (
 )
 _HELP = {
     "data": _DATA,
+    "train_split": "split of a Hub data set or a folder; none is train",
+    "eval_split": "the same of the evaluation data",
+    "loss_type": "any loss of pairs in mmalign.losses, or of single answers (kto, …); several are summed with loss_weights",
     "eval_data": "held-out preference data for --eval-strategy steps",
     "output_dir": "checkpoints, history and the trained weights go here",
     "cache_dir": "where --reference-cache keeps what it keeps; none is the place that `mmalign cache` shows",
@@ -42,6 +45,25 @@ _TRL = {
 }
 
 
+def _budget(value: Any) -> Any:
+    """A name or a mapping that `ImageBudget` knows."""
+    from mmalign.pipelines.vision.image_budget import read_budget
+
+    told = mapping_or_text(value)
+    read_budget(told)
+    return told
+
+
+_IMAGE_BUDGET = Option(
+    name="image_budget",
+    help="tokens that a picture may cost, by name or as "
+    '{"min_tokens": 32, "max_tokens": 64, "split": false}; kept in the processor that the run saves; none is the model\'s own',
+    convert=_budget,
+    metavar="quality|balanced|fast|JSON",
+    nullable=True,
+)
+
+
 def answering_command(
     method: str, config_class: Any, own: Sequence[Option], fields: Sequence[Option], refused: Sequence[Alias]
 ) -> Command:
@@ -59,7 +81,15 @@ def answering_command(
         else option
         for option in fields
     ]
-    options = [*answering_options(group=group), *run, *_of(config, _METHOD), *_of(config, USUAL), *_of(config, OTHERS)]
+    budget = [replace(_IMAGE_BUDGET, group=group)] if method == "lfm2-vl" else []
+    options = [
+        *answering_options(group=group),
+        *budget,
+        *run,
+        *_of(config, _METHOD),
+        *_of(config, USUAL),
+        *_of(config, OTHERS),
+    ]
     options += [option for option in config if option.group not in (_METHOD, USUAL, OTHERS)]
     known = {option.name for option in options}
     foreign = [
@@ -99,7 +129,8 @@ def train_answers(method: str, pipeline_class: Any, given: Given, words: list[st
     options = train.config_options(given, config_class)
     config = train.checked_config(options, config_class)
     # The trainer brings the model to its device.
-    pipe = load_answering(given, pipeline_class, device="cpu")
+    budget = given.values.get("image_budget")
+    pipe = load_answering(given, pipeline_class, device="cpu", **({} if budget is None else {"image_budget": budget}))
     source, evaluated = _sources(given, config)
     if source is not given["data"]:
         options |= {"train_split": None, "eval_split": None, "num_frames": None}
@@ -144,13 +175,7 @@ def _lora(given: Given, pipe: Any, config: Any) -> Any:
         return None
     from mmalign.training.token_parts import default_lora
 
-    lora = default_lora(pipe.model, config.trained_parts)
-    lora.r, lora.lora_dropout = given["lora_r"], given["lora_dropout"]
-    lora.lora_alpha = 2 * lora.r if given["lora_alpha"] is None else given["lora_alpha"]
-    if given["lora_target_modules"]:
-        names = given["lora_target_modules"]
-        lora.target_modules = names[0] if len(names) == 1 else set(names)
-    return lora
+    return train.as_asked(default_lora(pipe.model, config.trained_parts), given, alpha=2)
 
 
 def _farewell(given: Given, folder: Path) -> str:

@@ -52,12 +52,6 @@ class EncodedAnswers:
     media: dict[str, Tensor]
     label: float
 
-    @property
-    def stacked(self) -> tuple[int, ...] | None:
-        """What rows of one batch must agree in: the shape of a clip, number of frames first, as families have it that stack clips."""
-        clips = self.media.get("pixel_values_videos")
-        return None if clips is None else tuple(clips.shape[1:])
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnswerBatch:
@@ -299,6 +293,16 @@ def _padded_extras(rows: list[tuple[EncodedAnswers, int]], side: str) -> dict[st
     }
 
 
+def media_sizes(item: EncodedAnswers) -> dict[str, tuple[int, ...]]:
+    """What of the shapes of a row's media must be the same in rows that share a batch, by name."""
+    return {name: tuple(tensor.shape[1 if _is_whole(name, tensor) else 2 :]) for name, tensor in item.media.items()}
+
+
+def _is_whole(name: str, tensor: Tensor) -> bool:
+    # Behind a picture's last tile or patch models take zeros for padding; behind a clip's last frame, for frames.
+    return name == "pixel_values_videos" or tensor.ndim == 1
+
+
 def _joined_media(items: Sequence[EncodedAnswers]) -> dict[str, Tensor]:
     names = dict.fromkeys(name for item in items for name in item.media)
     return {name: _joined(name, [item for item in items if name in item.media]) for name in names}
@@ -306,8 +310,7 @@ def _joined_media(items: Sequence[EncodedAnswers]) -> dict[str, Tensor]:
 
 def _joined(name: str, items: Sequence[EncodedAnswers]) -> Tensor:
     tensors = [item.media[name] for item in items]
-    if name != "pixel_values_videos" and tensors[0].ndim > 1:
-        # Behind a picture's last tile or patch models take zeros for padding; behind a clip's last frame, for frames.
+    if not _is_whole(name, tensors[0]):
         widest = max(tensor.shape[1] for tensor in tensors)
         tensors = [_widened(tensor, widest) for tensor in tensors]
     for item, tensor in zip(items, tensors, strict=True):

@@ -46,6 +46,19 @@ def read_shard(path: Path, *, without: str = "") -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name in file.keys() if name != without}  # noqa: SIM118
 
 
+def read_noted(path: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What `write_shard` wrote, its notes and its tensors; ValueError for a damaged file.
+
+    Copies: a file that is mapped into memory cannot be replaced on Windows.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return read_notes(path), {name: tensor.clone() for name, tensor in read_shard(path).items()}
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: delete it, and the run will make it anew") from error
+
+
 class ShardedRows:
     """Tensors whose first axis runs over rows that lie in several files, in order."""
 

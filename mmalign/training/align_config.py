@@ -6,16 +6,16 @@ from typing import Any, ClassVar, Self
 
 from transformers import TrainingArguments
 
+from mmalign.training.arguments import Arguments
 from mmalign.training.config_checks import check_alignment, check_choices
-from mmalign.training.inherited import REFUSED, RUN_OPTIONS, refuse_unsupported
+from mmalign.training.inherited import RUN_OPTIONS
 from mmalign.training.optimizers import check_optimizer
 
 
 @dataclass
-class AlignConfig(TrainingArguments):
+class AlignConfig(Arguments):
     """Options shared by all methods of all kinds of models; each method has a config class of its own, which sets their defaults.
 
-    train_split, eval_split   which split of a hub data set or of "playground"; "train" unless given
     ema_decay          keep a moving average of the trained weights (LoRA factors each for itself, which is not the average of their
                        products); it, not the last step's weights, is evaluated, drawn, saved at the end and left in the pipeline
     """
@@ -25,35 +25,23 @@ class AlignConfig(TrainingArguments):
     takes_lora: ClassVar[bool] = True
     # What a row of the training data is called.
     unit: ClassVar[str] = "rows"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-    # Options of transformers that would have no effect or a wrong one, with the reason.
-    refused: ClassVar[Mapping[str, str]] = REFUSED
     # Options of ours that change neither losses nor weights, or are told by the fingerprint of the data, so that they need not be
     # compared between a checkpoint and the run that continues it.
     not_the_run: ClassVar[frozenset[str]] = frozenset({"train_split", "eval_split", "cache_dir", "reference_cache"})
 
     ema_decay: float | None = None
-    train_split: str | None = None
-    eval_split: str | None = None
     cache_dir: str | None = None
 
     learning_rate: float = 1e-5
     lr_scheduler_type: str = "constant_with_warmup"
     per_device_train_batch_size: int = 4
     weight_decay: float = 1e-2
-    logging_steps: float = 10
     save_steps: float = 100
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool | None = False
-    logging_nan_inf_filter: bool = False
-    optim: str = "adamw_torch"
-    hub_strategy: str = "end"
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing is not None and self.activation_checkpointing is None:  # type: ignore[has-type]
             # transformers' new name for it; with it, its warning about the old one stays away.
             self.activation_checkpointing = self.gradient_checkpointing
-        refuse_unsupported(self, self.refused)
         super().__post_init__()
         check_choices(self)
         check_optimizer(self)

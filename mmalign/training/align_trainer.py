@@ -24,7 +24,7 @@ from mmalign.training.align_config import AlignConfig
 from mmalign.training.average import MovingAverage
 from mmalign.training.bucketing import InBuckets, bucket_batches
 from mmalign.training.estimate import Announcement
-from mmalign.training.health import Finding
+from mmalign.training.findings import Finding
 from mmalign.training.metrics import MetricSums
 from mmalign.training.progress import Bar, LastStep, Lines
 from mmalign.training.sampling import Shuffled

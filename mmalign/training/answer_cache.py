@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mmalign.data.shards import read_notes, read_shard, write_shard
+from mmalign.data.shards import read_noted, write_shard
 
 # So many rows of a table that was found are compared with the reference itself.
 VERIFIED = 8
@@ -33,7 +33,6 @@ class ReferenceTokens:
         self._to_verify = VERIFIED if self._table else 0
         self._tolerance = tolerance
         self._new = False
-        self.found = self.asked = 0
 
     def holds(self, rows: list[int], sides: int) -> bool:
         """Whether all answers of these rows are known."""
@@ -41,7 +40,6 @@ class ReferenceTokens:
 
     def find(self, rows: list[int], supervised: Bool[Tensor, "R T"]) -> Float[Tensor, "R T"] | None:
         """The log-probabilities of these rows' answers, [chosen…, rejected…]; None unless all of them are known."""
-        self.asked += len(rows)
         keys = _keys(rows, len(supervised))
         if any(key not in self._table for key in keys):
             return None
@@ -50,7 +48,6 @@ class ReferenceTokens:
                 raise ValueError(
                     f"{self.path} has {len(self._table[key])} tokens of row {key[0]}, not {count}: delete it"
                 )
-        self.found += len(rows)
         values = torch.cat([self._table[key] for key in keys]).to(supervised.device)
         return values.new_zeros(supervised.shape).masked_scatter(supervised, values)
 
@@ -99,9 +96,7 @@ class ReferenceTokens:
     def _read(self) -> dict[tuple[int, int], Tensor]:
         if not self.path.is_file():
             return {}
-        notes = read_notes(self.path)
-        # Copies: a file that is mapped into memory cannot be replaced on Windows.
-        tensors = {name: tensor.clone() for name, tensor in read_shard(self.path).items()}
+        notes, tensors = read_noted(self.path)
         if notes["parts"] != self._parts or notes["sha256"] != _digest(tensors):
             raise ValueError(f"{self.path} was changed after it was written: delete it, and the run will make it anew")
         values = tensors["log_probs"].split(tensors["lengths"].tolist())

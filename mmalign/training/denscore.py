@@ -15,28 +15,21 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from mmalign.data import PairSource, load_pairs
 from mmalign.rewards.clip import ClipScorer
 from mmalign.rewards.segment_loss import pair_losses, segment_logits
-from mmalign.training.inherited import REFUSED, refuse_unsupported
+from mmalign.training.arguments import Arguments
 
 logger = logging.getLogger("mmalign")
 
 
 @dataclass
-class DenscoreConfig(TrainingArguments):
-    """Defaults of PickScore, whose code Denscore was trained with; its own numbers were not published.
-
-    train_split, eval_split   which split of a Hub data set or of "playground"; "train" unless given
-    """
+class DenscoreConfig(Arguments):
+    """Defaults of PickScore, whose code Denscore was trained with; its own numbers were not published."""
 
     method: ClassVar[str] = "denscore"
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}
-
-    train_split: str | None = None
-    eval_split: str | None = None
 
     learning_rate: float = 3e-6
     weight_decay: float = 0.3
@@ -45,17 +38,7 @@ class DenscoreConfig(TrainingArguments):
     max_steps: int = 4000
     per_device_train_batch_size: int = 16
     gradient_accumulation_steps: int = 8
-    logging_steps: float = 10
     save_steps: float = 500
-    dataloader_drop_last: bool = True
-    remove_unused_columns: bool | None = False
-    logging_nan_inf_filter: bool = False
-    optim: str = "adamw_torch"
-    hub_strategy: str = "end"
-
-    def __post_init__(self) -> None:
-        refuse_unsupported(self, REFUSED)
-        super().__post_init__()
 
 
 class DenscoreTrainer(Trainer):

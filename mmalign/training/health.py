@@ -5,7 +5,6 @@ fits a picture better than the reference does.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +13,10 @@ from torch import Tensor
 from mmalign.denoisers import Schedule
 from mmalign.likelihood.denoising import DenoisingPoint, landing_points, mean_squared_error
 from mmalign.losses import PairLogProbs
+from mmalign.training.findings import SATURATED, Finding, recent
 from mmalign.training.measurement import Measurement, Pairs
+from mmalign.training.metrics import precision_of, totals
 
-SATURATED = 4.0
 _TIME_BINS = 4
 # What is also shown for each quarter of the timesteps, and under which name.
 _BY_TIME = {"rewards/accuracies": "accuracy_by_time", "target/rms": "target/rms_by_time"}
@@ -39,8 +39,7 @@ def panel(
         values |= _of_pairs(measured, measured.logps, pairs, loss)
     if measured.logps is not None and measured.reference_error is not None:
         values |= _against_reference(measured.logps, measured.reference_error, pairs, beta)
-    # MPS has no float64.
-    precision = torch.float32 if loss.device.type == "mps" else torch.float64
+    precision = precision_of(loss)
     sums = [value.to(precision).sum() for value in values.values()]
     weights = [float(value.numel()) for value in values.values()]
     names = list(values)
@@ -65,7 +64,7 @@ def plain_panel(
     found = dict(values)
     for name, value in by_time.items():
         found |= {f"{name}/{k + 1}_of_{_TIME_BINS}": value[quarter == k] for k in range(_TIME_BINS)}
-    return {name: (value.sum().item(), float(value.numel())) for name, value in found.items() if value.numel()}
+    return totals(found)
 
 
 def _of_pairs(measured: Measurement, logps: PairLogProbs, pairs: Pairs, loss: Tensor) -> dict[str, Tensor]:
@@ -102,28 +101,15 @@ def path_mismatch(point: DenoisingPoint, x0: Tensor, schedule: Schedule) -> Tens
     return mean_squared_error(point.x_t, rebuilt).sqrt()
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A named finding with what to do about it."""
-
-    name: str
-    message: str
-
-
 def findings(history: list[dict[str, float]], *, window: int = 5) -> list[Finding]:
     """Named warnings for the last `window` logged entries; an empty list when all is well."""
-    recent = [entry for entry in history if "rewards/accuracies" in entry][-window:]
-    if len(recent) < window:
+    last = recent(history, "rewards/accuracies", window)
+    if last is None:
         return []
-
-    def mean(name: str) -> float:
-        return sum(entry[name] for entry in recent) / len(recent)
-
     found = []
-    early, late = recent[: window // 2], recent[-(window // 2) :]
-    worse = all(entry["excess/chosen"] > 0 for entry in recent) and mean("excess/rejected") > mean("excess/chosen")
-    rising = sum(entry["excess/chosen"] for entry in late) > sum(entry["excess/chosen"] for entry in early)
-    if worse and rising and mean("rewards/accuracies") > 0.5:
+    worse = last.all("excess/chosen", lambda excess: excess > 0)
+    rejected_more = last.mean("excess/rejected") > last.mean("excess/chosen")
+    if worse and rejected_more and last.change("excess/chosen") > 0 and last.mean("rewards/accuracies") > 0.5:
         found.append(
             Finding(
                 "both-worse",
@@ -131,26 +117,25 @@ def findings(history: list[dict[str, float]], *, window: int = 5) -> list[Findin
                 "the rejected ones only get worse faster. Raise beta, use loss_type='sdpo', or add 'sft' with a weight",
             )
         )
-    if mean("excess/chosen_relative") > 0.2:
+    if last.mean("excess/chosen_relative") > 0.2:
         found.append(
             Finding(
                 "winner-lost",
                 "the error on preferred pictures is over 20 % above the reference's: stop, lower the learning rate",
             )
         )
-    if mean("z/saturated") > 0.5:
+    if last.mean("z/saturated") > 0.5:
         found.append(
             Finding("saturated", "more than half of the pairs are saturated (|z| > 4) and no longer teach: lower beta")
         )
-    if mean("target/path_mismatch") > 1e-3:
+    if last.mean("target/path_mismatch") > 1e-3:
         found.append(
             Finding(
                 "landing",
                 "latents and regression targets do not belong to the conditioning timestep (expected with inversion_compat)",
             )
         )
-    warming_up = recent[-1].get("learning_rate", 0) > recent[0].get("learning_rate", 0)
-    if not warming_up and all(entry["z/mean_square"] < 1e-6 for entry in recent):
+    if not last.warming_up and last.all("z/mean_square", lambda square: square < 1e-6):
         found.append(
             Finding(
                 "no-signal",

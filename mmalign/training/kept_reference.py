@@ -26,20 +26,21 @@ class KeptReference:
 
     def of(self, data: Answers) -> ReferenceTokens:
         """The table of these rows, read where it is on disk."""
-        if data.fingerprint not in self._tables:
+        return self._table(data.fingerprint)
+
+    def _table(self, rows: str) -> ReferenceTokens:
+        if rows not in self._tables:
             folder = Path(self._args.cache_dir) if self._args.cache_dir else default_cache_dir()
             half = self._autocast != "no" or self._dtype.itemsize < 4
             parts = {
                 "reference": self.fingerprint,
-                "rows": data.fingerprint,
+                "rows": rows,
                 "joint": self._args.joint,
                 "dtype": str(self._dtype),
                 "autocast": self._autocast,
             }
-            self._tables[data.fingerprint] = ReferenceTokens(
-                folder, parts, tolerance=_HALF_TOLERANCE if half else _TOLERANCE
-            )
-        return self._tables[data.fingerprint]
+            self._tables[rows] = ReferenceTokens(folder, parts, tolerance=_HALF_TOLERANCE if half else _TOLERANCE)
+        return self._tables[rows]
 
     def holds(self, *datasets: Answers | None) -> bool:
         """Whether every row of these data sets is known."""
@@ -64,5 +65,10 @@ class KeptReference:
 
     def write(self) -> None:
         """Brings what is new to disk. Every process must call it."""
-        for table in self._tables.values():
-            table.write(self._args.world_size, self._args.process_index)
+        known = [list(self._tables)]
+        if self._args.world_size > 1:
+            # A process that had no row of a small data set has no table of it yet.
+            known = [[]] * self._args.world_size
+            torch.distributed.all_gather_object(known, list(self._tables))
+        for rows in sorted({rows for tables in known for rows in tables}):
+            self._table(rows).write(self._args.world_size, self._args.process_index)

@@ -35,9 +35,11 @@ class LossConfig:
     ln_pref_margin: float | None = None
 
     def list_losses(self) -> None:
-        """A single name becomes a list of one."""
+        """A single name, or weight, becomes a list of one."""
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
+        if isinstance(self.loss_weights, int | float):
+            self.loss_weights = [self.loss_weights]
 
     @property
     def starting_beta(self) -> float:

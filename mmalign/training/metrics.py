@@ -4,6 +4,21 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
+
+
+def totals(values: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """Metric name → (sum, number of values), for metrics that have any. Reads the device once."""
+    values = {name: value for name, value in values.items() if value.numel()}
+    if not values:
+        return {}
+    sums = torch.stack([value.to(precision_of(value)).sum() for value in values.values()]).tolist()
+    return {name: (total, float(value.numel())) for (name, value), total in zip(values.items(), sums, strict=True)}
+
+
+def precision_of(value: Tensor) -> torch.dtype:
+    """What sums are taken in: MPS has no float64."""
+    return torch.float32 if value.device.type == "mps" else torch.float64
 
 
 class MetricSums:

@@ -8,18 +8,21 @@ model in memory. Models are mappings of names to tensors: state dicts, or folder
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from mmalign.files import absence_explained, staged, write_json
 from mmalign.training.lora import Lora
+from mmalign.training.token_loading import is_a_path
 
 MergeMethod = Literal["soup", "task_arithmetic", "ties", "dare", "dare_ties", "della"]
 # How much of each δ is kept: the fifth that TIES (arXiv:2306.01708) keeps, half where chance decides.
@@ -29,7 +32,9 @@ _EPSILON = 0.2
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _NOTICES = ("LICENSE", "NOTICE")
-_RECORD, _ADAPTER = "merge.json", "adapter_config.json"
+_RECORD, _ADAPTER, _LORA = "merge.json", "adapter_config.json", "adapter_model.safetensors"
+# What of the base's folder would be told of the merged model, and is not true of it.
+_NOT_COPIED = (_INDEX, _RECORD, "history.json", "trainer_state.json", "manifest.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +69,10 @@ class Recipe:
         if not 0 < self.kept <= 1:
             raise ValueError(f"density must lie in (0, 1], got {self.density}")
         low, high = self.kept - self.spread / 2, self.kept + self.spread / 2
-        if self.spread < 0 or low <= 0 or high > 1:
+        if not (self.spread >= 0 and low > 0 and high <= 1):
             raise ValueError(f"density ± epsilon/2 must lie in (0, 1], got {low:g} to {high:g}")
+        if not all(map(math.isfinite, self.weights or ())):
+            raise ValueError(f"weights must be finite numbers, got {', '.join(map(str, self.weights or ()))}")
         if self.method == "soup" and self.weights is not None and sum(self.weights) <= 0:
             raise ValueError(f"the weights of a soup must have a sum above 0, got {sum(self.weights):g}")
 
@@ -111,6 +118,8 @@ def merge_models(
     recipe = Recipe(
         method=method, weights=None if weights is None else tuple(weights), density=density, epsilon=epsilon, seed=seed
     )
+    if isinstance(models, (str, os.PathLike)):
+        raise ValueError("models is a list of folders or Hub ids, also where there is one")
     if not models or (base is None and method != "soup"):
         raise ValueError("name at least one model" if not models else f"{method} needs the base that the models share")
     recipe.weights_of(len(models))
@@ -174,7 +183,7 @@ def _rising(delta: Tensor, recipe: Recipe) -> Tensor:
     count = rows.shape[1]
     if count == 1:
         return torch.full_like(delta, recipe.kept)
-    steps = torch.linspace(recipe.kept - recipe.spread / 2, recipe.kept + recipe.spread / 2, count)
+    steps = torch.linspace(recipe.kept - recipe.spread / 2, recipe.kept + recipe.spread / 2, count, dtype=delta.dtype)
     order = rows.abs().argsort(dim=1)
     return torch.empty_like(rows).scatter_(1, order, steps.expand_as(rows)).reshape(delta.shape)
 
@@ -196,6 +205,17 @@ def _generator(seed: int, place: int, name: str) -> torch.Generator:
 # Folders.
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): save or download it again") from error
+
+
 class _Folder(Mapping[str, Tensor]):
     """The weights of a transformers folder, each read when it is asked for; a head that is tied to the embedding is not among them."""
 
@@ -203,10 +223,8 @@ class _Folder(Mapping[str, Tensor]):
         self.path, self.files = path, files
 
     def __getitem__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        with safe_open(self.path / self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
+        with _reading(self.path / self.files[name]) as file:
+            return cast(Tensor, file.get_tensor(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -216,28 +234,29 @@ class _Folder(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> list[int]:
         """Without reading the values."""
-        from safetensors import safe_open
-
-        with safe_open(self.path / self.files[name], framework="pt") as file:
-            return file.get_slice(name).get_shape()
+        with _reading(self.path / self.files[name]) as file:
+            return cast(list[int], file.get_slice(name).get_shape())
 
 
 class _Adapted(_Folder):
     """The base's weights with a LoRA, added in float32."""
 
     def __init__(self, base: _Folder, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         super().__init__(folder, base.files)
+        if not (folder / _LORA).is_file():
+            raise ValueError(f"{folder} holds no {_LORA}: save the LoRA with safetensors")
         config = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-        bare = {name.removeprefix("base_model.model."): value for name, value in state.items()}
+        with _reading(folder / _LORA) as file:
+            bare = {name.removeprefix("base_model.model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        remedy = "save the whole model with its pipeline's save_pretrained, and merge that"
+        odd = next((name for name in bare if not name.endswith((".lora_A.weight", ".lora_B.weight"))), None)
+        if odd is not None:
+            raise ValueError(f"{folder} holds {odd}, which is more than a low-rank pair: {remedy}")
         self._base, self._layers = base, Lora("model", None, config, bare).layers()
         for module, layer in self._layers.items():
             if f"{module}.weight" not in base.files or layer.down.ndim != 2 or config.get("fan_in_fan_out"):
                 raise ValueError(
-                    f"{folder} has a LoRA on {module}, which is no linear layer in the files of {base.path}: save the whole model "
-                    "with its pipeline's save_pretrained, and merge that"
+                    f"{folder} has a LoRA on {module}, which is no linear layer in the files of {base.path}: {remedy}"
                 )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -254,11 +273,12 @@ class _Adapted(_Folder):
 
 def _open(source: str | os.PathLike[str], base: _Folder | None = None) -> _Folder:
     """A whole model, or one of the base with a LoRA."""
-    from safetensors import safe_open
     from transformers import AutoConfig
 
     path = Path(source).expanduser()
     if not path.is_dir():
+        if is_a_path(source):
+            raise ValueError(f"{path}: no such folder. Name one that save_pretrained or a run wrote, or a Hub id")
         path = _downloaded(os.fspath(source))
     if not (path / "config.json").is_file():
         if not (path / _ADAPTER).is_file():
@@ -269,14 +289,15 @@ def _open(source: str | os.PathLike[str], base: _Folder | None = None) -> _Folde
     config = AutoConfig.from_pretrained(path)
     if "quantization_config" in config.to_dict():
         raise ValueError(f"{path} is quantised, and means of its codes mean nothing: merge unquantised models")
-    if (path / _INDEX).is_file():
+    # In transformers' order: it leaves the index of an earlier save beside a whole file.
+    if (path / _WEIGHTS).is_file():
+        with _reading(path / _WEIGHTS) as file:
+            files = dict.fromkeys(file.keys(), _WEIGHTS)
+    elif (path / _INDEX).is_file():
         files = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         strange = next((file for file in files.values() if Path(file).name != file), None)
         if strange is not None:
             raise ValueError(f"{path / _INDEX} names {strange!r}, which is not a file of its folder")
-    elif (path / _WEIGHTS).is_file():
-        with safe_open(path / _WEIGHTS, framework="pt") as file:
-            files = dict.fromkeys(file.keys(), _WEIGHTS)
     else:
         raise ValueError(f"{path} holds neither {_WEIGHTS} nor {_INDEX}: save the model with safetensors")
     tied = bool(config.tie_word_embeddings)
@@ -314,7 +335,7 @@ def _check_same(anchor: _Folder, models: Sequence[_Folder]) -> None:
 def _copy_settings(source: Path, target: Path) -> None:
     """What stands beside the weights: configs, tokenizer, processor, chat template, licence."""
     for path in sorted(source.iterdir()):
-        wanted = path.suffix in _COPIED and path.name not in (_INDEX, _RECORD)
+        wanted = path.suffix in _COPIED and path.name not in _NOT_COPIED
         if path.is_file() and (wanted or path.name.startswith(_NOTICES)):
             shutil.copyfile(path, target / path.name)
 
@@ -329,5 +350,5 @@ def _write(anchor: _Folder, models: Sequence[_Folder], recipe: Recipe, target: P
         part = {name: merge_tensor(name, anchor[name], [model[name] for model in models], recipe) for name in names}
         total += sum(tensor.nbytes for tensor in part.values())
         save_file(part, target / file, {"format": "pt"})
-    if (anchor.path / _INDEX).is_file():
+    if _WEIGHTS not in anchor.files.values():
         write_json(target / _INDEX, {"metadata": {"total_size": total}, "weight_map": anchor.files})

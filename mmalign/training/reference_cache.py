@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mmalign.data.shards import read_notes, read_shard, write_shard
+from mmalign.data.shards import read_noted, write_shard
 
 
 class ReferenceErrors:
@@ -69,9 +69,8 @@ class ReferenceErrors:
     def _read(self) -> dict[int, Tensor]:
         if not self.path.is_file():
             return {}
-        notes = read_notes(self.path)
-        # Copies: a file that is mapped into memory cannot be replaced on Windows.
-        tables = {int(name): table.clone() for name, table in read_shard(self.path).items()}
+        notes, tensors = read_noted(self.path)
+        tables = {int(name): table for name, table in tensors.items()}
         whole = notes["parts"] == self._parts and notes["sha256"] == _digest(tables)
         if not whole or any(table.shape != self._shape for table in tables.values()):
             raise ValueError(f"{self.path} was changed after it was written: delete it, and the run will make it anew")

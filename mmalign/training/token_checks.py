@@ -5,11 +5,16 @@ from typing import Any
 import torch
 
 from mmalign import losses
+from mmalign.data.prompt_tokens import check_keywords
+from mmalign.losses.info import LossInfo
 from mmalign.training.config_checks import check_beta, check_modality, check_reference, refuse
 
 
 def check_tokens(args: Any) -> None:
     """Options that are out of range, or would have no effect."""
+    if not isinstance(args.processor_kwargs, dict):
+        raise ValueError(f"processor_kwargs must be a mapping of names to values, got {args.processor_kwargs!r}")
+    check_keywords(args.processor_kwargs)
     refuse(
         {
             "beta must be positive": not args.beta > 0,
@@ -35,6 +40,11 @@ def check_tokens(args: Any) -> None:
     )
 
 
+def divides_by_lengths(info: LossInfo) -> bool:
+    """Whether the loss divides by the answers' lengths, which a pair of answers always has."""
+    return "chosen_length" in info.inputs + info.optional
+
+
 def check_token_losses(args: Any) -> None:
     """Refuses, before a model is loaded, what the losses would refuse at the first step."""
     infos = [losses.get(key) for key in args.loss_type]
@@ -49,10 +59,10 @@ def check_token_losses(args: Any) -> None:
         if not single and getattr(args, name) != args.default(name):
             raise ValueError(f"{name} has no effect with loss_type={'+'.join(args.loss_type)!r}, which reads pairs")
     for info in infos:
-        if args.logps == "mean" and "chosen_length" in info.inputs + info.optional:
+        if args.logps == "mean" and divides_by_lengths(info):
             raise ValueError(f"loss_type {info.key!r} divides by the answers' lengths itself: leave logps='mean' out")
     check_beta(args, infos)
-    check_reference(args)
+    check_reference(args, needed=args.needs_kl)
     one = torch.ones(2)
     pairs = losses.PairLogProbs(-one, -one, -one, -one, one, one)
     singles = losses.UnpairedLogProbs(-one, -one, torch.tensor([True, False]), one)

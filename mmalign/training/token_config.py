@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from mmalign import losses
 from mmalign.data.answer_records import AnswerPair
+from mmalign.data.answer_tokens import EncodedAnswers
 from mmalign.training.align_config import AlignConfig
 from mmalign.training.inherited import REFUSED_OF_TOKENS
 from mmalign.training.loss_config import LossConfig
@@ -80,8 +81,9 @@ class TokenConfig(LossConfig, AlignConfig):
 
     @property
     def is_per_token(self) -> bool:
-        """The losses divide log-ratios by the answers' lengths themselves."""
-        return all("chosen_length" in losses.get(key).inputs for key in self.loss_type)
+        """The losses that scale rewards by β divide them by the answers' lengths themselves."""
+        scaled = [info for info in map(losses.get, self.loss_type) if "beta" in info.hyper]
+        return bool(scaled) and all("chosen_length" in info.inputs for info in scaled)
 
     def loss_options(self) -> dict[str, Any]:
         """The hyper-parameters that go to `losses.compute`."""
@@ -97,6 +99,9 @@ class TokenConfig(LossConfig, AlignConfig):
     def taking(self) -> dict[str, Any]:
         """The options that `taken` reads."""
         return {}
+
+    def check_encoded(self, pair: AnswerPair, encoded: EncodedAnswers) -> None:
+        """InvalidRow for a row of whose tokens the method can make nothing."""
 
     def about(self) -> str:
         """The loss, of which log-probabilities."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from mmalign.data.answer_records import AnswerPair
-from mmalign.data.answer_tokens import EncodedAnswers, encode_answers
+from mmalign.data.answer_tokens import EncodedAnswers, encode_answers, media_sizes
 from mmalign.data.answers import AnswerSource, load_answers, untied
 from mmalign.data.fingerprints import processor_fingerprint
 from mmalign.data.records import BadRow, InvalidRow, summarise
@@ -30,34 +29,33 @@ class Encoder:
     """How a row becomes tokens: the source's row, as the method takes it, read by the model's own processor."""
 
     source: AnswerSource
-    taken: Callable[[AnswerPair], AnswerPair]
-    method: dict[str, Any]
+    args: TokenConfig
     processor: Any
     config: Any
-    max_length: int | None
-    truncate: Any
-    processor_kwargs: dict[str, Any]
 
     def __call__(self, row: int) -> EncodedAnswers:
         """The row's tokens and media; raises InvalidRow."""
-        return encode_answers(
-            self.taken(untied(self.source[row])),
+        pair, args = self.args.taken(untied(self.source[row])), self.args
+        encoded = encode_answers(
+            pair,
             self.processor,
             self.config,
-            max_length=self.max_length,
-            truncate=self.truncate,
-            processor_kwargs=self.processor_kwargs,
+            max_length=args.max_length,
+            truncate=args.truncate,
+            processor_kwargs=args.processor_kwargs,
         )
+        args.check_encoded(pair, encoded)
+        return encoded
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides about a row's tokens and media."""
         parts = {
             "source": self.source.fingerprint(),
-            "method": self.method,
+            "method": self.args.taking(),
             "processor": processor_fingerprint(self.processor),
-            "max_length": self.max_length,
-            "truncate": self.truncate,
-            "processor_kwargs": self.processor_kwargs,
+            "max_length": self.args.max_length,
+            "truncate": self.args.truncate,
+            "processor_kwargs": self.args.processor_kwargs,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -111,6 +109,14 @@ class Answers:
         return summarise(self.bad_rows, total) if self.bad_rows else ""
 
 
+@dataclass(frozen=True)
+class _Good:
+    row: int
+    sides: int
+    length: int
+    sizes: dict[str, tuple[int, ...]]
+
+
 def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *, evaluated: bool = False) -> Answers:
     """Opens `data` and reads every row once, so that what is wrong with one is told before training; `config`: the model's.
 
@@ -123,9 +129,7 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     # Frames of a video are taken out of its file once.
     frames = None if opened else Path(args.cache_dir or default_cache_dir()) / "frames"
     source = load_answers(data, split=split, num_frames=args.num_frames, frame_cache=frames)
-    encoder = Encoder(
-        source, args.taken, args.taking(), processor, config, args.max_length, args.truncate, args.processor_kwargs
-    )
+    encoder = Encoder(source, args, processor, config)
     checked = _checked(encoder, len(source), args)
     bad = [one for one in checked if isinstance(one, BadRow)]
     good = [one for one in checked if isinstance(one, _Good)]
@@ -137,7 +141,7 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
         raise ValueError(f"no usable rows in {source.name}: {summarise(bad, len(source), what='cannot be used')}")
     if len(sides) > 1:
         raise ValueError(f"{source.name} holds pairs and single answers: split it")
-    _check_clips(good, source.name, args, "eval" if evaluated else "train")
+    _check_sizes(good, args.per_device_eval_batch_size if evaluated else args.per_device_train_batch_size)
     rows = EncodedRows(encoder, [one.row for one in good])
     answers = Answers(source.name, encoder, rows, bad, sides.pop(), max(one.length for one in good))
     if bad:
@@ -146,46 +150,40 @@ def prepare_answers(data: Any, processor: Any, config: Any, args: TokenConfig, *
     return answers
 
 
-def check_answers(train: Answers, evaluated: Answers | None, args: TokenConfig) -> None:
-    """ValueError where the loss reads something else than the rows are, and for evaluation on the training rows."""
-    if train.sides == 1 and not args.is_unpaired:
+def _check_sizes(good: list[_Good], batch_size: int) -> None:
+    """ValueError where two rows cannot share a batch, as they may at any step."""
+    first: dict[str, _Good] = {}
+    for one in good if batch_size > 1 else ():
+        for name, size in one.sizes.items():
+            other = first.setdefault(name, one)
+            if other.sizes[name] != size:
+                raise ValueError(
+                    f"rows {other.row} and {one.row} cannot share a batch: {name} of {other.sizes[name]} and {size}; give clips the "
+                    "same number of frames (num_frames), or take batches of one row"
+                )
+
+
+def check_answers(answers: Answers, args: TokenConfig, train: Answers | None) -> None:
+    """ValueError where the loss reads something else than the rows are, or the training data, if these are others."""
+    if answers.sides == 1 and not args.is_unpaired:
         raise ValueError(
-            f"{train.name} holds single answers, and loss_type={'+'.join(args.loss_type)!r} compares pairs: take kto, bco or "
+            f"{answers.name} holds single answers, and loss_type={'+'.join(args.loss_type)!r} compares pairs: take kto, bco or "
             "apo_zero_unpaired"
         )
-    if evaluated is None:
-        return
+    if train is not None and answers.sides != train.sides:
+        raise ValueError(f"{train.name} and {answers.name} differ: one holds pairs, the other single answers")
+
+
+def check_held_out(train: Answers, evaluated: Answers) -> None:
+    """ValueError if the evaluation data are the training data; a warning if they share prompts."""
     if evaluated.fingerprint == train.fingerprint:
         raise ValueError("eval_dataset is the training data: name another one, or another eval_split")
-    if evaluated.sides != train.sides:
-        raise ValueError(f"{train.name} and {evaluated.name} differ: one holds pairs, the other single answers")
     known, asked = train.prompts, evaluated.prompts
     if shared := known & asked:
         logger.warning(
             "%d of %d evaluation prompts also occur in training: accuracy on them may be memory, not preference",
             len(shared),
             len(asked),
-        )
-
-
-@dataclass(frozen=True)
-class _Good:
-    row: int
-    sides: int
-    length: int
-    stacked: tuple[int, ...] | None
-
-
-def _check_clips(good: list[_Good], name: str, args: TokenConfig, part: str) -> None:
-    """ValueError where clips could meet in a batch that do not stack: training would end wherever they do."""
-    size = f"per_device_{part}_batch_size"
-    clips = [one for one in good if one.stacked is not None]
-    other = next((one for one in clips if one.stacked != clips[0].stacked), None)
-    if other is not None and getattr(args, size) > 1:
-        shapes = " and ".join(str(one.stacked) for one in (clips[0], other))
-        raise ValueError(
-            f"{name}: the clips of rows {clips[0].row} and {other.row} cannot share a batch ({shapes}, frames first): set "
-            f"num_frames, or {size}=1"
         )
 
 
@@ -204,7 +202,7 @@ class _Probe(Dataset[Any]):
         except InvalidRow as error:
             return error.bad_row
         longest = max(len(answer.ids) for answer in encoded.answers)
-        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest, encoded.stacked)
+        return _Good(row, len(encoded.answers), len(encoded.prompt) + longest, media_sizes(encoded))
 
 
 def _checked(encoder: Encoder, length: int, args: TokenConfig) -> list[_Good | BadRow]:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from mmalign.training.health import SATURATED, Finding
+from mmalign.training.findings import SATURATED, Finding, recent
+from mmalign.training.metrics import totals
 from mmalign.training.token_measurement import AnswerMeasurement
 
 
@@ -38,27 +39,20 @@ def token_panel(
         liked = measured.label > 0.5
         for name, rows in (("chosen", liked), ("rejected", ~liked)):
             values |= {f"rewards/{name}": rewards[rows], f"logps/{name}": log_probs[rows]}
-    found = {name: (float(value.double().sum()), float(value.numel())) for name, value in values.items()}
-    tokens = float(measured.supervised.sum())
-    for name, value in (("entropy", measured.policy.entropy), ("kl", measured.policy.kl)):
-        if value is not None:
-            found[name] = (float(value.double().sum()), tokens)
-    return {name: (total, weight) for name, (total, weight) in found.items() if weight}
+    for name, told in (("entropy", measured.policy.entropy), ("kl", measured.policy.kl)):
+        if told is not None:
+            values[name] = told[measured.supervised]
+    return totals(values)
 
 
 def token_findings(history: list[dict[str, float]], *, window: int = 5) -> list[Finding]:
     """Named warnings for the last `window` logged entries; an empty list when all is well."""
-    recent = [entry for entry in history if "rewards/margins" in entry][-window:]
-    if len(recent) < window:
+    last = recent(history, "rewards/margins", window)
+    if last is None:
         return []
-
-    def mean(name: str) -> float:
-        return sum(entry[name] for entry in recent) / len(recent)
-
     found = []
-    early, late = recent[: window // 2], recent[-(window // 2) :]
-    falling = sum(entry["rewards/chosen"] for entry in late) < sum(entry["rewards/chosen"] for entry in early)
-    if all(entry["rewards/chosen"] < 0 for entry in recent) and falling and mean("rewards/accuracies") > 0.5:
+    less_likely = last.all("rewards/chosen", lambda reward: reward < 0) and last.change("rewards/chosen") < 0
+    if less_likely and last.mean("rewards/accuracies") > 0.5:
         found.append(
             Finding(
                 "both-less-likely",
@@ -66,15 +60,14 @@ def token_findings(history: list[dict[str, float]], *, window: int = 5) -> list[
                 "add 'sft' with a weight, or take apo_zero",
             )
         )
-    if mean("rewards/saturated") > 0.5:
+    if last.mean("rewards/saturated") > 0.5:
         found.append(
             Finding(
                 "saturated",
                 "more than half of the pairs are saturated (margin above 4) and hardly teach: stop, or lower the learning rate",
             )
         )
-    warming_up = recent[-1].get("learning_rate", 0) > recent[0].get("learning_rate", 0)
-    if not warming_up and all(abs(entry["rewards/margins"]) < 1e-4 for entry in recent):
+    if not last.warming_up and last.all("rewards/margins", lambda margin: abs(margin) < 1e-4):
         found.append(
             Finding("no-signal", "policy and reference still agree (margins below 0.0001): raise the learning rate")
         )

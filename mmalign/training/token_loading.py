@@ -1,6 +1,8 @@
 """Models that answer and their processors, from folders and the Hub; what is wrong with them is said in one line, with the remedy."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +28,12 @@ def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -
     name = str(name_or_path)
     if name in EMBEDDED:
         raise ValueError(f"{name!r} draws and does not answer: take one of {', '.join(EMBEDDED_ANSWERING)}")
-    embedded = name in EMBEDDED_ANSWERING
-    folder = playground_folder(name) if embedded else Path(name).expanduser()
-    if embedded:
+    options = {"use_safetensors": True, "trust_remote_code": False, **options}
+    if name in EMBEDDED_ANSWERING:
         # Their weights are stored in 8 and 16 bits to keep the package small, and work in 32.
         options.setdefault("dtype", torch.float32)
-    local = folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if local:
-        _check_folder(folder)
-    where = str(folder) if local else name
-    options.setdefault("use_safetensors", True)
-    shared = {key: options[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in options}
-    try:
+    shared = shared_options(options)
+    with loading(playground_folder(name) if name in EMBEDDED_ANSWERING else name) as where:
         config = options.pop("config", None) or AutoConfig.from_pretrained(where, **shared)
         kind: Any = (
             AutoModelForImageTextToText
@@ -46,12 +42,38 @@ def load_answering_model(name_or_path: str | os.PathLike[str], **options: Any) -
         )
         model = kind.from_pretrained(where, config=config, **options)
         processor = AutoProcessor.from_pretrained(where, **shared)
-    except (OSError, ValueError) as error:
-        named = where if local else f"{name!r} is no folder here, and the Hub's model"
-        raise ValueError(f"{named} could not be loaded: {' '.join(str(error).split())}") from error
-    if embedded:
+    if name in EMBEDDED_ANSWERING:
         model.name_or_path = model.config._name_or_path = name
     return model.eval(), processor
+
+
+@contextmanager
+def loading(name_or_path: str | os.PathLike[str]) -> Iterator[str]:
+    """A block that loads a model, and from where: a folder that holds one, or a Hub id; ValueError says in one line what is wrong."""
+    from safetensors import SafetensorError
+
+    name, local = str(name_or_path), is_a_path(name_or_path)
+    folder = Path(name).expanduser()
+    if local:
+        _check_folder(folder)
+    where = str(folder) if local else name
+    try:
+        yield where
+    except (OSError, ValueError, SafetensorError) as error:
+        named = where if local else f"{name!r} is no folder here, and the Hub's model"
+        raise ValueError(f"{named} could not be loaded: {' '.join(str(error).split())}") from error
+
+
+def is_a_path(name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is meant, be it there or not, and no Hub id."""
+    name = str(name_or_path)
+    return Path(name).expanduser().exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def shared_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained` that a model's config and processor take too: where it is found, and whether its code may run."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder", "trust_remote_code")
+    return {name: options[name] for name in names if name in options}
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The parts of a model that answers: the language model, the projector, the encoders of its media; and a LoRA on them, checked."""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -46,7 +47,7 @@ def default_lora(model: nn.Module, trained: Trained = "lm") -> Any:
     layers = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if _is_linear(module)
         and module is not head
         and part_of(name) in PARTS[trained]
         and not name.endswith((".gate", ".router"))
@@ -61,35 +62,38 @@ def _pattern(layers: list[str]) -> str:
 
 def check_targets(model: nn.Module, peft_config: Any, trained: Trained) -> None:
     """ValueError for a target that names no module, or one in a part that is not trained."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     targets, part_of = peft_config.target_modules, parts_of(model)
     names = [name for name, _ in model.named_modules()]
     if targets is None:
         raise ValueError(
             "peft_config names no target_modules: leave peft_config at 'default' for the language model's linear layers, or name them"
         )
+    if not isinstance(targets, str):
+        _check_names(model, names, targets)
+    elif targets != "all-linear" and not any(re.fullmatch(targets, name) for name in names):
+        raise ValueError(f"peft_config.target_modules={targets!r} matches no module of {type(model).__name__}")
+    asked = copy.copy(peft_config)
     if targets == "all-linear":
-        chosen = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    elif isinstance(targets, str):
-        chosen = [name for name in names if re.fullmatch(targets, name)]
-        if not chosen:
-            raise ValueError(f"peft_config.target_modules={targets!r} matches no module of {type(model).__name__}")
-    else:
-        chosen = []
-        for target in sorted(targets):
-            found = [name for name in names if name == target or name.endswith(f".{target}")]
-            if not found:
-                known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
-                raise ValueError(
-                    f"peft_config.target_modules: no module of {type(model).__name__} is called {target!r}; its linear layers are "
-                    f"{', '.join(known)}"
-                )
-            chosen += found
+        asked.target_modules = {name for name, module in model.named_modules() if _is_linear(module)}
+    chosen = [name for name in names if check_target_module_exists(asked, name)]
     beyond = [name for name in chosen if part_of(name) not in PARTS[trained]]
     if beyond:
         raise ValueError(
             f"peft_config puts a LoRA on {beyond[0]}, in the {part_of(beyond[0])}, and trained_parts={trained!r}: name targets "
             "of the language model by a regular expression, or set trained_parts='all'"
         )
+
+
+def _check_names(model: nn.Module, names: list[str], targets: Iterable[str]) -> None:
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name, part in model.named_modules() if _is_linear(part)})
+            raise ValueError(
+                f"peft_config.target_modules: no module of {type(model).__name__} is called {target!r}; its linear layers are "
+                f"{', '.join(known)}"
+            )
 
 
 def mark_trained(model: nn.Module, trained: Trained) -> None:

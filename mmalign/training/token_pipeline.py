@@ -96,9 +96,13 @@ class TokenPipeline:
     ) -> str:
         """The answer to a question, or to a chat in transformers' messages; greedy unless `do_sample=True`.
 
-        images: pictures, before the question. videos: clips, each a sequence of frames. Chats hold theirs in their messages.
-        generation: keywords of `model.generate`.
+        images: pictures, before the question. videos: clips, each a sequence of frames, all of which are shown. Chats hold theirs in
+        their messages. generation: keywords of `model.generate`.
         """
+        processor_kwargs = dict(processor_kwargs or {})
+        if videos:
+            # The families' processors would choose among them, or want to know the video that they are from.
+            processor_kwargs.setdefault("do_sample_frames", False)
         if not isinstance(prompt, str):
             if images or videos:
                 raise ValueError("a chat holds its pictures and clips in its messages: leave images and videos out")
@@ -112,7 +116,7 @@ class TokenPipeline:
             raise ValueError(f"{type(self.model).__name__} only reads: leave images and videos out")
         else:
             messages = [{"role": "user", "content": prompt}]
-        return self._answer(messages, dict(processor_kwargs or {}), {"do_sample": False, **generation}, max_new_tokens)
+        return self._answer(messages, processor_kwargs, {"do_sample": False, **generation}, max_new_tokens)
 
     def _answer(
         self, messages: list[Message], processor_kwargs: dict[str, Any], generation: dict[str, Any], longest: int

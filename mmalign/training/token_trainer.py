@@ -23,13 +23,13 @@ from mmalign.training.align_trainer import AlignTrainer, Losses
 from mmalign.training.answer_cache import VERIFIED
 from mmalign.training.devices import on_device
 from mmalign.training.estimate import trained_passes
+from mmalign.training.findings import Finding
 from mmalign.training.gradients import EveryWeightLearns
-from mmalign.training.health import Finding
 from mmalign.training.kept_reference import KeptReference
 from mmalign.training.token_batches import Collator, placeholders_of, text_of_prompts
 from mmalign.training.token_card import write_token_card
 from mmalign.training.token_config import TokenConfig
-from mmalign.training.token_data import Answers, check_answers, prepare_answers
+from mmalign.training.token_data import Answers, check_answers, check_held_out, prepare_answers
 from mmalign.training.token_health import token_findings, token_panel
 from mmalign.training.token_loading import check_model, load_answering_model
 from mmalign.training.token_measurement import (
@@ -126,27 +126,28 @@ class TokenTrainer(AlignTrainer):
             )
 
     def prepare_data(self, data: Any, args: TokenConfig, *, like: Answers | None = None) -> Answers:
-        """Checked rows, from whatever `load_answers` reads."""
-        return prepare_answers(data, self.processor, self._model.config, args, evaluated=like is not None)
+        """Checked rows, from whatever `load_answers` reads; ValueError where they do not suit the loss, or the training data `like`."""
+        answers = prepare_answers(data, self.processor, self._model.config, args, evaluated=like is not None)
+        check_answers(answers, args, like)
+        if self.collate.mismatched:
+            self._check_mismatches(answers, args, "train" if like is None else "eval")
+        return answers
 
     def check_data(self, args: TokenConfig, alike: str = "") -> None:
-        """ValueError where the rows do not suit the loss, or fill no batch."""
-        check_answers(self._train, self._eval, args)
+        """ValueError where the rows fill no batch, or are evaluated and trained on."""
+        if self._eval is not None:
+            check_held_out(self._train, self._eval)
         super().check_data(args, alike)
-        if self.collate.mismatched:
-            self._check_mismatches(args)
 
-    def _check_mismatches(self, args: TokenConfig) -> None:
+    def _check_mismatches(self, data: Answers, args: TokenConfig, name: str) -> None:
         """KTO's baseline needs another row in every batch."""
-        sizes = {"train": args.per_device_train_batch_size, "eval": args.per_device_eval_batch_size}
-        for (name, size), data in zip(sizes.items(), (self._train, self._eval), strict=True):
-            mine = 0 if data is None else len(range(args.process_index, len(data.dataset), args.world_size))
-            short = mine % size == 1 and (name == "eval" or not args.dataloader_drop_last)
-            if data is not None and (size < 2 or short):
-                raise ValueError(
-                    "loss_type 'kto' measures its baseline on prompts with another row's answer, and a batch would have one row: "
-                    f"change per_device_{name}_batch_size"
-                )
+        size = getattr(args, f"per_device_{name}_batch_size")
+        mine = len(range(args.process_index, len(data.dataset), args.world_size))
+        if size < 2 or (mine % size == 1 and (name == "eval" or not args.dataloader_drop_last)):
+            raise ValueError(
+                "loss_type 'kto' measures its baseline on prompts with another row's answer, and a batch would have one row: "
+                f"change per_device_{name}_batch_size"
+            )
 
     def made_trainable(self, args: TokenConfig, peft_config: Any) -> AbstractContextManager[None]:
         """A LoRA, or the weights of the parts that are trained."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmalign.denoisers.adapters import acting_adapters, adapter_layers
 from mmalign.denoisers.parts import is_quantized
 from mmalign.training.token_parts import Trained, check_targets, mark_trained
-from mmalign.training.weights import ADAPTER, add_adapter, check_precision, has_adapter
+from mmalign.training.weights import ADAPTER, add_adapter, check_adapter, check_precision, has_adapter
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _CONFIG_FILE = "adapter_config.json"
@@ -20,12 +20,21 @@ _PREFIX = "base_model.model."
 
 @contextmanager
 def answers_trainable(model: nn.Module, peft_config: Any, trained: Trained, seed: int) -> Iterator[None]:
-    """Puts a LoRA on the model, or makes the weights of these parts trainable; undone where the block raises."""
-    before, had = [(parameter, parameter.requires_grad) for parameter in model.parameters()], has_adapter(model)
+    """Puts a LoRA on the model, or makes the weights of these parts trainable; undone where the block raises.
+
+    ValueError where the model carries a LoRA already.
+    """
+    if has_adapter(model):
+        carried = ", ".join(cast(Any, model).peft_config)
+        raise ValueError(
+            f"the model already carries a LoRA ({carried}): save the pipeline, which merges it, and train what was saved"
+        )
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         if peft_config is None:
             mark_trained(model, trained)
         else:
+            check_adapter(model, peft_config)
             check_targets(model, peft_config, trained)
             model.requires_grad_(False)
             # peft keeps the very object on the model, and transformers writes the base's name into it.
@@ -33,7 +42,7 @@ def answers_trainable(model: nn.Module, peft_config: Any, trained: Trained, seed
         check_precision(model)
         yield
     except BaseException:
-        if not had and has_adapter(model):
+        if has_adapter(model):
             without_adapters(model)
         for parameter, flag in before:
             parameter.requires_grad_(flag)

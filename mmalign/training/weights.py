@@ -30,7 +30,7 @@ def made_trainable(network: nn.Module, peft_config: Any, seed: int) -> Iterator[
         raise ValueError("the pipeline carries a user attention, which PPD alone trains: load the base anew")
     before = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     if peft_config is not None:
-        _check_adapter(network, peft_config)
+        check_adapter(network, peft_config)
     try:
         network.requires_grad_(peft_config is None)
         if peft_config is not None:
@@ -71,7 +71,7 @@ def users_trainable(network: nn.Module, config: UserAttentionConfig, seed: int) 
 
 def add_adapter(network: nn.Module, peft_config: Any, seed: int = 0) -> None:
     """Puts a LoRA on the network, drawn from `seed`, its weights in float32 at least, whatever the base's precision."""
-    _check_adapter(network, peft_config)
+    check_adapter(network, peft_config)
     device = next(network.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -191,7 +191,8 @@ def _load_all(network: nn.Module, state: dict[str, Tensor]) -> None:
         raise ValueError(f"the saved network does not fit this one: {str(error).splitlines()[-1].strip()}") from error
 
 
-def _check_adapter(network: nn.Module, peft_config: Any) -> None:
+def check_adapter(network: nn.Module, peft_config: Any) -> None:
+    """ValueError for what is no LoRA that could be put on the network, trained and saved."""
     from peft import LoraConfig
 
     if not isinstance(peft_config, LoraConfig):

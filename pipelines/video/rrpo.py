@@ -16,9 +16,11 @@ from torch import Tensor
 from mmalign import losses
 from mmalign.data.answer_marks import differing_spans
 from mmalign.data.answer_records import AnswerPair, Span
-from mmalign.data.answer_tokens import AnswerBatch
+from mmalign.data.answer_tokens import AnswerBatch, EncodedAnswers
 from mmalign.data.records import BadRow, InvalidRow
 from mmalign.training.config_checks import refuse
+from mmalign.training.metrics import totals
+from mmalign.training.token_checks import divides_by_lengths
 from mmalign.training.token_config import TokenConfig
 from mmalign.training.token_measurement import AnswerMeasurement
 from mmalign.training.token_pipeline import TokenPipeline
@@ -49,7 +51,10 @@ class RRPOConfig(TokenConfig):
         for name, alpha, beta, rate, more in (
             ("llava-video", 0.01, 0.1, 5e-6, {"warmup_steps": 0.03, "bf16": True}),
             ("longvu", 0.05, 0.5, 5e-6, {"warmup_steps": 0.03, "bf16": True}),
-            ("videochat2", 0.01, 0.9, 2e-5, {"weight_decay": 0.02, "fp16": True}),
+            ("videochat2", 0.01, 0.9, 2e-5, {
+                "weight_decay": 0.02, "fp16": True,
+                "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01},
+            }),
         )
     }  # fmt: skip
 
@@ -71,7 +76,7 @@ class RRPOConfig(TokenConfig):
                 "normalize='phrase_tokens' needs refined=True": self.normalize == "phrase_tokens" and not self.refined,
                 "RRPO sums its own tokens: leave logps out, and see normalize": self.logps != "sum",
                 "normalize divides by tokens, and so does the loss: leave one of them out": self.normalize != "none"
-                and any("chosen_length" in losses.get(key).inputs for key in self.loss_type),
+                and any(divides_by_lengths(losses.get(key)) for key in self.loss_type),
                 "joint has no meaning for RRPO: only answers have marked phrases": self.joint,
                 "RRPO compares two answers: leave losses of single ones out": self.is_unpaired,
             }
@@ -101,6 +106,15 @@ class RRPOConfig(TokenConfig):
         """What decides about marks."""
         return {"refined": self.refined, "insertions": self.insertions, "deletions": self.deletions}
 
+    def check_encoded(self, pair: AnswerPair, encoded: EncodedAnswers) -> None:
+        """InvalidRow where no token of an answer lies in a phrase, such as one that was cut off with the answer's end."""
+        if not self.refined or pair.rejected is None:
+            return
+        for answer, field in zip(encoded.answers, pair.fields, strict=True):
+            if not (answer.marked & answer.supervised).any():
+                cut = "" if self.truncate is None else f" within max_length={self.max_length}"
+                raise InvalidRow(BadRow(pair.row, field, f"no token lies in its marked phrases{cut}"))
+
     def about(self) -> str:
         """Both terms."""
         compared = "marked phrases" if self.refined else "whole answers"
@@ -119,13 +133,11 @@ class RRPOTrainer(TokenTrainer):
 
     def panel(self, measured: AnswerMeasurement, loss: Tensor) -> dict[str, tuple[float, float]]:
         """Also the divergence of both sides, a sum over an answer's tokens each, and the share of tokens that are marked."""
-        found = super().panel(measured, loss)
+        values = {"marked": measured.weights[measured.supervised] != 0}
         if measured.policy.kl is not None:
-            for side, value in zip(("chosen", "rejected"), measured.policy.kl.detach().sum(1).chunk(2), strict=True):
-                found[f"kl/{side}"] = float(value.double().sum()), float(value.numel())
-        counted = measured.supervised.sum()
-        found["marked"] = float((measured.weights != 0).sum()), float(counted)
-        return found
+            sums = measured.policy.kl.detach().sum(1).chunk(2)
+            values |= {f"kl/{side}": value for side, value in zip(("chosen", "rejected"), sums, strict=True)}
+        return super().panel(measured, loss) | totals(values)
 
     def _weights(self, batch: AnswerBatch) -> Float[Tensor, "R T"]:
         return phrase_weights(batch.supervised, batch.marked, self.args)

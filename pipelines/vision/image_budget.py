@@ -9,7 +9,8 @@ each whatever the budget, and read whole beside them.
 
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,12 @@ class ImageBudget:
     split: bool = True
 
     def __post_init__(self) -> None:
+        for name, kind in (("min_tokens", int), ("max_tokens", int), ("split", bool)):
+            value = getattr(self, name)
+            if type(value) is not kind:
+                raise ValueError(
+                    f"{name} must be {'a whole number' if kind is int else 'true or false'}, got {value!r}"
+                )
         if not 1 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens must lie between 1 and max_tokens={self.max_tokens}, got {self.min_tokens}")
 
@@ -82,11 +89,25 @@ PRESETS = {
 }
 
 
-def budget_of(processor: Any) -> ImageBudget:
-    """The budget that a processor keeps."""
-    images = processor.image_processor
+def read_budget(told: ImageBudget | str | Mapping[str, Any]) -> ImageBudget:
+    """A budget from its name in PRESETS, or from its fields; ValueError for others."""
+    if isinstance(told, ImageBudget):
+        return told
+    names = [field.name for field in fields(ImageBudget)]
+    if isinstance(told, Mapping) and set(told) <= set(names):
+        return ImageBudget(**told)
+    if not isinstance(told, str) or told not in PRESETS:
+        raise ValueError(f"image_budget must be one of {', '.join(PRESETS)}, or have {', '.join(names)}; got {told!r}")
+    return PRESETS[told]
+
+
+def budget_of(processor: Any, keywords: Mapping[str, Any] | None = None) -> ImageBudget:
+    """The budget that a processor keeps, or that it has in a call with these keywords."""
+    keywords = keywords or {}
+    told = {**keywords, **(keywords.get("images_kwargs") or {})}
+    names = {"min_tokens": "min_image_tokens", "max_tokens": "max_image_tokens", "split": "do_image_splitting"}
     return ImageBudget(
-        min_tokens=images.min_image_tokens, max_tokens=images.max_image_tokens, split=images.do_image_splitting
+        **{field: told.get(name, getattr(processor.image_processor, name)) for field, name in names.items()}
     )
 
 

@@ -10,6 +10,7 @@ beside it: L = pair loss + kd_weight · (mean of DTK over the answer's tokens).
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -20,16 +21,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mmalign.data.answer_tokens import AnswerBatch
-from mmalign.files import absence_explained, write_json
+from mmalign.files import write_json
 from mmalign.likelihood.answers import AnswerScores, score_answers
 from mmalign.likelihood.distilled import distil_tokens
 from mmalign.likelihood.token_head import head_of
-from mmalign.pipelines.vision.image_budget import PRESETS, ImageBudget, budget_of, predicted_tokens, tiling_of
+from mmalign.pipelines.vision.image_budget import ImageBudget, budget_of, predicted_tokens, read_budget, tiling_of
 from mmalign.training.align_trainer import Losses
 from mmalign.training.loading import EMBEDDED_ANSWERING
 from mmalign.training.token_config import TokenConfig
 from mmalign.training.token_data import Answers
-from mmalign.training.token_loading import load_answering_model
+from mmalign.training.token_loading import load_answering_model, loading, shared_options
 from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, Features, media_features, states
 from mmalign.training.token_pipeline import Message, TokenPipeline
 from mmalign.training.token_trainer import TokenTrainer
@@ -59,17 +60,17 @@ def load_lfm2(source: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-    source = os.fspath(source)
-    if source in EMBEDDED_ANSWERING:
+    if os.fspath(source) in EMBEDDED_ANSWERING:
         return load_answering_model(source, **options)
-    revision = {"revision": options["revision"]} if "revision" in options else {}
-    with absence_explained(f"download {source} from the Hub, and pass its folder"):
-        config = AutoConfig.from_pretrained(source, **revision)
-        _check_type(config.model_type)
-        sees = config.model_type in SEES
-        loader, reader = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
-        options = {"use_safetensors": True, **options, "output_loading_info": True}
-        model, notes = loader.from_pretrained(source, config=config, **options)
+    shared = shared_options(options)
+    with loading(source) as where:
+        config = AutoConfig.from_pretrained(where, **shared)
+    _check_type(config.model_type)
+    sees = config.model_type in SEES
+    loader, reader = (AutoModelForImageTextToText, AutoProcessor) if sees else (AutoModelForCausalLM, AutoTokenizer)
+    options = {"use_safetensors": True, **options, "output_loading_info": True}
+    with loading(source) as where:
+        model, notes = loader.from_pretrained(where, config=config, **options)
         missing, surplus = (sorted(notes[kind]) for kind in ("missing_keys", "unexpected_keys"))
         if sees and any(_NORM in key for key in (*missing, *surplus)):
             config.projector_use_layernorm = any(_NORM in key for key in surplus)
@@ -78,12 +79,13 @@ def load_lfm2(source: str | os.PathLike[str], **options: Any) -> tuple[Any, Any]
                 source,
                 *(("no", "one") if config.projector_use_layernorm else ("a", "none")),
             )
-            model, notes = loader.from_pretrained(source, config=config, **options)
+            model, notes = loader.from_pretrained(where, config=config, **options)
             missing, surplus = (sorted(notes[kind]) for kind in ("missing_keys", "unexpected_keys"))
-        if missing or surplus:
-            odd = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which is not part of the model"
-            raise ValueError(f"{source} {odd}: its config.json belongs to other weights")
-        return model, reader.from_pretrained(source, **revision)
+        processor = reader.from_pretrained(where, **shared)
+    if missing or surplus:
+        odd = f"lacks {missing[0]}" if missing else f"holds {surplus[0]}, which is not part of the model"
+        raise ValueError(f"{source} {odd}: its config.json belongs to other weights")
+    return model, processor
 
 
 def apply_export_notes(folder: str | os.PathLike[str]) -> list[str]:
@@ -118,9 +120,9 @@ def _check_type(model_type: str) -> None:
 
 @dataclass
 class LFM2VLConfig(TokenConfig):
-    """Options of `TokenConfig`, and those of distillation.
+    """Options of `TokenConfig`, and those of distillation, which are for pairs' preferred answers and single ones that are liked.
 
-    teacher          a folder or Hub id of an LFM2 model with the same tokenizer, such as a larger one; distils on the preferred answers
+    teacher          a folder or Hub id of an LFM2 model with the same tokenizer, such as a larger one
     kd_weight        how much the distillation counts beside the loss of the pairs
     kd_top_k         tokens of the teacher that are compared one by one, at each position
     kd_temperature   τ of the comparison within them; how they stand against all others is compared without
@@ -152,7 +154,7 @@ class LFM2VLConfig(TokenConfig):
         super().__post_init__()
         if (self.teacher is None) != (self.kd_weight == 0):
             raise ValueError("teacher and kd_weight go together: name a teacher, and how much it counts")
-        if self.kd_weight < 0 or self.kd_top_k < 1 or not self.kd_temperature > 0:
+        if not self.kd_weight >= 0 or self.kd_top_k < 1 or not self.kd_temperature > 0:
             raise ValueError("kd_weight must not be negative, kd_top_k be at least 1, and kd_temperature above 0")
         for name in ("kd_top_k", "kd_temperature", "kd_tau_squared"):
             if self.teacher is None and getattr(self, name) != self.default(name):
@@ -166,7 +168,7 @@ class LFM2VLConfig(TokenConfig):
 
 @dataclass(frozen=True, eq=False)
 class DistilledScores(AnswerScores):
-    """Scores of answers, and DTK per token of the chosen ones."""
+    """Scores of answers, and DTK per token of the chosen ones; 0 for a single answer that is disliked."""
 
     dtk: Float[Tensor, " B"] | None = None
 
@@ -201,7 +203,8 @@ class DistillingPolicy(AnswerPolicy):
             temperature=args.kd_temperature,
             tau_squared=args.kd_tau_squared,
         )
-        return torch.stack([row.mean() for row in each.split(counts.tolist())])
+        means = torch.stack([row.mean() for row in each.split(counts.tolist())])
+        return means if len(batch.supervised) > len(batch.rows) else means * (batch.label > 0.5)
 
 
 class LFM2VLTrainer(TokenTrainer):
@@ -215,6 +218,10 @@ class LFM2VLTrainer(TokenTrainer):
         """As in `TokenTrainer`; loads the teacher. ValueError where it reads other tokens."""
         super().check_arguments(args, train_dataset, eval_dataset, peft_config)
         _check_type(cast(Any, self.network).config.model_type)
+        if args.processor_kwargs and cast(Any, self.network).config.model_type in SEES:
+            asked = budget_of(self.processor, args.processor_kwargs)
+            if asked.trap and asked != budget_of(self.processor):
+                _log.warning("processor_kwargs: %s", asked.trap)
         # transformers sets `args` after it asks for the module that is trained.
         self._asked = args
         if args.teacher is None:
@@ -242,13 +249,14 @@ class LFM2VLTrainer(TokenTrainer):
             return loss
         dtk = measured.policy.dtk
         # For the panel, which `row_losses` makes of the same batch.
-        self._distance = float(dtk.detach().double().sum()), float(len(dtk))
+        liked = len(dtk) if measured.sides == 2 else int((measured.label > 0.5).sum())
+        self._distance = {"dtk": (float(dtk.detach().sum()), float(liked))} if liked else {}
         return loss + self.args.kd_weight * pad(dtk, (0, len(loss) - len(dtk)))
 
     def row_losses(self, model: nn.Module, inputs: dict[str, Any], *, epoch: int, data: Answers) -> Losses:
         """As in `TokenTrainer`, with "dtk" in the panel."""
         found = super().row_losses(model, inputs, epoch=epoch, data=data)
-        return found if self._teacher is None else replace(found, panel=found.panel | {"dtk": self._distance})
+        return found if self._teacher is None else replace(found, panel=found.panel | self._distance)
 
     def _write_weights(self, folder: Path) -> None:
         super()._write_weights(folder)
@@ -271,12 +279,12 @@ class LFM2VLPipeline(TokenPipeline):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        image_budget: ImageBudget | str | None = None,
+        image_budget: ImageBudget | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Self:
         """A Hub id or a folder, with transformers' keywords.
 
-        image_budget: one, or "quality", "balanced", "fast"; None is the model's own.
+        image_budget: one, its fields, or "quality", "balanced", "fast"; None is the model's own.
         """
         pipe = cls(*load_lfm2(pretrained_model_name_or_path, **options))
         if image_budget is not None:
@@ -289,12 +297,8 @@ class LFM2VLPipeline(TokenPipeline):
         return budget_of(self._that_sees())
 
     @image_budget.setter
-    def image_budget(self, budget: ImageBudget | str) -> None:
-        if isinstance(budget, str):
-            if budget not in PRESETS:
-                raise ValueError(f"image_budget must be one of {', '.join(PRESETS)}, or an ImageBudget, got {budget!r}")
-            budget = PRESETS[budget]
-        budget.apply_to(self._that_sees())
+    def image_budget(self, budget: ImageBudget | str | Mapping[str, Any]) -> None:
+        read_budget(budget).apply_to(self._that_sees())
 
     def predicted_tokens(self, height: int, width: int) -> int:
         """Image tokens that a picture of so many pixels will cost, under the budget that is set."""

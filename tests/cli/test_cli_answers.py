@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +153,83 @@ def test_every_option_of_the_config_is_explained_and_read(method: str) -> None:
     assert not {"vae", "streaming", "base_quantization", "base_class"} & set(verb.by_name)
 
 
+def test_an_image_budget_is_kept_with_the_run_and_answered_with(
+    model: Path, data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmalign.cli import answer_models
+    from mmalign.pipelines.vision.image_budget import ImageBudget, budget_of
+
+    asked = json.dumps({"min_tokens": 4, "max_tokens": 8})
+    command = ["train", "lfm2-vl", "--model", str(model), "--data", str(data / "pairs.jsonl"), "--max-steps", "1"]
+    command += ["--image-budget", asked, "--output-dir", str(tmp_path / "run"), *TINY]
+    assert main([*command, "--print-config"]) == 0
+    (tmp_path / "run.yaml").write_text(capsys.readouterr().out)
+    assert main(["train", "lfm2-vl", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert "max_tokens=8 with split=True makes pictures dearer" in capsys.readouterr().err
+
+    loaded, plain = [], answer_models.load_answering
+    monkeypatch.setattr("mmalign.cli.answer.load_answering", lambda *a, **o: loaded.append(plain(*a, **o)) or loaded[0])
+    questions = ["--data", str(data / "questions.jsonl"), "--max-rows", "1", "--max-new-tokens", "1", "--device", "cpu"]
+    words = ["answer", "--model", str(model), "--lora", str(tmp_path / "run"), *questions]
+    assert main([*words, "--output", str(tmp_path / "answers.jsonl")]) == 0
+    assert budget_of(loaded[0].processor) == ImageBudget(min_tokens=4, max_tokens=8, split=True)
+
+
+def test_rows_that_are_opened_here_are_opened_as_the_options_say(model: Path, data: Path, monkeypatch: Any) -> None:
+    from mmalign.training.token_pipeline import TokenPipeline
+
+    aligned: list[dict[str, Any]] = []
+
+    def align(self: Any, source: Any, *, eval_dataset: Any, **options: Any) -> None:
+        aligned.append(
+            {"rows": len(source), "held_out": len(eval_dataset), "frames": source.reading.num_frames, **options}
+        )
+
+    monkeypatch.setattr(TokenPipeline, "align", align)
+    asked: list[Any] = []
+    from mmalign.data import answers
+
+    plain = answers.load_answers
+    monkeypatch.setattr(answers, "load_answers", lambda *a, **o: asked.append(o.pop("split")) or plain(*a, **o))
+    words = ["train", "token-dpo", "--model", str(model), "--data", str(data / "pairs.jsonl"), "--use-cpu"]
+    words += ["--eval-data", str(data / "held_out.jsonl"), "--train-split", "fit", "--eval-split", "held"]
+    assert main([*words, "--max-rows", "5", "--num-frames", "4"]) == 0
+    assert (aligned[0]["rows"], aligned[0]["held_out"], aligned[0]["frames"]) == (5, 3, 4) and asked == ["fit", "held"]
+    # The trainer would refuse to open them otherwise once more.
+    assert [aligned[0][name] for name in ("train_split", "eval_split", "num_frames")] == [None, None, None]
+
+
+def test_the_lora_of_rrpo_s_paper_is_what_the_documentation_types(model: Path) -> None:
+    from mmalign.cli.train_answers import _lora
+    from mmalign.training.token_loading import load_answering_model
+
+    words = ["--model", "m", "--data", "d", "--preset", "llava-video", "--lora-r", "128"]
+    given = train.make_command("rrpo", RRPOConfig).read(words)
+    assert given is not None
+    args = train.checked_config(train.config_options(given, RRPOConfig) | {"bf16": False}, RRPOConfig)
+    lora = _lora(given, SimpleNamespace(model=load_answering_model(model)[0]), args)
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (128, 256, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [
+        (["q_proj"], {"q_proj"}),
+        (["q_proj", "w1"], {"q_proj", "w1"}),
+        ([r".*\.(q|k)_proj"], r".*\.(q|k)_proj"),
+        (["all-linear"], "all-linear"),
+    ],
+)
+def test_a_layer_s_name_is_no_regular_expression(words: list[str], targets: Any) -> None:
+    from peft import LoraConfig
+
+    given = train.make_command("token-dpo", TokenConfig).read(
+        ["--model", "m", "--data", "d", "--lora-target-modules", *words]
+    )
+    assert given is not None
+    assert train.as_asked(LoraConfig(), given, alpha=2).target_modules == targets
+
+
 def test_a_preset_is_written_out_and_read_back(capsys: Any, tmp_path: Path) -> None:
     assert main(["train", "rrpo", "--model", "m", "--data", "d", "--preset", "longvu", "--print-config"]) == 0
     shown = capsys.readouterr().out
@@ -186,6 +264,8 @@ def test_spellings_of_trl_are_understood() -> None:
         (["train", "token-dpo", "--model", "m", "--data", "d", "--full", "--lora-r", "4"], "so --lora-r has no effect"),
         (["train", "token-dpo", "--model", "m", "--data", "d", "--logps", "ld"], "ld_alpha go together"),
         (["train", "rrpo", "--model", "m", "--data", "d", "--preset", "sdxl"], "takes one of llava-video, longvu, videochat2"),
+        (["train", "lfm2-vl", "--model", "m", "--data", "d", "--image-budget", "tiny"], "must be one of quality, balanced, fast"),
+        (["train", "token-dpo", "--model", "m", "--data", "d", "--image-budget", "fast"], "unknown option --image-budget"),
         (["probe", "rrpo", "--model", "m", "--data", "d"], "a model that answers has none"),
         (["evaluate-answers", "--model", "m", "--data", "d", "--given-answers", "x"], "--given-answers compares with a base"),
         (["evaluate-answers", "--model", "m", "--base", "b", "--data", "d", "--retention-data", "x"], "go together"),

@@ -17,6 +17,7 @@ from mmalign.pipelines.vision.image_budget import (
     Tiling,
     budget_of,
     predicted_tokens,
+    read_budget,
     tiling_of,
 )
 
@@ -151,6 +152,9 @@ def test_a_small_budget_with_splitting_warns_that_it_costs_more(caplog: pytest.L
     [
         (lambda: ImageBudget(min_tokens=300), "min_tokens must lie between 1 and max_tokens=256, got 300"),
         (lambda: ImageBudget(min_tokens=0), "got 0"),
+        (lambda: ImageBudget(max_tokens=64.0), "max_tokens must be a whole number, got 64.0"),
+        (lambda: ImageBudget(split="no"), "split must be true or false, got 'no'"),
+        (lambda: read_budget({"tokens": 64}), "or have min_tokens, max_tokens, split; got {'tokens': 64}"),
         (lambda: predicted_tokens(0, 5), "at least 1×1 pixels, got 0×5"),
         (lambda: predicted_tokens(20, 9000, ImageBudget(split=False)), "read at 32×10848, 339 tokens, .*squarer shape"),
         (lambda: predicted_tokens(500, 300, ImageBudget(min_tokens=256)), "room for 256: .*lower min_tokens=256"),

@@ -140,8 +140,10 @@ def test_a_budget_is_set_by_name_or_by_number(tmp_path: Path) -> None:
         min_tokens=32, max_tokens=64, split=False
     )
     assert LFM2VLPipeline.from_pretrained(tmp_path).image_budget == pipe.image_budget
+    pipe.image_budget = {"min_tokens": 4, "max_tokens": 8, "split": False}
+    assert pipe.image_budget == ImageBudget(min_tokens=4, max_tokens=8, split=False)
     with pytest.raises(
-        ValueError, match="image_budget must be one of quality, balanced, fast, or an ImageBudget, got 'low'"
+        ValueError, match="image_budget must be one of quality, balanced, fast, or have min_tokens, .*; got 'low'"
     ):
         pipe.image_budget = "low"
 
@@ -190,6 +192,37 @@ def test_the_teacher_adds_its_distance_on_the_chosen_answers(tmp_path: Path, tea
     assert not any("teacher" in name for name, _ in run.model.named_parameters())
 
 
+def test_of_single_answers_those_that_are_liked_are_distilled_on(tmp_path: Path, teacher: str) -> None:
+    singles = [
+        {"prompt": row["prompt"], "image": row["image"], "completion": row[side], "label": side == "chosen"}
+        for row in rows(2)
+        for side in ("chosen", "rejected")
+    ]
+    found = {}
+    for name, changes in (("plain", {}), ("distilled", {"teacher": teacher, "kd_weight": 0.5})):
+        args = LFM2VLConfig(output_dir=str(tmp_path), **options(loss_type="bco", beta=0.1, **changes))
+        run = LFM2VLTrainer(model=pipeline(), args=args, train_dataset=singles, peft_config=None)
+        batch = run.collate([run._train.dataset[index] for index in range(4)])
+        found[name] = run.row_losses(run.model.eval(), batch, epoch=0, data=run._train)
+    added = found["distilled"].loss - found["plain"].loss
+    expected = torch.stack([by_hand(run, run._teacher, row, k=32) for row in (0, 2)])
+    torch.testing.assert_close(added[[0, 2]], 0.5 * expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(added[[1, 3]], torch.zeros(2), rtol=0, atol=1e-6)
+    assert found["distilled"].panel["dtk"] == pytest.approx((expected.sum().item(), 2.0), rel=1e-4)
+
+
+def test_a_small_budget_for_training_alone_warns_as_the_pipeline_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keywords = {"min_image_tokens": 32, "max_image_tokens": 64, "do_image_splitting": True}
+    with caplog.at_level("WARNING"):
+        trainer(tmp_path, processor_kwargs=keywords)
+    assert "processor_kwargs: max_tokens=64 with split=True makes pictures dearer" in caplog.text
+    caplog.clear()
+    trainer(tmp_path, processor_kwargs=keywords | {"do_image_splitting": False})
+    assert "dearer" not in caplog.text
+
+
 def test_a_teacher_that_is_the_model_itself_adds_nothing(tmp_path: Path) -> None:
     pipe = pipeline()
     pipe.save_pretrained(tmp_path / "same")
@@ -215,6 +248,7 @@ def test_training_comes_nearer_to_the_teacher(tmp_path: Path, teacher: str) -> N
         ({"kd_weight": 0.5}, "teacher and kd_weight go together"),
         ({"kd_top_k": 5}, "kd_top_k has no effect without a teacher"),
         ({"teacher": "x", "kd_weight": -1.0}, "kd_weight must not be negative"),
+        ({"teacher": "x", "kd_weight": float("nan")}, "kd_weight must not be negative"),
         ({"teacher": "x", "kd_weight": 1.0, "kd_temperature": 0.0}, "kd_temperature above 0"),
     ],
 )

@@ -1,5 +1,6 @@
 """RRPO's loss: what it is at the reference, which tokens move it and which way, what it is made of, and a run on tiny models."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -19,7 +20,8 @@ from mmalign.data.records import InvalidRow
 from mmalign.likelihood.answers import AnswerScores, token_weights
 from mmalign.likelihood.token_head import TokenHead
 from mmalign.likelihood.tokens import score_tokens
-from mmalign.pipelines.video.rrpo import RRPOConfig, RRPOPipeline, phrase_weights, rrpo_loss
+from mmalign.pipelines.video.rrpo import RRPOConfig, RRPOPipeline, RRPOTrainer, phrase_weights, rrpo_loss
+from mmalign.training.token_data import prepare_answers
 from mmalign.training.token_measurement import AnswerMeasurement
 
 B, T, V = 2, 9, 13
@@ -155,6 +157,26 @@ def test_normalised_rewards_are_means():
         lengths = among.sum(1).chunk(2)
         torch.testing.assert_close(means.chosen_logratio, sums.chosen_logratio / lengths[0])
         torch.testing.assert_close(means.rejected_logratio, sums.rejected_logratio / lengths[1])
+        # The divergence is then per token of the whole answer, whatever is marked.
+        summed = measured(policy, reference, args).policy.kl
+        assert summed is not None
+        per_token = (summed.sum(1) / SUPERVISED.sum(1))[:B]
+        added = loss(policy, reference, normalize=normalize, alpha=0.5) - loss(
+            policy, reference, normalize=normalize, alpha=0.0
+        )
+        torch.testing.assert_close(added, 0.5 * per_token)
+
+
+def test_the_panel_tells_both_divergences_and_the_share_of_marked_tokens():
+    args = config(alpha=0.1)
+    found = measured(logits(1), logits(2), args)
+    run = object.__new__(RRPOTrainer)
+    run.args = args
+    told = run.panel(found, torch.ones(B))
+    assert found.policy.kl is not None and told["marked"] == (int(MARKED.sum()), int(SUPERVISED.sum()))
+    sums = found.policy.kl.sum(1).double()
+    assert told["kl/chosen"] == (pytest.approx(sums[:B].sum().item()), B)
+    assert told["kl/rejected"] == (pytest.approx(sums[B:].sum().item()), B)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +189,7 @@ def test_normalised_rewards_are_means():
         ({"logps": "mean"}, "leave logps out"),
         ({"joint": True}, "joint"),
         ({"loss_type": "sigmoid_norm", "normalize": "phrase_tokens"}, "normalize divides by tokens"),
+        ({"loss_type": "ipo", "normalize": "response_tokens"}, "normalize divides by tokens"),
         ({"loss_type": "kto"}, "two answers"),
         ({"reference_cache": True}, "reference_cache"),
     ],
@@ -188,6 +211,12 @@ def test_marks_of_the_data_stay_and_others_are_found():
     found = config().taken(pair("a red bag falls", "a blue bag falls"))
     assert (found.chosen_marks, found.rejected_marks) == (((2, 5),), ((2, 6),))
     assert config(refined=False).taken(pair("same", "same")).chosen_marks is None
+    added = pair("a bag falls", "a blue bag falls")
+    assert config().taken(added).chosen_marks == ((0, 1),)
+    with pytest.raises(InvalidRow, match="row 4, chosen: no phrase is marked in it"):
+        config(insertions="skip").taken(added)
+    with pytest.raises(InvalidRow, match="row 4, rejected: no phrase is marked in it"):
+        config(deletions="skip").taken(added)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +232,46 @@ def test_a_row_without_a_phrase_is_named(row: AnswerPair, told: str):
         config().taken(row)
 
 
+def test_the_divergence_needs_the_reference_that_a_loss_may_not(tmp_path: Any):
+    args = RRPOConfig(
+        str(tmp_path), report_to="none", loss_type="simpo", beta=2.0, reference="copy", use_cpu=True,
+        per_device_train_batch_size=2, disable_tqdm=True,
+    )  # fmt: skip
+    pipe = RRPOPipeline.from_parts(*copy.deepcopy(tiny_vlm("lfm2")))
+    data = [{"prompt": "Which?", "chosen": f"It is {word}.", "rejected": "It is blue."} for word in ("red", "white")]
+    run = RRPOTrainer(pipe, args, data)
+    assert args.is_reference_free and run.reference.kind == "copy"
+    found = run.measure(run.model, run.collate([run._train.dataset[0]])["batch"], epoch=0, data=run._train)
+    assert found.policy.kl is not None
+    with pytest.raises(ValueError, match="reference has no effect"):
+        RRPOConfig("unused", report_to="none", loss_type="simpo", beta=2.0, reference="copy", alpha=0.0)
+
+
+def test_a_row_whose_phrases_were_cut_off_is_a_bad_one(tmp_path: Any):
+    model, processor = tiny_vlm("lfm2")
+    ends = [f"It stands there for a long while, and it is {colour}" for colour in ("red", "blue")]
+    data = [{"prompt": "Which?", "chosen": ends[0], "rejected": ends[1]}]
+    answers = {}
+    for length in (30, 60):
+        args = config(max_length=length, truncate="answer", on_bad_row="skip", disable_tqdm=True)
+        try:
+            answers[length] = prepare_answers(data, processor, model.config, args).dataset[0]["encoded"].answers
+        except ValueError as error:
+            answers[length] = str(error)
+    assert answers[30] == (
+        "no usable rows in list: 1 of 1 rows left out: row 0, chosen: no token lies in its marked phrases within max_length=30"
+    )
+    assert all(answer.marked.any() for answer in answers[60])
+
+
+def test_the_presets_are_the_released_scripts(tmp_path: Any):
+    args = RRPOConfig.preset("videochat2", output_dir=str(tmp_path), report_to="none", fp16=False)
+    assert (args.alpha, args.beta, args.learning_rate) == (0.01, 0.9, 2e-5)
+    # Down to one per cent, without a warm-up.
+    assert args.lr_scheduler_type == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.01}
+    assert args.warmup_steps == 0 and args.num_frames == 16
+
+
 def rows(number: int = 8) -> list[dict[str, Any]]:
     """Clips of noise, one answer marked, the next not."""
     made = []
@@ -216,8 +285,6 @@ def rows(number: int = 8) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["llava_onevision", "qwen2_5_vl", "smolvlm"])
 def test_a_run_tells_phrases_apart_and_stays_near_the_reference(kind: str, tmp_path: Any):
-    import copy
-
     model, processor = copy.deepcopy(tiny_vlm(kind))
     pipe = RRPOPipeline.from_parts(model, processor)
     options = dict(

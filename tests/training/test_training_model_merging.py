@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,12 @@ def test_della_keeps_large_entries_more_often_and_the_mean_of_all() -> None:
     torch.testing.assert_close(found.mean(0), row, rtol=0.12, atol=0)
 
 
+def test_double_precision_stays() -> None:
+    base, model = (x.double() for x in tensors(2))
+    for method in ("soup", "task_arithmetic", "ties", "dare", "dare_ties", "della"):
+        assert merged(base, [model], method=method).dtype == torch.float64
+
+
 def test_della_elects_signs_as_ties_does() -> None:
     base, a, b = tensors(3)
     found = merged(base, [a, b], method="della", density=0.9, epsilon=0.0)
@@ -127,8 +134,9 @@ def test_what_is_no_weight_is_the_base_s_or_a_mean() -> None:
     count = torch.tensor(7)
     assert merged(count, [torch.tensor(9)], method="task_arithmetic", weights=(1.0,)) is count
     base, a, b = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([0.2])
-    found = merged(base, [a, b], method="task_arithmetic", weights=(3.0, 3.0), name="norm.running_var")
-    assert found.item() == pytest.approx(0.35)
+    for name in ("norm.running_var", "norm.running_mean"):
+        found = merged(base, [a, b], method="task_arithmetic", weights=(3.0, 3.0), name=name)
+        assert found.item() == pytest.approx(0.35)
 
 
 def test_half_precision_is_summed_in_float32_and_equal_weights_stay() -> None:
@@ -172,6 +180,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, processor = tiny_vlm("lfm2_vl")
     model.save_pretrained(folder / "base", max_shard_size="60KB")
     processor.save_pretrained(folder / "base")
+    (folder / "base" / "LICENSE").write_text("Theirs.")
     for number in (1, 2):
         trained = copy.deepcopy(model)
         generator = torch.Generator().manual_seed(number)
@@ -205,6 +214,10 @@ def test_a_merged_folder_loads_in_plain_transformers(place: Path, tmp_path: Path
     assert files == {path.name for path in (place / "base").glob("*.safetensors")} and len(files) > 2
     stored = {name for file in files for name in load_file(out / file)}
     assert "lm_head.weight" not in stored
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = {name: value.nbytes for file in files for name, value in load_file(out / file).items()}
+    assert index["metadata"]["total_size"] == sum(sizes.values()) and index["weight_map"].keys() == sizes.keys()
+    assert (out / "LICENSE").read_text() == "Theirs."
     base, *runs = states(place)
     if how["method"] != "della":  # whose draws hang on the names in the files, which are not those in memory
         expected = {name: merge_tensor(name, base[name], [run[name] for run in runs], Recipe(**how)) for name in base}
@@ -230,6 +243,24 @@ def test_files_do_not_matter(place: Path, tmp_path: Path) -> None:
         parts |= load_file(file)
     whole = load_file(b / "model.safetensors")
     assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_the_index_of_an_earlier_save_is_not_read(place: Path, tmp_path: Path) -> None:
+    """transformers leaves it there when it saves a model in one file, and reads the file."""
+    from transformers import AutoModelForImageTextToText
+
+    shutil.copytree(place / "base", tmp_path / "base")
+    AutoModelForImageTextToText.from_pretrained(place / "run-1").save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / "model.safetensors.index.json").is_file()
+    for told in ("history.json", "trainer_state.json", "manifest.json"):
+        (tmp_path / "base" / told).write_text("[]")
+    out = merge_models(tmp_path / "base", [place / "run-2"], tmp_path / "out")
+    about_the_base = {"model.safetensors.index.json", "history.json", "trainer_state.json", "manifest.json"}
+    assert not about_the_base & {path.name for path in out.iterdir()}
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, place / "run-2"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
 
 
 def test_a_soup_needs_no_base(place: Path, tmp_path: Path) -> None:
@@ -283,6 +314,20 @@ def test_a_lora_that_has_no_place_is_refused(place: Path, tmp_path: Path) -> Non
     adapted(tmp_path / "run")
     with pytest.raises(ValueError, match="run holds a LoRA: name its base"):
         merge_models(None, [tmp_path / "run"], tmp_path / "out")
+    adapted(tmp_path / "dora", use_dora=True)
+    with pytest.raises(
+        ValueError, match="lora_magnitude_vector, which is more than a low-rank pair: save the whole model"
+    ):
+        merge_models(place / "base", [tmp_path / "dora"], tmp_path / "out")
+    (tmp_path / "dora" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="dora holds no adapter_model.safetensors"):
+        merge_models(place / "base", [tmp_path / "dora"], tmp_path / "out")
+    path = tmp_path / "run" / "adapter_config.json"
+    plain = path.read_text()
+    path.write_text(json.dumps(json.loads(plain) | {"fan_in_fan_out": True}))
+    with pytest.raises(ValueError, match="which is no linear layer"):
+        merge_models(place / "base", [tmp_path / "run"], tmp_path / "out")
+    path.write_text(plain)
     state = load_file(tmp_path / "run" / "adapter_model.safetensors")
     odd = {name.replace("language_model", "speech_model"): value for name, value in state.items()}
     save_file(odd, tmp_path / "run" / "adapter_model.safetensors")
@@ -338,6 +383,14 @@ def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             merge_models(place / "base", [folder], tmp_path / "out")
+    (empty / "model.safetensors").write_bytes((place / "run-1" / "model.safetensors").read_bytes()[:500])
+    with pytest.raises(ValueError, match="empty/model.safetensors is damaged"):
+        merge_models(place / "base", [empty], tmp_path / "out")
+    with pytest.raises(ValueError, match="absent: no such folder"):
+        merge_models(place / "base", [tmp_path / "absent"], tmp_path / "out")
+    with pytest.raises(ValueError, match="models is a list"):
+        merge_models(place / "base", str(place / "run-1"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="base is not empty: choose a new folder"):
         merge_models(place / "base", [place / "run-1"], place / "base")
 
@@ -353,6 +406,8 @@ def test_folders_that_cannot_be_merged_say_why(place: Path, tmp_path: Path) -> N
             {"method": "della", "density": 0.95, "epsilon": 0.2},
             r"density ± epsilon/2 must lie in \(0, 1\], got 0.85 to 1.05",
         ),
+        ({"method": "della", "epsilon": float("nan")}, "density ± epsilon/2 must lie in"),
+        ({"method": "ties", "weights": (1.0, float("nan"))}, "weights must be finite numbers, got 1.0, nan"),
         ({"method": "soup", "weights": (1.0, -1.0)}, "must have a sum above 0, got 0"),
         ({"method": "ties", "weights": (1.0,)}, "1 weights for 2 models"),
     ],

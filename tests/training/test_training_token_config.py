@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig
-from training.token_runs import config, pipeline, trainer
+from training.token_runs import config, pipeline, rows, trainer
 from transformers import TrainingArguments
 
 from mmalign.training.inherited import ACTS, PASSED, REFUSED_OF_TOKENS, defaults_of
@@ -44,11 +44,34 @@ from mmalign.training.token_parts import default_lora
         ({"num_frames": 0}, "num_frames must be positive"),
         ({"neftune_noise_alpha": 5.0}, "noise would look like preference"),
         ({"use_liger_kernel": True}, "computed in chunks here already"),
+        ({"processor_kwargs": {"images_kwargs": {"fps": 1}}}, "processor_kwargs cannot take 'fps'"),
+        ({"processor_kwargs": "fast"}, "processor_kwargs must be a mapping"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_one_loss_and_one_weight_need_no_list(tmp_path: Path) -> None:
+    args = config(tmp_path, loss_type="sigmoid", loss_weights=0.5)
+    assert (args.loss_type, args.loss_weights, args.objective()) == (["sigmoid"], [0.5], "0.5·sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "per_token"),
+    [
+        ("sigmoid", False),
+        ("ln_pref", True),
+        (["ln_pref", "sft"], True),
+        (["sigmoid_norm", "sigmoid"], False),
+        ("sft", False),
+    ],
+)
+def test_rewards_are_per_token_where_all_that_beta_scales_is(
+    loss_type: str | list[str], per_token: bool, tmp_path: Path
+) -> None:
+    assert config(tmp_path, loss_type=loss_type).is_per_token == per_token
 
 
 def test_the_refused_options_cover_the_installed_transformers() -> None:
@@ -89,6 +112,37 @@ def test_a_lora_goes_where_it_can_and_is_meant_to(
 
 
 @pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "out_proj"]],
+    ids=lambda targets: targets if isinstance(targets, str) else "names",
+)
+def test_a_lora_may_name_much_and_exclude_the_encoder(targets: Any, tmp_path: Path) -> None:
+    pipe = pipeline("lfm2_vl")
+    beyond = r".*(vision_tower|multi_modal_projector).*"
+    trainer(tmp_path, "lfm2_vl", pipe, peft_config=LoraConfig(target_modules=targets, exclude_modules=beyond))
+    carrying = [name for name, _ in pipe.model.named_parameters() if ".lora_A." in name]
+    assert carrying and all("language_model" in name for name in carrying)
+
+
+@pytest.mark.parametrize("given", ["all-linear", {"r": 4}], ids=["text", "mapping"])
+def test_what_is_no_lora_config_is_refused(given: Any, tmp_path: Path) -> None:
+    pipe = pipeline()
+    with pytest.raises(ValueError, match=f"peft_config must be a peft.LoraConfig, got {type(given).__name__}"):
+        pipe.align(rows(), output_dir=tmp_path, peft_config=given, use_cpu=True, per_device_train_batch_size=2)
+
+
+@pytest.mark.parametrize("peft_config", ["default", None])
+def test_a_model_that_carries_a_lora_is_not_trained_on(peft_config: Any, tmp_path: Path) -> None:
+    """All its weights would be trained, and the LoRA alone be saved."""
+    pipe = pipeline()
+    pipe.model.add_adapter(default_lora(pipe.model))
+    before = {name: parameter.requires_grad for name, parameter in pipe.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"already carries a LoRA \(default\): save the pipeline"):
+        trainer(tmp_path, "lfm2", pipe, peft_config=peft_config, reference="copy")
+    assert {name: parameter.requires_grad for name, parameter in pipe.model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
     "kind", ["lfm2", "lfm2_moe", "lfm2_vl", "qwen2_5_vl", "smolvlm", "internvl", "llava_next_video"]
 )
 def test_the_default_lora_is_on_the_language_model_alone(kind: str) -> None:
@@ -111,6 +165,15 @@ def test_parts_and_adapters_that_are_not_there(tmp_path: Path) -> None:
         trainer(tmp_path, loss_type="kto", per_device_train_batch_size=1)
     with pytest.raises(ValueError, match="do not fill one batch of 8"):
         trainer(tmp_path, per_device_train_batch_size=8)
+
+
+def test_a_model_that_is_spread_over_devices_is_refused(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.model.hf_device_map = {"model.embed_tokens": 0, "model.layers": "cpu"}
+    with pytest.raises(ValueError, match="the model is spread over 0, cpu: load it without device_map"):
+        trainer(tmp_path, "lfm2", pipe)
+    pipe.model.hf_device_map = {"": 0}
+    trainer(tmp_path, "lfm2", pipe)
 
 
 def test_dropout_of_the_models_own_is_refused(tmp_path: Path) -> None:

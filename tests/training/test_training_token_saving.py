@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_vlm import picture, tiny_vlm
-from training.token_runs import batch, losses_of, pipeline, rows, trainer
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from tiny_vlm import VIDEO_KINDS, clip, picture, tiny_vlm
+from training.token_runs import batch, config, losses_of, pipeline, rows, trainer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
+from mmalign import LFM2VLPipeline
 from mmalign.data.shards import read_notes
+from mmalign.pipelines.video.rrpo import RRPOConfig
 from mmalign.training.answer_cache import ReferenceTokens
-from mmalign.training.token_measurement import media_features, states
+from mmalign.training.token_data import prepare_answers
+from mmalign.training.token_measurement import media_features, reference_scores, states
 from mmalign.training.token_pipeline import TokenPipeline
 from mmalign.training.token_trainer import TokenTrainer
 
@@ -85,16 +88,56 @@ def test_a_pipeline_answers_as_generate_does(monkeypatch: pytest.MonkeyPatch) ->
         pipeline("lfm2")("What?", images=[image])
 
 
+@pytest.mark.parametrize("kind", VIDEO_KINDS)
+def test_a_pipeline_shows_every_frame_of_a_clip(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, seen = pipeline(kind), []
+    plain = type(pipe.processor.video_processor).__call__
+
+    def recording(self: Any, *clips: Any, **options: Any) -> Any:
+        seen.append(options)
+        return plain(self, *clips, **options)
+
+    monkeypatch.setattr(type(pipe.processor.video_processor), "__call__", recording)
+    frames = list(clip(4).frames)
+    assert isinstance(pipe("What moves?", videos=[frames], max_new_tokens=2), str)
+    assert [options["do_sample_frames"] for options in seen] == [False]
+
+
 def test_what_is_no_model_is_said_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    model, tokenizer = tiny_vlm("lfm2")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "half")
+    weights = tmp_path / "half" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     for path, message in (
         ("none", "no such folder"),
         ("lora", "holds a LoRA, not a model"),
         ("", "it has no config.json"),
+        ("half", "half could not be loaded"),
     ):
-        with pytest.raises(ValueError, match=message):
-            TokenPipeline.from_pretrained(tmp_path / path)
+        for pipeline_class in (TokenPipeline, LFM2VLPipeline):
+            with pytest.raises(ValueError, match=message) as caught:
+                pipeline_class.from_pretrained(tmp_path / path)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_model_s_own_code_runs_only_when_asked(tmp_path: Path) -> None:
+    for part in tiny_vlm("lfm2"):
+        part.save_pretrained(tmp_path / "own")
+    (tmp_path / "own" / "own_code.py").write_text(
+        "from transformers import Lfm2Config, Lfm2ForCausalLM\n"
+        "class OwnConfig(Lfm2Config):\n    model_type = 'own'\n"
+        "class Own(Lfm2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    path = tmp_path / "own" / "config.json"
+    named = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "own", "auto_map": named}))
+    with pytest.raises(ValueError, match="could not be loaded: .*trust_remote_code=True"):
+        TokenPipeline.from_pretrained(tmp_path / "own")
+    loaded = TokenPipeline.from_pretrained(tmp_path / "own", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "Own"
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
@@ -193,6 +236,82 @@ def test_a_kept_reference_that_is_wrong_is_refused(tmp_path: Path) -> None:
     save_file(tensors, cache.path, {"notes": json.dumps(notes)})
     with pytest.raises(ValueError, match="was changed after it was written"):
         trainer(tmp_path / "again", **options).train()
+    save_file(tensors, cache.path)
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        trainer(tmp_path / "again", **options).train()
+    cache.path.write_bytes(cache.path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="is damaged: delete it"):
+        trainer(tmp_path / "again", **options).train()
+
+
+def test_what_a_reference_says_hangs_on_what_is_counted_and_in_which_precision(tmp_path: Path) -> None:
+    """Every run finds its own table, or makes one."""
+    for number, options in enumerate(({}, {"joint": True}, {"bf16": True}, {"joint": True}), 1):
+        trainer(tmp_path, reference_cache=True, cache_dir=str(tmp_path / "kept"), max_steps=1, **options).train()
+        assert len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == min(number, 3)
+
+
+def test_a_table_joins_what_several_runs_found_and_knows_its_rows(tmp_path: Path) -> None:
+    supervised = torch.tensor([[False, True, True], [False, False, True]])
+    told = torch.tensor([[0.0, -1.0, -2.0], [0.0, 0.0, -3.0]])
+    runs = [ReferenceTokens(tmp_path, {"rows": "a"}) for _ in range(2)]
+    for row, run in enumerate(runs):
+        run.keep([row], told + row * supervised, supervised)
+        run.write()
+    table = ReferenceTokens(tmp_path, {"rows": "a"})
+    assert table.holds([0, 1], 2) and not table.holds([2], 2)
+    found = table.find([1, 0], supervised.repeat_interleave(2, 0))
+    assert found is not None
+    torch.testing.assert_close(found, torch.stack([told[0] + supervised[0], told[0], told[1] + supervised[1], told[1]]))
+    assert table.find([1, 2], supervised.repeat_interleave(2, 0)) is None
+    with pytest.raises(ValueError, match="has 2 tokens of row 0, not 1: delete it"):
+        table.find([0], ~supervised)
+
+
+def test_a_run_that_was_stopped_kept_what_its_checkpoint_saw(tmp_path: Path) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"reference_cache": True, "cache_dir": str(tmp_path / "kept"), "save_strategy": "steps"}
+    run = trainer(tmp_path / "run", save_steps=2, **options)
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    (path,) = (tmp_path / "kept").glob("answers-*.safetensors")
+    # Two steps of two pairs.
+    assert len(load_file(path)["keys"]) == 8
+
+
+def test_what_was_kept_is_what_is_measured_with(tmp_path: Path) -> None:
+    """Within the tolerance, so that a run that goes on sees the numbers of the one that was stopped."""
+    options: dict[str, Any] = {"reference_cache": True, "cache_dir": str(tmp_path / "kept"), "max_steps": 3}
+    run = trainer(tmp_path / "run", **options)
+    run.train()
+    assert run._kept is not None
+    table = run._kept.of(run._train)
+    table._table = {key: value + 1e-4 for key, value in table._table.items()}
+    table._new = True
+    table.write()
+    again = trainer(tmp_path / "again", **options)
+    given = batch(again)["batch"]
+    live, _ = reference_scores(again.network, again.reference, given, None)
+    for _ in range(6):
+        measured = again.measure(again.model, given, epoch=0, data=again._train)
+        assert measured.reference is not None
+        gap = (measured.reference - live)[given.supervised]
+        torch.testing.assert_close(gap, torch.full_like(gap, 1e-4), rtol=0, atol=2e-6)
+
+
+def test_a_lora_that_is_switched_off_is_saved_so(tmp_path: Path) -> None:
+    pipe = pipeline()
+    run = trainer(tmp_path / "run", "lfm2", pipe, peft_config="moved", max_steps=1)
+    run.train()
+    pipe.model.disable_adapters()
+    pipe.save_pretrained(tmp_path / "saved")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(hidden(plain, run), hidden(tiny_vlm("lfm2")[0], run))
 
 
 def test_pushing_uploads_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,3 +347,32 @@ def test_the_reference_may_be_a_model_of_its_own(tmp_path: Path) -> None:
     assert measured.reference is not None
     torch.testing.assert_close(measured.reference, expected.detach())
     assert (measured.policy.log_prob.detach() - measured.reference).abs().max() > 1e-3
+    other.model.half()
+    with pytest.raises(ValueError, match="ref_model has another dtype"):
+        trainer(tmp_path, "lfm2_vl", ref_model=other)
+
+
+def test_what_decides_about_tokens_decides_about_the_fingerprint(tmp_path: Path) -> None:
+    model, processor = tiny_vlm("lfm2")
+    told = set()
+    base: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True}
+    for options in ({}, {"insertions": "skip"}, {"max_length": 99}, {"processor_kwargs": {"text_kwargs": {}}}):
+        told.add(prepare_answers(rows(), processor, model.config, RRPOConfig(**base, **options)).fingerprint)
+    told.add(prepare_answers(rows(number=5), processor, model.config, RRPOConfig(**base)).fingerprint)
+    assert len(told) == 5
+    again = prepare_answers(rows(), processor, model.config, RRPOConfig(**base, beta=3.0))
+    assert again.fingerprint in told
+
+
+def test_a_split_is_the_training_data_s_or_the_evaluation_data_s(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    both = {name: Dataset.from_list(rows(number=number)) for name, number in (("fit", 4), ("held", 3))}
+    DatasetDict(both).save_to_disk(tmp_path / "data")
+    model, processor = tiny_vlm("lfm2")
+    args = config(tmp_path, train_split="fit", eval_split="held")
+    sizes = [
+        len(prepare_answers(tmp_path / "data", processor, model.config, args, evaluated=evaluated).dataset)
+        for evaluated in (False, True)
+    ]
+    assert sizes == [4, 3]

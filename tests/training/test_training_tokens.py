@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.token_runs import batch, losses_of, moved_lora, pipeline, plain_lo
 from transformers import TrainerCallback
 
 from mmalign.likelihood.reference import base_state
-from mmalign.training.token_measurement import reference_scores
+from mmalign.training.token_measurement import AnswerPolicy, reference_scores
 from mmalign.training.token_parts import default_lora
 from mmalign.training.token_trainer import TokenTrainer
 from mmalign.training.token_weights import without_adapters
@@ -138,6 +139,34 @@ def test_joint_counts_the_words_of_the_prompt_and_no_picture(tmp_path: Path) -> 
     assert plain.measure(plain.model, given, epoch=0, data=plain._train).supervised.equal(given.supervised)
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_tokens_are_counted_as_they_are_read(share_prompt: bool, tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=rows(number=2), max_steps=2, share_prompt=share_prompt)
+    run.train()
+    encoded = [run._train.dataset[index]["encoded"] for index in range(2)]
+    read = sum(len(one.prompt) + len(answer.ids) for one in encoded for answer in one.answers)
+    told = [entry["num_tokens"] for entry in run.state.log_history if "loss" in entry]
+    assert told == [read, 2 * read]
+
+
+def test_rows_without_pictures_teach_no_encoder(tmp_path: Path) -> None:
+    data = [{name: value for name, value in row.items() if name != "image"} for row in rows("lfm2_vl")]
+    trainer(tmp_path, "lfm2_vl", train_dataset=data, peft_config=None, trained_parts="all", max_steps=1).train()
+
+
+def test_a_head_that_is_not_known_stops_the_run(tmp_path: Path) -> None:
+    pipe = pipeline()
+    pipe.model.config.logits_scaling = 2.0
+    with pytest.raises(ValueError, match="it scales or caps them in a way that is not known here"):
+        trainer(tmp_path, "lfm2", pipe).train()
+
+
+def test_a_models_own_dropout_stays_off_and_a_loras_does_not() -> None:
+    network = nn.ModuleDict({"own": nn.Dropout(0.5), "lora_dropout": nn.ModuleDict({"default": nn.Dropout(0.5)})})
+    policy = AnswerPolicy(nn.ModuleDict({"layer": network})).train()
+    assert [module.training for module in policy.modules() if isinstance(module, nn.Dropout)] == [False, True]
+
+
 def test_sharing_the_prompt_changes_no_gradient(tmp_path: Path) -> None:
     told = {}
     for share in (False, True):
@@ -160,18 +189,48 @@ def test_kto_takes_a_pair_as_a_liked_and_a_disliked_answer(tmp_path: Path) -> No
         torch.stack([(p[side] - r[side]).sum() for p, r in zip(policy, reference, strict=True)]) for side in (0, 1)
     )
     baseline = torch.tensor(found.panel["kl_baseline"][0]).clamp(min=0)
+    # The prompts with the next row's preferred answer.
+    rounds = [run._train.dataset[index]["encoded"] for index in range(3)]
+    mixed = [
+        replace(one, answers=other.answers[:1]) for one, other in zip(rounds, [*rounds[1:], rounds[0]], strict=True)
+    ]
+    others = [{"encoded": one} for one in mixed]
+    with run.reference.model(run.network) as frozen:
+        kept = plain_log_probs(frozen, run, items=others)
+    gaps = [
+        float((p[0] - r[0]).sum()) for p, r in zip(plain_log_probs(run.network, run, items=others), kept, strict=True)
+    ]
+    assert baseline == pytest.approx(max(0.0, sum(gaps) / 3), rel=1e-3) and found.panel["kl_baseline"][
+        0
+    ] == pytest.approx(sum(gaps) / 3, rel=1e-3)
     beta = run.args.beta
     expected = torch.cat([1.5 * torch.sigmoid(beta * (baseline - chosen)), torch.sigmoid(beta * (rejected - baseline))])
     torch.testing.assert_close(found.loss.detach(), expected, rtol=1e-4, atol=1e-5)
     assert found.rows == [0, 1, 2] * 2
 
 
-def test_kto_learns_from_single_answers(tmp_path: Path) -> None:
-    single = [
+def single_answers(seed: int = 0) -> list[dict[str, Any]]:
+    """The pairs of `rows`, each as one that is liked and one that is not."""
+    return [
         {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in rows()
+        for row in rows(seed=seed)
         for side in ("chosen", "rejected")
     ]
+
+
+def test_rows_that_are_evaluated_later_must_suit_the_loss_too(tmp_path: Path) -> None:
+    pairs = trainer(tmp_path)
+    with pytest.raises(ValueError, match="holds single answers, and loss_type='sigmoid' compares pairs"):
+        pairs.evaluate(single_answers())
+    kto = trainer(tmp_path, loss_type="kto")
+    with pytest.raises(ValueError, match="a batch would have one row: change per_device_eval_batch_size"):
+        kto.evaluate(rows(seed=1)[:3])
+    with pytest.raises(ValueError, match="differ: one holds pairs, the other single answers"):
+        kto.evaluate(single_answers())
+
+
+def test_kto_learns_from_single_answers(tmp_path: Path) -> None:
+    single = single_answers()
     run = trainer(tmp_path, train_dataset=single, loss_type="kto", per_device_train_batch_size=4, max_steps=6)
     run.train()
     last = [entry for entry in run.state.log_history if "loss" in entry][-1]
@@ -241,6 +300,22 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
 
 
+def test_a_process_without_a_row_to_evaluate_writes_as_the_others_do(tmp_path: Path) -> None:
+    """Were it to write fewer tables, its next message would be taken for one of them."""
+    options: dict[str, Any] = {
+        "train_dataset": rows("lfm2_vl", 4),
+        "eval_dataset": rows("lfm2_vl", 1, seed=1),
+        "reference_cache": True,
+        "cache_dir": str(tmp_path / "kept"),
+        "max_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    ranks = worker.together(2, tmp_path / "two", options, target=worker.share_answers)
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    assert len(list((tmp_path / "kept").glob("answers-*.safetensors"))) == 2
+
+
 def test_workers_read_the_same_rows(tmp_path: Path) -> None:
     told = []
     for workers in (0, 1):
@@ -266,6 +341,23 @@ def test_a_bad_row_is_named_or_left_out_and_told(tmp_path: Path, caplog: pytest.
     assert "Not every row was trained on: 2 of 6 rows left out: row 2, chosen" in card
 
 
+def test_clips_that_cannot_share_a_batch_are_told_before_the_first_step(tmp_path: Path) -> None:
+    data = rows("llava_onevision")
+    data[4]["video"]["frames"] = data[4]["video"]["frames"][:2]
+    said = (
+        r"rows 0 and 4 cannot share a batch: pixel_values_videos of \(4, 3, 16, 16\) and \(2, 3, 16, 16\); .*num_frames"
+    )
+    with pytest.raises(ValueError, match=said):
+        trainer(tmp_path, "llava_onevision", train_dataset=data)
+    alone = trainer(tmp_path, "llava_onevision", train_dataset=data, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=said):
+        alone.evaluate([{**row, "prompt": f"Again, {row['prompt']}"} for row in data])
+    assert len(trainer(tmp_path, "llava_onevision", train_dataset=data, num_frames=2)._train.dataset) == 6
+    # Qwen's clips are one after the other.
+    data[4]["video"] = {"frames": list(clip(6).frames), "fps": 2.0}
+    assert len(trainer(tmp_path, "qwen2_5_vl", train_dataset=data)._train.dataset) == 6
+
+
 def test_a_row_that_is_too_long_is_a_bad_row_or_is_cut(tmp_path: Path) -> None:
     data = rows()
     data[1]["chosen"] = "A bag. " * 40
@@ -273,22 +365,6 @@ def test_a_row_that_is_too_long_is_a_bad_row_or_is_cut(tmp_path: Path) -> None:
         trainer(tmp_path, train_dataset=data, max_length=100)
     run = trainer(tmp_path, train_dataset=data, max_length=100, truncate="answer")
     assert run._train.longest == 100 and len(run._train.dataset) == 6
-
-
-def test_clips_that_cannot_share_a_batch_are_told_before_training(tmp_path: Path) -> None:
-    data = rows("llava_onevision")
-    data[4]["video"] = {"frames": list(clip(6).frames), "fps": 2.0}
-    with pytest.raises(
-        ValueError, match="clips of rows 0 and 4 cannot share a batch .*: set num_frames, or per_device_train_"
-    ):
-        trainer(tmp_path, "llava_onevision", train_dataset=data)
-    with pytest.raises(ValueError, match="or per_device_eval_batch_size=1"):
-        trainer(tmp_path, "llava_onevision", eval_dataset=data)
-    alone = trainer(tmp_path, "llava_onevision", train_dataset=data, per_device_train_batch_size=1)
-    assert len(alone._train.dataset) == 6
-    assert trainer(tmp_path, "llava_onevision", train_dataset=data, num_frames=4)._train.dataset.rows == list(range(6))
-    # Qwen's clips are one after the other.
-    assert len(trainer(tmp_path, "qwen2_5_vl", train_dataset=data)._train.dataset) == 6
 
 
 def test_a_trained_weight_without_a_gradient_stops_the_run(tmp_path: Path) -> None:

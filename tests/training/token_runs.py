@@ -88,15 +88,19 @@ def batch(run: TokenTrainer, number: int = 2) -> dict[str, Any]:
 
 
 def plain_log_probs(
-    model: torch.nn.Module, run: TokenTrainer, number: int = 2, whole: bool = False
+    model: torch.nn.Module,
+    run: TokenTrainer,
+    number: int = 2,
+    whole: bool = False,
+    items: list[dict[str, Any]] | None = None,
 ) -> list[list[torch.Tensor]]:
     """Of each row and side the log-probabilities of its supervised tokens, from a plain pass over all logits.
 
-    whole: of the whole vocabulary there.
+    whole: of the whole vocabulary there. items: other rows than the first ones of the training data.
     """
     told = []
-    for index in range(number):
-        encoded = run._train.dataset[index]["encoded"]
+    for item in items or [run._train.dataset[index] for index in range(number)]:
+        encoded = item["encoded"]
         sides = []
         for answer in encoded.answers:
             ids = torch.cat([encoded.prompt, answer.ids])
