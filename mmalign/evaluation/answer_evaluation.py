@@ -12,7 +12,7 @@ import numpy as np
 from mmalign.data.questions import Question
 from mmalign.evaluation.answer_grades import Accuracy, Graded, Grader, GraderName, accuracy, by_kind, grade, pairs
 from mmalign.evaluation.answer_likelihood import AnswerLikelihoods
-from mmalign.evaluation.answering import AnswerFile
+from mmalign.evaluation.answering import AnswerFile, check_rows
 from mmalign.evaluation.drawing import prompt_numbers
 from mmalign.evaluation.holm import holm
 from mmalign.evaluation.measure import Rules
@@ -164,12 +164,8 @@ def _corrected(groups: list[AnswerGroup]) -> list[AnswerGroup]:
 
 
 def _check(questions: Sequence[Question], aligned: AnswerFile, base: AnswerFile | None) -> None:
-    rows = [question.row for question in questions]
     for side in (aligned, *([] if base is None else [base])):
-        if [one.row for one in side.answers] != rows:
-            raise ValueError(
-                f"{len(side.answers)} answers do not belong to these {len(rows)} questions row by row: are all of them answered?"
-            )
+        check_rows(side, questions)
     if base is not None and (aligned.data, aligned.options) != (base.data, base.options):
         differing = "data" if aligned.data != base.data else "options"
         raise ValueError(f"the two models answered with different {differing}: answer anew with the same")

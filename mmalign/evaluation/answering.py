@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmalign.data.answer_tokens import collate_prompts, encode_prompt, padding_token
 from mmalign.data.fingerprints import processor_fingerprint
-from mmalign.data.questions import Questions
+from mmalign.data.questions import Question, Questions
 from mmalign.denoisers.parts import evaluating
 from mmalign.files import full_disk_explained
 from mmalign.rewards.fingerprints import module_hash, text_hash
@@ -109,6 +109,14 @@ def read_answers(path: str | Path) -> AnswerFile:
     made_by = {key: lines[0][key] for key in _MADE_BY}
     found = {one.row: one for one in _checked(file, lines, made_by)}
     return AnswerFile(tuple(found[row] for row in sorted(found)), **made_by)
+
+
+def check_rows(answers: AnswerFile, questions: Sequence[Question]) -> None:
+    """ValueError for answers to other rows than these questions."""
+    if [one.row for one in answers.answers] != [question.row for question in questions]:
+        raise ValueError(
+            f"{len(answers.answers)} answers do not belong to these {len(questions)} questions row by row: are all of them answered?"
+        )
 
 
 @torch.no_grad()
