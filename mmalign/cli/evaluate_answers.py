@@ -181,13 +181,12 @@ def _base(given: Given, pipe: Any) -> _Base | None:
         return _Base(base, lambda: nullcontext(base.model), None)
     if given["lora"] is None:
         return None
-    from mmalign.data.fingerprints import processor_fingerprint
+    from mmalign.evaluation.answering import answering_fingerprint
     from mmalign.likelihood.reference import make_reference
-    from mmalign.rewards.fingerprints import text_hash
 
     reference = make_reference(pipe.model, kind="adapter")
     # The same whatever LoRA it is compared with, so that its answers are made once.
-    name = text_hash([reference.fingerprint(), processor_fingerprint(pipe.processor)])
+    name = answering_fingerprint(pipe, reference.fingerprint())
     return _Base(pipe, lambda: reference.model(pipe.model), name)
 
 

@@ -87,6 +87,21 @@ def test_retention_goes_by_the_interval(lost, verdict):
     assert found.verdict == verdict and found.base.mean == 1
 
 
+def few(word, model):
+    return AnswerFile(tuple(Answered(row, "", word, True) for row in range(3)), model, "d", {"max_new_tokens": 4})
+
+
+def test_three_questions_show_nothing_however_alike_they_come_out():
+    asked = [Question(row, "?", ("yes",), str(row)) for row in range(3)]
+    better = evaluate_answers(asked, few("yes", "m"), few("no", "base")).overall
+    assert better.difference.value == 1 and better.difference.low < 0 and not better.shows_difference
+    same = evaluate_answers(asked, few("yes", "m"), few("yes", "base")).overall.difference
+    assert (same.value, same.p_value) == (0, 1) and same.low == pytest.approx(-same.high) and same.high > 0.2
+    assert answer_retention(asked, few("yes", "m"), few("yes", "base"), tolerance=0.02).verdict == "undecided"
+    with pytest.raises(ValueError, match="tolerance must be a number above zero, got 0"):
+        answer_retention(asked, few("yes", "m"), few("yes", "base"), tolerance=0)
+
+
 def test_the_page_loads_nothing_and_says_what_was_asked_for(tmp_path):
     hostile = "</style><script>alert(1)</script>\ud83d\x07"
     asked = [Question(row, hostile, (hostile,), str(row), kind=hostile) for row in range(30)]
