@@ -117,8 +117,8 @@ def length_controlled(
         sums = np.stack([groups.sums(column) for column in slopes.T], axis=1)
         inverse = np.linalg.inv(curvature)
         spread_out = (inverse @ (sums.T @ sums) @ inverse)[0, 0] * groups.count / (groups.count - 1)
-        # Outcomes that length tells to the letter leave no residuals, and then only the curvature knows how little they say; ties, which
-        # vary less than wins and losses, count for nothing there.
+        # Outcomes that length tells to the letter leave no residuals, and then only the curvature knows how little they say. Ties vary
+        # less than wins and losses, and count for nothing there.
         untold = inverse[0, 0] * np.mean(outcomes != _TIE)
         half = student_t(0.5 + confidence / 2, groups.count - 1) * math.sqrt(max(spread_out, untold))
         low, high = weights[0] - half, weights[0] + half

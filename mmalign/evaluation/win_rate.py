@@ -111,7 +111,7 @@ def share_difference(
 ) -> Difference:
     """The same of scores in [0, 1], such as right and wrong; its interval has a width also where every row differs alike."""
     a, b, groups = _paired(shares_a, shares_b, clusters)
-    if not all(0 <= side.min() and side.max() <= 1 for side in (a, b)):
+    if not all(side.min() >= 0 and side.max() <= 1 for side in (a, b)):
         raise ValueError("Shares lie between 0 and 1; for other scores there is paired_difference.")
     return _of_shares(a - b, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
 
