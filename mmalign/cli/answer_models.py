@@ -132,7 +132,13 @@ def load_answering(
             raise ValueError(
                 f"{folder} holds no {_ADAPTER}: give a whole model to --model, and what it was made of to --base"
             )
-        pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
+        found = pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
+        # transformers goes on, with what is missing as it was begun.
+        if astray := sorted({*found.missing_keys, *found.unexpected_keys}):
+            raise ValueError(
+                f"{lora} was trained from another model than {name or given['model']}: {len(astray)} weights stand in one of the two "
+                f"only, such as {astray[0]}"
+            )
     # Nothing is trained here.
     pipe.model.requires_grad_(False)
     return pipe.to(best_device(device or given.values.get("device")))

@@ -197,6 +197,21 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(words: list[str], told
     assert told in capsys.readouterr().err
 
 
+def test_a_lora_of_another_model_is_refused_and_not_left_out(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    import copy
+
+    from peft import LoraConfig
+
+    other = copy.deepcopy(tiny_vlm("lfm2")[0])
+    other.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "lora")
+    words = ["answer", "--model", str(model), "--lora", str(tmp_path / "lora"), "--data", str(data / "questions.jsonl")]
+    assert main(words) == 2
+    assert f"lora was trained from another model than {model}: " in capsys.readouterr().err
+
+
 def test_a_whole_model_is_no_lora(model: Path, data: Path, capsys: Any) -> None:
     words = ["answer", "--model", str(model), "--lora", str(model), "--data", str(data / "questions.jsonl")]
     assert main(words) == 2
