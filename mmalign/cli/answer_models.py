@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.models import DTYPES, best_device, device_option
-from mmalign.cli.options import Alias, Given, Option, mapping_or_text, number, one_of, whole
+from mmalign.cli.models import best_device, device_option, dtype_option, revision_option
+from mmalign.cli.options import Alias, Given, Option, mapping_or_text, number, whole
 
 _ADAPTER = "adapter_model.safetensors"
 # How an answer is compared with what is right.
@@ -36,15 +36,8 @@ def answering_options(*, group: str, lora: bool = False) -> list[Option]:
             group=group,
         ),
         *([adapter] if lora else []),
-        Option(name="revision", help="branch, tag or commit on the Hub", group=group, nullable=True, hidden=True),
-        Option(
-            name="dtype",
-            help="precision in which weights are loaded",
-            convert=one_of(*DTYPES),
-            metavar="|".join(DTYPES),
-            default="float32",
-            group=group,
-        ),
+        revision_option(group),
+        dtype_option(group),
     ]
 
 

@@ -48,6 +48,7 @@ class AnswerRow:
     finished: bool
     base: str | None
     base_score: float | None
+    base_finished: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def evaluate_answers(
     groups = _corrected([_group(kind, kinds[kind], their_kinds.get(kind), interval) for kind in kinds])
     paired = pairs(ours)
     together = _group("pairs", paired, None if theirs is None else pairs(theirs), interval) if paired else None
-    said_by_base = [None] * len(ours) if base is None else [one.answer for one in base.answers]
+    of_base = [None] * len(ours) if base is None else base.answers
     worth_of_base = [None] * len(ours) if theirs is None else [one.score for one in theirs]
     return AnswerEvaluation(
         aligned_label=aligned_label,
@@ -112,10 +113,11 @@ def evaluate_answers(
                 aligned=one.answer,
                 aligned_score=one.score,
                 finished=told.finished,
-                base=said,
+                base=None if other is None else other.answer,
                 base_score=worth,
+                base_finished=None if other is None else other.finished,
             )
-            for one, told, said, worth in zip(ours, aligned.answers, said_by_base, worth_of_base, strict=True)
+            for one, told, other, worth in zip(ours, aligned.answers, of_base, worth_of_base, strict=True)
         ),
         settings={
             "num_questions": len(questions),
