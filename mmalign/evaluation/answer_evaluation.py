@@ -21,7 +21,8 @@ from mmalign.evaluation.win_rate import Difference, share_difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerGroup:
-    """Questions that are told together. difference: aligned − base; p_corrected: its p-value, corrected for the number of kinds.
+    """Questions that are told together. difference: aligned − base; p_corrected: its p-value, corrected for the number of kinds
+    where it is one of them.
 
     base, difference and p_corrected are None where one model is graded.
     """

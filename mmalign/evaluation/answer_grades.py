@@ -224,7 +224,7 @@ def _option(text: str, options: Sequence[str]) -> int | None:
         matches = ([match for match in pattern.finditer(text) if not _is_word(match)] for pattern in _NAMED)
         letters = ({match["letter"].upper() for match in found} & {*known} for found in matches)
         named = next(filter(None, letters), set())
-    return known.index(*named) if len(named) == 1 and named <= {*known} else None
+    return known.index(min(named)) if len(named) == 1 and named <= {*known} else None
 
 
 def _is_word(match: re.Match[str]) -> bool:

@@ -84,7 +84,7 @@ def answer(
         "do_sample": False,
         **generation,
     }
-    made_by = {
+    made_by: dict[str, Any] = {
         "model": fingerprint or answering_fingerprint(pipe),
         "data": questions.fingerprint(),
         "options": {name: _as_read_back(name, value) for name, value in options.items()},

@@ -191,6 +191,11 @@ def test_a_pair_is_right_only_if_both_questions_are(right):
     assert [one.score for one in pairs(graded)] == [float(one) for one in both]
 
 
+def test_a_pair_is_read_only_if_both_answers_are():
+    asked = [question("yes", row=row, pair=str(row // 2)) for row in range(4)]
+    assert [one.readable for one in pairs(grade(asked, ["yes", "hm", "no", "yes"]))] == [False, True]
+
+
 def test_a_pair_of_one_is_named():
     with pytest.raises(ValueError, match="row 2, pair: no other question has 'x'"):
         pairs(grade([question("yes"), question("yes", row=2, pair="x")], ["yes", "yes"]))

@@ -50,6 +50,14 @@ def test_the_better_answer_wins_in_both_orders():
     assert judge_answers(judge, questions(5), file("babac"), file("abbbb")).unreadable == pytest.approx(1 / 4)
 
 
+def test_a_judge_who_likes_length_has_a_positive_weight_of_it():
+    ours, theirs = ["long enough" if row % 2 else "no" for row in range(20)], ["medium"] * 20
+    found = judge_answers(
+        lambda question, a, b: "1" if len(a) > len(b) else "2", questions(20), file(ours), file(theirs)
+    )
+    assert found.win_rate.rate == 0.5 and found.controlled.length_weight > 1
+
+
 def test_a_judge_may_say_numbers():
     found = judge_answers(
         lambda question, first, second: 1 if first == "a" else 2, questions(2), file("ab"), file("ba")

@@ -46,6 +46,14 @@ def test_an_answer_is_that_of_the_pipeline_itself():
     assert told[0].answer == pipe(WORDS[0], images=[data[0]["image"]], max_new_tokens=8)
 
 
+def test_answers_are_greedy_whatever_the_model_s_own_settings_are():
+    model, processor = (copy.deepcopy(part) for part in tiny_vlm("lfm2"))
+    asked, options = load_questions(rows("lfm2")), {"max_new_tokens": 8, "progress": False, "no_repeat_ngram_size": 1}
+    greedy = answer(TokenPipeline.from_parts(model, processor), asked, **options).answers
+    model.generation_config.update(do_sample=True, temperature=9.0)
+    assert answer(TokenPipeline.from_parts(model, processor), asked, **options).answers == greedy
+
+
 def test_whether_an_answer_was_ended_is_told():
     model, processor = (copy.deepcopy(part) for part in tiny_vlm("lfm2"))
     pipe = TokenPipeline.from_parts(model, processor)
