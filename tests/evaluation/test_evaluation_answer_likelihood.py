@@ -90,6 +90,15 @@ def test_ties_are_left_out_and_single_answers_have_no_ranking():
     assert found.ranking is None and found.kl.number == 2
 
 
+def test_a_model_in_training_is_weighed_without_its_dropout_and_trains_on():
+    model, processor = moved(lora_dropout=0.9)
+    base = partial(make_reference(model, kind="adapter").model, model)
+    weigh = partial(compare_likelihoods, model, base, processor, load_answers(pairs(2)), progress=False)
+    expected = weigh()
+    model.train()
+    assert weigh() == expected and model.training
+
+
 def test_what_is_no_number_is_no_estimate():
     model, processor = (copy.deepcopy(part) for part in tiny_vlm("lfm2"))
     base = copy.deepcopy(model)
