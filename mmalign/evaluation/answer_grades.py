@@ -178,7 +178,9 @@ def pairs(graded: Sequence[Graded]) -> list[Graded]:
         if one.question.pair is not None:
             found.setdefault(one.question.pair, []).append(one)
     if alone := next((ones[0].question for ones in found.values() if len(ones) < 2), None):
-        raise ValueError(f"row {alone.row}, pair: no other question has {alone.pair!r}")
+        raise ValueError(
+            f"row {alone.row}, pair: no other question has {alone.pair!r}; where max_rows cuts it off, raise it"
+        )
     return [
         Graded(
             ones[0].question,

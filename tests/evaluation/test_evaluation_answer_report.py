@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from tiny_vlm import clip, picture
@@ -49,6 +50,12 @@ def test_the_difference_is_paired_by_question_and_told_by_kind():
     assert (found.pairs.aligned.rate, found.pairs.base.rate, found.pairs.aligned.num_questions) == (0.5, 0, 60)
     assert headline(found).startswith("Aligned answers better than base: 75.0% (95% interval ")
     assert "the difference is +50.0 points" in headline(found)
+
+
+def test_a_difference_is_shown_at_the_confidence_that_was_asked_for():
+    ninety_five, ninety_nine = (compared(confidence=level).overall for level in (0.95, 0.99))
+    assert replace(ninety_five, p_corrected=0.03).shows_difference
+    assert not replace(ninety_nine, p_corrected=0.03).shows_difference
 
 
 def test_one_model_is_graded_by_itself():
