@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmalign.cli.models import DTYPES, best_device, device_option
-from mmalign.cli.options import Alias, Given, Option, mapping_or_text, number, one_of, whole
+from mmalign.cli.models import best_device, device_option, dtype_option, revision_option
+from mmalign.cli.options import Alias, Given, Option, mapping_or_text, number, whole
 
 _ADAPTER = "adapter_model.safetensors"
 # How an answer is compared with what is right.
@@ -37,15 +37,8 @@ def answering_options(*, group: str, lora: bool = False) -> list[Option]:
             group=group,
         ),
         *([adapter] if lora else []),
-        Option(name="revision", help="branch, tag or commit on the Hub", group=group, nullable=True, hidden=True),
-        Option(
-            name="dtype",
-            help="precision in which weights are loaded",
-            convert=one_of(*DTYPES),
-            metavar="|".join(DTYPES),
-            default="float32",
-            group=group,
-        ),
+        revision_option(group),
+        dtype_option(group),
     ]
 
 
@@ -140,7 +133,13 @@ def load_answering(
             raise ValueError(
                 f"{folder} holds no {_ADAPTER}: give a whole model to --model, and what it was made of to --base"
             )
-        pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
+        found = pipe.model.load_adapter(str(folder) if folder.is_dir() else lora)
+        # transformers goes on, with what is missing as it was begun.
+        if astray := sorted({*found.missing_keys, *found.unexpected_keys}):
+            raise ValueError(
+                f"{lora} was trained from another model than {name or given['model']}: {len(astray)} weights stand in one of the two "
+                f"only, such as {astray[0]}"
+            )
         if (folder / "tokenizer_config.json").is_file():
             pipe.processor = AutoProcessor.from_pretrained(folder)
     # Nothing is trained here.

@@ -110,13 +110,22 @@ def run(argv: Sequence[str]) -> int:
         return 0
     _check(given)
     from mmalign.evaluation.answer_evaluation import answer_retention, evaluate_answers
+    from mmalign.evaluation.answer_grades import grade, pairs
     from mmalign.evaluation.answer_report import answer_lines, picture_of, write_answer_report
     from mmalign.evaluation.answering import answer
 
     folder, questions = Path(given["output_dir"]), questions_of(given)
+    asked = [questions[row] for row in range(len(questions))]
     others = None if given["retention_data"] is None else _others(given)
+    # Told before hours of answering: what no grader can grade.
+    pairs(grade(asked, [""] * len(asked), given["grader"]))
+    if others is not None:
+        grade([others[row] for row in range(len(others))], [""] * len(others), given["grader"])
+    held_out = None if given["given_answers"] is None else _held_out(given)
     pipe = load_answering(given, lora=given["lora"])
     base = _base(given, pipe)
+    if base is not None and held_out is not None:
+        _check_tokens(pipe, base.pipe)
     ask: Callable[..., Any] = partial(answer, **asking_of(given))
 
     def both(source: Any, name: str) -> tuple[Any, Any]:
@@ -134,7 +143,6 @@ def run(argv: Sequence[str]) -> int:
         return ours, theirs
 
     graded: dict[str, Any] = {name: given[name] for name in ("grader", "num_resamples", "confidence")}
-    asked = [questions[row] for row in range(len(questions))]
     aligned, reference = both(questions, "answers")
     kept = None
     if others is not None:
@@ -144,8 +152,11 @@ def run(argv: Sequence[str]) -> int:
             tolerance=given["retention_tolerance"],
             **graded,
         )
-    weighed = None if base is None or given["given_answers"] is None else _weighed(given, pipe, base)
-    result = evaluate_answers(asked, aligned, reference, retention=kept, likelihoods=weighed, **graded)
+    weighed = None if base is None or held_out is None else _weighed(given, pipe, base, held_out)
+    label = "the model" if base is None else "aligned"
+    result = evaluate_answers(
+        asked, aligned, reference, aligned_label=label, retention=kept, likelihoods=weighed, **graded
+    )
     page = write_answer_report(result, folder, picture=picture_of(questions), num_samples=given["num_samples"])
     print("\n".join(answer_lines(result)))
     print(f"report: {page}")
@@ -181,25 +192,38 @@ def _base(given: Given, pipe: Any) -> _Base | None:
         return _Base(base, lambda: nullcontext(base.model), None)
     if given["lora"] is None:
         return None
-    from mmalign.data.fingerprints import processor_fingerprint
+    from mmalign.evaluation.answering import answering_fingerprint
     from mmalign.likelihood.reference import make_reference
-    from mmalign.rewards.fingerprints import text_hash
 
     reference = make_reference(pipe.model, kind="adapter")
     # The same whatever LoRA it is compared with, so that its answers are made once.
-    name = text_hash([reference.fingerprint(), processor_fingerprint(pipe.processor)])
+    name = answering_fingerprint(pipe, reference.fingerprint())
     return _Base(pipe, lambda: reference.model(pipe.model), name)
 
 
-def _weighed(given: Given, pipe: Any, base: _Base) -> Any:
+def _held_out(given: Given) -> Any:
     from mmalign.cli.answer_data import open_answers
+
+    return open_answers(given["given_answers"], held_out=True, **frames_of(given))
+
+
+def _check_tokens(pipe: Any, base: Any) -> None:
+    """ValueError where the same text is not the same tokens to both models."""
+    ours, theirs = (getattr(one.processor, "tokenizer", one.processor).get_vocab() for one in (pipe, base))
+    if ours != theirs:
+        raise ValueError(
+            "--given-answers compares what two models say of the same tokens, and these have different ones: leave it out"
+        )
+
+
+def _weighed(given: Given, pipe: Any, base: _Base, held_out: Any) -> Any:
     from mmalign.evaluation.answer_likelihood import compare_likelihoods
 
     return compare_likelihoods(
         pipe.model,
         base.acting,
         pipe.processor,
-        open_answers(given["given_answers"], held_out=True, **frames_of(given)),
+        held_out,
         batch_size=given["batch_size"],
         processor_kwargs=given["processor_kwargs"],
         num_resamples=given["num_resamples"],

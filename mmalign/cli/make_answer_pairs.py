@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 from mmalign.cli.answer_models import (
@@ -18,13 +19,15 @@ from mmalign.cli.answer_models import (
 from mmalign.cli.options import Command, Option, number, one_of, whole
 
 _MODEL, _WHAT, _HOW, _HARD = "the model", "what is asked", "how it answers", "how hard clips are to see"
+# Tokens that a language model that judges or rewrites may say.
+_WRITTEN = 1024
 VERB = Command(
     prog="mmalign make-answer-pairs",
     description="Asks a model about clips that are hidden in part and out of order, and makes a pair of every wrong answer: what is "
     "right against the same text with the model's errors, the phrases that differ tagged. Questions are a data set with answers. "
     "The file goes into the folder of the media. Called again, only what is missing is asked.",
     example="mmalign make-answer-pairs --model llava-hf/llava-onevision-qwen2-7b-ov-hf --data videos/questions.jsonl --num-frames 16 "
-    "--rewriter Qwen/Qwen3-4B --output videos/pairs.jsonl",
+    "--rewriter Qwen/Qwen3-4B-Instruct-2507 --output videos/pairs.jsonl",
     options=[
         *answering_options(group=_MODEL, lora=True),
         *question_options(_WHAT),
@@ -78,13 +81,18 @@ def run(argv: Sequence[str]) -> int:
     from mmalign.evaluation.answer_mistakes import make_answer_pairs, model_judge, model_rewriter
 
     questions = questions_of(given)
-    judge: Any = given["judge"] if given["judge"] in GRADERS else model_judge(_asked(given["judge"]))
+
+    @cache
+    def asked(name: str) -> Any:
+        return partial(load_answering(given, name=name), max_new_tokens=_WRITTEN)
+
+    judge: Any = given["judge"] if given["judge"] in GRADERS else model_judge(asked(given["judge"]))
     made = make_answer_pairs(
         load_answering(given, lora=given["lora"]),
         questions,
         given["output"],
         judge=judge,
-        rewrite=None if given["rewriter"] is None else model_rewriter(_asked(given["rewriter"])),
+        rewrite=None if given["rewriter"] is None else model_rewriter(asked(given["rewriter"])),
         area=(given["area"] / 2, given["area"]),
         shuffle=given["shuffle"],
         window=given["window"],
@@ -93,12 +101,6 @@ def run(argv: Sequence[str]) -> int:
     )
     why = ", ".join(f"{number} {reason}" for reason, number in made.left_out.items())
     print(f"{made.num_pairs} pairs in {made.path}" + (f"; no pair of {why}" if why else ""))
-    print(f"train on them: mmalign train rrpo --model {given['model']} --data {made.path}")
+    if made.num_pairs:
+        print(f"train on them: mmalign train rrpo --model {given['model']} --data {made.path}")
     return 0
-
-
-def _asked(name: str) -> Any:
-    """A language model as a function of a text."""
-    from mmalign.training.token_pipeline import TokenPipeline
-
-    return TokenPipeline.from_pretrained(name)

@@ -54,7 +54,7 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
             group=group,
         ),
         *(adapter if lora else []),
-        Option(name="revision", help="branch, tag or commit on the Hub", group=group, nullable=True, hidden=True),
+        revision_option(group),
         Option(
             name="variant", help='variant of the weight files, such as "fp16"', group=group, nullable=True, hidden=True
         ),
@@ -72,15 +72,25 @@ def model_options(*, group: str, lora: bool = False) -> list[Option]:
             group=group,
             hidden=True,
         ),
-        Option(
-            name="dtype",
-            help="precision in which weights are loaded",
-            convert=one_of(*DTYPES),
-            metavar="|".join(DTYPES),
-            default="float32",
-            group=group,
-        ),
+        dtype_option(group),
     ]
+
+
+def revision_option(group: str) -> Option:
+    """--revision of --model."""
+    return Option(name="revision", help="branch, tag or commit on the Hub", group=group, nullable=True, hidden=True)
+
+
+def dtype_option(group: str) -> Option:
+    """--dtype."""
+    return Option(
+        name="dtype",
+        help="precision in which weights are loaded",
+        convert=one_of(*DTYPES),
+        metavar="|".join(DTYPES),
+        default="float32",
+        group=group,
+    )
 
 
 def negative_options(*, group: str) -> list[Option]:

@@ -154,12 +154,17 @@ def glance(side: PictureOrClip) -> Image.Image:
 
     if not isinstance(side, tuple):
         return side
-    shown = [side[at] for at in dict.fromkeys((0, len(side) // 2, len(side) - 1))]
+    shown = [side[at] for at in glimpses(side)]
     width, height = side[0].size
     strip = Image.new("RGB", (width * len(shown), height))
     for at, frame in enumerate(shown):
         strip.paste(frame, (at * width, 0))
     return strip
+
+
+def glimpses(clip: Clip) -> list[int]:
+    """The numbers of its first, its middle and its last frame."""
+    return list(dict.fromkeys((0, len(clip) // 2, len(clip) - 1)))
 
 
 def write_clip(clip: Clip, path: Path, frames_per_second: float) -> None:

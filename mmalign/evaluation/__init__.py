@@ -27,7 +27,14 @@ from mmalign.evaluation.result import (
     Summary,
 )
 from mmalign.evaluation.retention import RetentionPlan
-from mmalign.evaluation.win_rate import Difference, WinRate, paired_difference, win_rate, win_rate_difference
+from mmalign.evaluation.win_rate import (
+    Difference,
+    WinRate,
+    paired_difference,
+    share_difference,
+    win_rate,
+    win_rate_difference,
+)
 from mmalign.evaluation.wording import headline
 from mmalign.rewards.scorer import Scorer
 
@@ -83,6 +90,7 @@ __all__ = [
     "scorer_line",
     "ScorerComparison",
     "ScorerResult",
+    "share_difference",
     "Side",
     "side_by_side",
     "Summary",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -12,18 +12,17 @@ import numpy as np
 from mmalign.data.questions import Question
 from mmalign.evaluation.answer_grades import Accuracy, Graded, Grader, GraderName, accuracy, by_kind, grade, pairs
 from mmalign.evaluation.answer_likelihood import AnswerLikelihoods
-from mmalign.evaluation.answering import AnswerFile
-from mmalign.evaluation.drawing import prompt_numbers
+from mmalign.evaluation.answering import AnswerFile, check_rows
 from mmalign.evaluation.holm import holm
-from mmalign.evaluation.measure import Rules
 from mmalign.evaluation.result import Retention, library_versions
-from mmalign.evaluation.retention import retained
-from mmalign.evaluation.win_rate import Difference, paired_difference
+from mmalign.evaluation.retention import check_tolerance, retained
+from mmalign.evaluation.win_rate import Difference, share_difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerGroup:
-    """Questions that are told together. difference: aligned − base; p_corrected: its p-value, corrected for the number of kinds.
+    """Questions that are told together. difference: aligned − base; p_corrected: its p-value, corrected for the number of kinds
+    where it is one of them.
 
     base, difference and p_corrected are None where one model is graded.
     """
@@ -50,6 +49,7 @@ class AnswerRow:
     finished: bool
     base: str | None
     base_score: float | None
+    base_finished: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +90,22 @@ def evaluate_answers(
     belong to the questions, or the two files were made with different data or options.
     """
     _check(questions, aligned, base)
-    rules = Rules(tie_margin=0.0, num_resamples=num_resamples, confidence=confidence)
+    interval: dict[str, Any] = {"num_resamples": num_resamples, "confidence": confidence}
     ours = grade(questions, [one.answer for one in aligned.answers], grader)
     theirs = None if base is None else grade(questions, [one.answer for one in base.answers], grader)
     kinds = by_kind(ours)
     their_kinds = {} if theirs is None else by_kind(theirs)
-    groups = _corrected([_group(kind, kinds[kind], their_kinds.get(kind), rules) for kind in kinds])
+    groups = _corrected([_group(kind, kinds[kind], their_kinds.get(kind), interval) for kind in kinds])
     paired = pairs(ours)
-    together = _group("pairs", paired, None if theirs is None else pairs(theirs), rules) if paired else None
-    said_by_base = [None] * len(ours) if base is None else [one.answer for one in base.answers]
+    together = _group("pairs", paired, None if theirs is None else pairs(theirs), interval) if paired else None
+    of_base = [None] * len(ours) if base is None else base.answers
     worth_of_base = [None] * len(ours) if theirs is None else [one.score for one in theirs]
     return AnswerEvaluation(
         aligned_label=aligned_label,
         base_label=None if base is None else base_label,
         aligned_fingerprint=aligned.model,
         base_fingerprint=None if base is None else base.model,
-        overall=_group("all questions", ours, theirs, rules),
+        overall=_group("all questions", ours, theirs, interval),
         kinds=tuple(groups),
         pairs=together,
         rows=tuple(
@@ -114,10 +114,11 @@ def evaluate_answers(
                 aligned=one.answer,
                 aligned_score=one.score,
                 finished=told.finished,
-                base=said,
+                base=None if other is None else other.answer,
                 base_score=worth,
+                base_finished=None if other is None else other.finished,
             )
-            for one, told, said, worth in zip(ours, aligned.answers, said_by_base, worth_of_base, strict=True)
+            for one, told, other, worth in zip(ours, aligned.answers, of_base, worth_of_base, strict=True)
         ),
         settings={
             "num_questions": len(questions),
@@ -145,14 +146,15 @@ def answer_retention(
     confidence: float = 0.95,
 ) -> Retention:
     """Whether the aligned model still answers what its training was not about: the share of right answers may fall by `tolerance`."""
+    check_tolerance(tolerance)
     _check(questions, aligned, base)
     ours, theirs = (
         np.array([one.score for one in grade(questions, [told.answer for told in side.answers], grader)])
         for side in (aligned, base)
     )
-    clusters = prompt_numbers([question.cluster for question in questions])
-    rules = Rules(tie_margin=0.0, num_resamples=num_resamples, confidence=confidence)
-    return retained(ours, theirs, clusters, "accuracy", aligned.data, tolerance, rules)
+    clusters = [question.cluster for question in questions]
+    difference = share_difference(ours, theirs, clusters, num_resamples=num_resamples, confidence=confidence)
+    return retained(ours, theirs, clusters, "accuracy", aligned.data, tolerance, difference)
 
 
 def _corrected(groups: list[AnswerGroup]) -> list[AnswerGroup]:
@@ -164,27 +166,24 @@ def _corrected(groups: list[AnswerGroup]) -> list[AnswerGroup]:
 
 
 def _check(questions: Sequence[Question], aligned: AnswerFile, base: AnswerFile | None) -> None:
-    rows = [question.row for question in questions]
     for side in (aligned, *([] if base is None else [base])):
-        if [one.row for one in side.answers] != rows:
-            raise ValueError(
-                f"{len(side.answers)} answers do not belong to these {len(rows)} questions row by row: are all of them answered?"
-            )
+        check_rows(side, questions)
     if base is not None and (aligned.data, aligned.options) != (base.data, base.options):
         differing = "data" if aligned.data != base.data else "options"
         raise ValueError(f"the two models answered with different {differing}: answer anew with the same")
 
 
-def _group(name: str, ours: Sequence[Graded], theirs: Sequence[Graded] | None, rules: Rules) -> AnswerGroup:
-    options: dict[str, Any] = {"num_resamples": rules.num_resamples, "confidence": rules.confidence}
+def _group(
+    name: str, ours: Sequence[Graded], theirs: Sequence[Graded] | None, interval: Mapping[str, Any]
+) -> AnswerGroup:
     difference = None
     if theirs is not None:
         aligned, base = ([one.score for one in side] for side in (ours, theirs))
-        difference = paired_difference(aligned, base, [one.question.cluster for one in ours], **options)
+        difference = share_difference(aligned, base, [one.question.cluster for one in ours], **interval)
     return AnswerGroup(
         name=name,
-        aligned=accuracy(ours, **options),
-        base=None if theirs is None else accuracy(theirs, **options),
+        aligned=accuracy(ours, **interval),
+        base=None if theirs is None else accuracy(theirs, **interval),
         difference=difference,
         p_corrected=None if difference is None else difference.p_value,
     )

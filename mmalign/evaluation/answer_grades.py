@@ -23,6 +23,9 @@ _SENTENCE = re.compile(r"[.!?\n]")
 _LETTER = re.compile(r"\W*([A-Za-z])\W*")
 _MARKUP = re.compile(r"[*_`]+")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Marks without which a number would be another one; the comma of thousands is none of them.
+_OF_A_NUMBER = re.compile(r"(?<![^\W\d_])-(?=\.?\d)|(?<![\w.])\.(?=\d)|(?<=\d)([.:/]|,(?!\d{3}(?!\d)))(?=\d)")
+_DASHES = str.maketrans("\N{MINUS SIGN}\N{EN DASH}", "--")
 # Ways to name an option, the surest first: "the answer is C", "Option (C)"; "(C)", "[C]"; "C. …", "C) …" at the start; "… C." behind.
 _NAMED = (
     re.compile(
@@ -60,8 +63,8 @@ class Accuracy:
 
 def yes_or_no(question: Question, answer: str) -> float | None:
     """The first whole word yes or no in the first sentence."""
-    said = _YES_NO.search(_SENTENCE.split(answer.strip(), maxsplit=1)[0])
-    right = _YES_NO.fullmatch(_only(question, "yes or no").strip(" ."))
+    said = _YES_NO.search(next(filter(str.strip, _SENTENCE.split(answer)), ""))
+    right = _yes_or_no(_only(question, "yes or no"))
     if right is None:
         raise ValueError(f"row {question.row}, answer: expected yes or no, got {question.right[0]!r}")
     return None if said is None else float(said[1].lower() == right[1].lower())
@@ -82,20 +85,25 @@ def choice(question: Question, answer: str) -> float | None:
 
 
 def short_text(question: Question, answer: str) -> float | None:
-    """Whether the answer is one of those that are right: case, punctuation, articles and spaces aside."""
-    said = normalised(answer)
-    return float(said in map(normalised, _right(question))) if said else None
+    """Whether the answer is one of those that are right: case, articles, spaces, and punctuation outside of numbers aside."""
+    right, said = map(normalised, _right(question)), normalised(answer)
+    return float(said in right) if said else None
 
 
 def automatic(question: Question, answer: str) -> float | None:
-    """By what is right: yes or no; the letter of an option, or one of the options' texts; else a short text."""
-    return _GRADERS[grader_of(question)](question, answer)
+    """By what is right: yes or no; the letter of an option, or one of the options' texts; else a short text.
+
+    Where yes and no are themselves options, their letters are read too.
+    """
+    name = grader_of(question)
+    score = _GRADERS[name](question, answer)
+    return choice(question, answer) if score is None and name == "yes-no" and question.options else score
 
 
 def grader_of(question: Question) -> GraderName:
     """The grader that "auto" takes for a question."""
     right = _right(question)
-    if len(right) == 1 and _YES_NO.fullmatch(right[0].strip(" .")):
+    if len(right) == 1 and _yes_or_no(right[0]):
         return "yes-no"
     # One small letter may be a word.
     if len(right) == 1 and (question.options or re.fullmatch(r"\(?[A-Z][.)]?", right[0].strip())):
@@ -113,11 +121,11 @@ _GRADERS: dict[GraderName, Grader] = {
 
 def normalised(text: str) -> str:
     """A short text as it is compared."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = "".join(
-        letter for letter in plain if letter not in string.punctuation and unicodedata.category(letter)[0] != "P"
-    )
-    return " ".join(_ARTICLES.sub(" ", plain).split())
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(_DASHES)
+    kept = {match.start() for match in _OF_A_NUMBER.finditer(plain)}
+    plain = "".join(letter for at, letter in enumerate(plain) if at in kept or not _is_punctuation(letter))
+    # An article alone is no article.
+    return " ".join(_ARTICLES.sub(" ", plain).split()) or plain.strip()
 
 
 def grade(questions: Sequence[Question], answers: Sequence[str], grader: GraderName | Grader = "auto") -> list[Graded]:
@@ -170,7 +178,9 @@ def pairs(graded: Sequence[Graded]) -> list[Graded]:
         if one.question.pair is not None:
             found.setdefault(one.question.pair, []).append(one)
     if alone := next((ones[0].question for ones in found.values() if len(ones) < 2), None):
-        raise ValueError(f"row {alone.row}, pair: no other question has {alone.pair!r}")
+        raise ValueError(
+            f"row {alone.row}, pair: no other question has {alone.pair!r}; where max_rows cuts it off, raise it"
+        )
     return [
         Graded(
             ones[0].question,
@@ -195,24 +205,28 @@ def _only(question: Question, what: str) -> str:
     return right[0]
 
 
-def _option(text: str, options: Sequence[str]) -> str | None:
-    """The letter of the option that a text names; None for none or several."""
+def _yes_or_no(right: str) -> re.Match[str] | None:
+    return _YES_NO.fullmatch(right.strip(string.whitespace + "."))
+
+
+def _is_punctuation(letter: str) -> bool:
+    return letter in string.punctuation or unicodedata.category(letter)[0] == "P"
+
+
+def _option(text: str, options: Sequence[str]) -> int | None:
+    """The number of the option that a text names; None for none or several."""
     text = _MARKUP.sub("", text).strip()
+    for told in (str.strip, normalised):
+        if same := [at for at, option in enumerate(options) if told(option) == told(text)]:
+            return same[0] if len(same) == 1 else None
     known = string.ascii_uppercase[: len(options) or None]
-    texts = [normalised(option) for option in options]
-    if (said := normalised(text)) in texts:
-        return known[texts.index(said)]
     if alone := _LETTER.fullmatch(text):
-        return alone[1].upper() if alone[1].upper() in known else None
-    for pattern in _NAMED:
-        found = {
-            match["letter"].upper()
-            for match in pattern.finditer(text)
-            if match["letter"].upper() in known and not _is_word(match)
-        }
-        if found:
-            return found.pop() if len(found) == 1 else None
-    return None
+        named = {alone[1].upper()}
+    else:
+        matches = ([match for match in pattern.finditer(text) if not _is_word(match)] for pattern in _NAMED)
+        letters = ({match["letter"].upper() for match in found} & {*known} for found in matches)
+        named = next(filter(None, letters), set())
+    return known.index(min(named)) if len(named) == 1 and named <= {*known} else None
 
 
 def _is_word(match: re.Match[str]) -> bool:

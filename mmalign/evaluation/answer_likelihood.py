@@ -16,7 +16,7 @@ from mmalign.data.answer_tokens import AnswerBatch, collate_answers, encode_answ
 from mmalign.data.answers import AnswerSource
 from mmalign.data.fingerprints import digest_of
 from mmalign.denoisers.parts import evaluating
-from mmalign.evaluation.intervals import as_clusters, mean_interval, proportion_interval
+from mmalign.evaluation.intervals import as_clusters, as_scores, mean_interval, proportion_interval
 from mmalign.likelihood.answers import hidden_states, score_answers
 from mmalign.likelihood.token_head import base_head_of
 
@@ -38,7 +38,8 @@ class Estimate:
 @dataclass(frozen=True, slots=True)
 class AnswerLikelihoods:
     """ranking: share of pairs whose preferred answer gained more log-probability over the base than the other, a tie counting ½; ½ is
-    what the base itself has. kl: mean over the preferred answers of KL(base ‖ model) per token. None where the data have no pairs.
+    what the base itself has, None where the data have no pairs. kl: mean over the preferred answers, or all single ones, of
+    KL(base ‖ model) per token. margins: a pair each.
     """
 
     ranking: Estimate | None
@@ -62,6 +63,8 @@ def compare_likelihoods(
     """Both models on the answers of `data`; pairs that are ties are left out. base: gives the base model for a while, which may be the
     model itself with its adapter off. A row that cannot be read raises InvalidRow.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     margins: list[float] = []
     divergences: list[float] = []
     prompts = data.prompts()
@@ -82,7 +85,7 @@ def compare_likelihoods(
     shared = {"num_resamples": num_resamples, "confidence": confidence, "seed": 0}
 
     def estimated(values: Sequence[float], interval: Any) -> Estimate:
-        array = np.asarray(values, dtype=np.float64)
+        array = as_scores(values, "What the models say of the answers")
         found = interval(array, clusters, **shared)
         return Estimate(float(array.mean()), found.low, found.high, len(array), clusters.count, confidence)
 

@@ -21,7 +21,7 @@ from mmalign.data.answer_turns import Medium, RawTurn
 from mmalign.data.fingerprints import digest_of
 from mmalign.data.perturb import Shuffle, perturb
 from mmalign.data.questions import Question, QuestionSource
-from mmalign.evaluation.answer_grades import Grader, GraderName, grade
+from mmalign.evaluation.answer_grades import Grader, GraderName, grade, yes_or_no
 from mmalign.evaluation.answering import answer
 from mmalign.files import write_file
 from mmalign.likelihood.draws import row_generators
@@ -33,6 +33,7 @@ Rewriter = Callable[[Question, str, str], str | None]
 Asked = Callable[[str], str]
 _SHORT = 3
 _NONE = "none"
+_THOUGHT = ("<think>", "</think>")
 
 JUDGE_PROMPT = """A question about a video was answered twice. The reference is correct.
 Question: {question}
@@ -112,9 +113,14 @@ def make_answer_pairs(
     without it that is the model's own answer, as it should be for answers of a few words. area, shuffle, window: see `perturb`.
     asking: options of `answer`. The answers are kept beside the output, so that a run that was stopped goes on.
 
-    ValueError for media that the file could not name: they must be files, in or below the output's folder.
+    ValueError, before anything is asked, for media that the file could not name: they must be files, in or below its folder.
     """
     path = Path(output)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"{path} would hold a line of JSON for each pair: let its name end in .jsonl")
+    prompts = [
+        [_message(turn, row, questions, path.parent) for turn in questions.turns(row)] for row in range(len(questions))
+    ]
     seen = PerturbedQuestions(questions, area, shuffle, window, seed)
     answered = answer(pipe, seen, output=path.with_suffix(".answers.jsonl"), **asking)
     left_out: Counter[str] = Counter()
@@ -130,7 +136,7 @@ def make_answer_pairs(
         marks = differing_spans(right, made.text)
         rows.append(
             {
-                "prompt": [_message(turn, one.row, questions, path.parent) for turn in questions.turns(one.row)],
+                "prompt": prompts[one.row],
                 "chosen": tagged(right, marks[0]),
                 "rejected": tagged(made.text, marks[1]),
             }
@@ -150,8 +156,8 @@ def model_judge(ask: Asked) -> Grader:
     """A judge that asks a language model whether an answer contradicts what is right; for texts that are right in other words too."""
 
     def judge(question: Question, said: str) -> float | None:
-        told = ask(JUDGE_PROMPT.format(question=question.text, right=question.right[0], said=said)).strip().lower()
-        return {"yes": 0.0, "no": 1.0}.get(told.split()[0].strip(".,!")) if told else None
+        told = _thought_out(ask(JUDGE_PROMPT.format(question=question.text, right=question.right[0], said=said)))
+        return yes_or_no(replace(question, right=("no",)), told)
 
     return judge
 
@@ -160,12 +166,17 @@ def model_rewriter(ask: Asked) -> Rewriter:
     """A rewriter that asks a language model in two turns: what differs, then the right text with these errors in it."""
 
     def rewrite(question: Question, right: str, said: str) -> str | None:
-        differences = ask(DIFFER_PROMPT.format(right=right, said=said)).strip()
+        differences = _thought_out(ask(DIFFER_PROMPT.format(right=right, said=said)))
         if not differences or differences.lower().strip(".") == _NONE:
             return None
-        return ask(REWRITE_PROMPT.format(right=right, differences=differences)).strip() or None
+        return _thought_out(ask(REWRITE_PROMPT.format(right=right, differences=differences))) or None
 
     return rewrite
+
+
+def _thought_out(told: str) -> str:
+    """What a language model says after it has thought aloud, if it does; nothing where it was cut before it came to that."""
+    return told.rsplit(_THOUGHT[1], 1)[-1].strip() if _THOUGHT[1] in told or _THOUGHT[0] not in told else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +214,8 @@ def _named(medium: Medium, row: int, questions: QuestionSource, folder: Path) ->
     """A medium's value with its paths as seen from `folder`."""
     value = medium.value
     if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            raise _no_files(row, folder)
         return {
             key: _paths(item, row, questions, folder) if key in ("frames", "path") else item
             for key, item in value.items()
@@ -214,9 +227,16 @@ def _paths(value: Any, row: int, questions: QuestionSource, folder: Path) -> Any
     if isinstance(value, list | tuple):
         return [_paths(one, row, questions, folder) for one in value]
     if not isinstance(value, str | Path):
-        raise ValueError(f"row {row}: its media are no files, so that pairs cannot name them: save them in {folder}")
-    found = next((root / value for root in questions.roots if (root / value).exists()), Path(value))
+        raise _no_files(row, folder)
+    found = next((root / value for root in questions.roots if (root / value).exists()), None)
+    if found is None:
+        # Asking will say so, and why.
+        return str(value)
     seen = os.path.relpath(found.resolve(), folder.resolve())
     if seen.startswith(".."):
         raise ValueError(f"row {row}: {value} lies outside of {folder}: write the pairs into the folder of the media")
     return seen
+
+
+def _no_files(row: int, folder: Path) -> ValueError:
+    return ValueError(f"row {row}: its media are no files, so that pairs cannot name them: save them in {folder}")

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmalign.data.answer_records import Picture
-from mmalign.data.clips import glance
+from mmalign.data.answer_records import Picture, VideoClip
+from mmalign.data.clips import glimpses
 from mmalign.data.questions import QuestionSource
 from mmalign.evaluation.answer_evaluation import AnswerEvaluation, AnswerGroup, AnswerRow
 from mmalign.evaluation.answer_grades import Accuracy
 from mmalign.evaluation.findings import retention_line
-from mmalign.evaluation.report_parts import data_uri, definitions, document, text
+from mmalign.evaluation.report_parts import SMALL, data_uri, definitions, document, text
 from mmalign.evaluation.report_plots import axis, share_plot
 from mmalign.evaluation.result_json import without_nan
 from mmalign.evaluation.win_rate import Difference
-from mmalign.evaluation.wording import MINUS, capital, count, level, number, p_value, percent
+from mmalign.evaluation.wording import capital, count, level, number, p_value, percent
 from mmalign.files import write_file
 
 SCHEMA_VERSION = 1
@@ -29,17 +29,23 @@ _SAMPLE_SEED = 0
 _FEW = 500
 # A share of answers above which a note is due.
 _MANY_UNREADABLE, _MANY_CUT = 0.02, 0.02
-Shown = Callable[[int], Image.Image | None]
+# A row → what it is about, each picture with what it is.
+Shown = Callable[[int], Sequence[tuple[str, Image.Image]]]
+_FRAME = "frame"
+_NOTHING = "(nothing)"
 
 
 def picture_of(questions: QuestionSource) -> Shown:
-    """The first picture of a question, or three frames of its first clip; None of one about words alone."""
+    """The pictures of a question, and three frames of each of its clips."""
 
-    def show(row: int) -> Image.Image | None:
-        media = next((medium for turn in questions.prompt(row) for medium in turn.media), None)
-        if media is None:
-            return None
-        return media.image if isinstance(media, Picture) else glance(media.frames)
+    def looks(medium: Picture | VideoClip) -> list[tuple[str, Image.Image]]:
+        if isinstance(medium, Picture):
+            return [("picture", medium.image)]
+        number = len(medium.frames)
+        return [(f"{_FRAME} {at + 1} of {number}", medium.frames[at]) for at in glimpses(medium.frames)]
+
+    def show(row: int) -> list[tuple[str, Image.Image]]:
+        return [look for turn in questions.prompt(row) for medium in turn.media for look in looks(medium)]
 
     return show
 
@@ -48,11 +54,11 @@ def write_answer_report(
     result: AnswerEvaluation,
     output_dir: str | Path,
     *,
-    picture: Shown = lambda row: None,
+    picture: Shown = lambda row: (),
     num_samples: int = 12,
     num_lost: int = 12,
 ) -> Path:
-    """Writes both files; returns the path of the page. picture: what to show of a question's media, by its row.
+    """Writes both files; returns the path of the page. picture: what to show of a question's media.
 
     num_samples: questions to show, picked at random before any answer is looked at. num_lost: as many that the base answered better.
     """
@@ -113,12 +119,14 @@ def headline(result: AnswerEvaluation) -> str:
 def answer_lines(result: AnswerEvaluation) -> list[str]:
     """For the terminal: the headline, what takes weight from it, a line a kind, and what else was asked for."""
     lines = [headline(result), *cautions(result)]
-    groups = [*result.kinds, *([result.pairs] if result.pairs else [])]
+    _, *groups = _groups(result)
     width = max((len(group.name) for group in groups), default=0)
     for group in groups:
         line = f"  {group.name:<{width}}  {_share(group.aligned)}, n = {group.aligned.num_questions}"
         if group.base is not None and group.difference is not None and group.p_corrected is not None:
-            line += f"; {result.base_label} {percent(group.base.rate)}; {_points(group.difference)}, {p_value(group.p_corrected)}"
+            corrected = "corrected " if len(result.kinds) > 1 and group is not result.pairs else ""
+            told = f"{_points(group.difference)}, {corrected}{p_value(group.p_corrected)}"
+            line += f"; {result.base_label} {percent(group.base.rate)}; {told}"
         lines.append(line)
     lines += likelihood_lines(result)
     return [*lines, *([retention_line(result.retention)] if result.retention else [])]
@@ -150,15 +158,17 @@ def cautions(result: AnswerEvaluation) -> list[str]:
     lines = []
     if result.aligned_fingerprint == result.base_fingerprint:
         lines.append("Both sides have the same model fingerprint: this compares a model with itself.")
-    accuracies = [(result.aligned_label, result.overall.aligned), (str(result.base_label), result.overall.base)]
-    for label, found in accuracies:
-        if found is not None and found.unreadable > _MANY_UNREADABLE * found.num_questions:
+    sides = [(result.aligned_label, result.overall.aligned, [row.finished for row in result.rows])]
+    if result.overall.base is not None:
+        sides.append((str(result.base_label), result.overall.base, [bool(row.base_finished) for row in result.rows]))
+    for label, found, finished in sides:
+        if found.unreadable > _MANY_UNREADABLE * found.num_questions:
             share = percent(found.unreadable / found.num_questions)
             lines.append(f"{share} of {label}'s answers could not be read by the grader; they count as wrong.")
-    cut = sum(not row.finished for row in result.rows) / len(result.rows)
-    if cut > _MANY_CUT:
-        longest = result.settings["max_new_tokens"]
-        lines.append(f"{percent(cut)} of {result.aligned_label}'s answers were cut after {longest} tokens.")
+        if (cut := finished.count(False) / len(finished)) > _MANY_CUT:
+            longest = result.settings.get("max_new_tokens")
+            after = "" if longest is None else f" after {longest} tokens"
+            lines.append(f"{percent(cut)} of {label}'s answers were cut{after}.")
     return lines
 
 
@@ -168,21 +178,30 @@ def notes(result: AnswerEvaluation) -> list[str]:
     lines = [
         *cautions(result),
         "Questions about the same picture or clip stand or fall together: intervals draw them as one.",
-        "One trained model was graded (a single run): the intervals cover the choice of questions, not what another training run "
-        "would give.",
+        "One model was graded (a single run): the intervals cover the choice of questions, not what another training run would give.",
     ]
     if result.kinds and result.base_label is not None:
-        lines.append(
-            "p-values of kinds of questions are corrected (Holm) for their number; that of all questions is not."
+        others = (
+            "that of all questions is not" if result.pairs is None else "those of all questions and of pairs are not"
         )
-    if found.method == "wilson":
+        lines.append(f"p-values of kinds of questions are corrected (Holm) for their number; {others}.")
+    if found.num_clusters == 1:
         lines.append(
-            "Intervals of shares are Wilson's at the effective number of independent questions, where there are too few prompts, right "
+            "There is a single prompt, which says nothing about others: the intervals are everything possible."
+        )
+    if any(group.aligned.method == "wilson" for group in _groups(result)):
+        lines.append(
+            "Intervals are Wilson's at the effective number of independent questions, where there are too few prompts, right "
             "or wrong answers for bootstrap percentiles."
         )
     if found.num_clusters < _FEW:
         lines.append(f"{count(found.num_clusters, 'prompt')} is few: plan on {_FEW} or more for a claim.")
     return lines
+
+
+def _groups(result: AnswerEvaluation) -> list[AnswerGroup]:
+    """What is told together: all questions, each kind, pairs."""
+    return [result.overall, *result.kinds, *([result.pairs] if result.pairs else [])]
 
 
 def _share(found: Accuracy) -> str:
@@ -215,18 +234,12 @@ def _hero(result: AnswerEvaluation) -> str:
 
 
 def _table(result: AnswerEvaluation) -> str:
-    groups = [result.overall, *result.kinds, *([result.pairs] if result.pairs else [])]
     compared = result.base_label is not None
-    head = "".join(
-        f'<th class="number">{text(name)}</th>'
-        for name in (
-            capital(result.aligned_label),
-            *([capital(str(result.base_label)), "Difference, points", "Corrected p"] if compared else []),
-            "Not read",
-            "n",
-        )
-    )
-    body = "".join(_row(group, result) for group in groups)
+    labels = [capital(result.aligned_label), *([capital(str(result.base_label))] if compared else [])]
+    names = [*(["Difference, points", "p"] if compared else []), "Not read", "n"]
+    head = "".join(f'<th class="number side-name">{text(label)}</th>' for label in labels)
+    head += "".join(f'<th class="number">{name}</th>' for name in names)
+    body = "".join(_row(group, result) for group in _groups(result))
     about = "Pairs count as right where every question of them is answered right." if result.pairs else ""
     return (
         '<section><h2>Right answers</h2><p class="quiet lead">Share of questions that are answered right, with '
@@ -244,9 +257,12 @@ def _row(group: AnswerGroup, result: AnswerEvaluation) -> str:
         cells += [
             (capital(str(result.base_label)), f"{percent(group.base.rate)}{_ends(group.base)}"),
             ("Difference, points", f'<b>{value}</b><span class="unit">{ends.strip("()")}</span>'),
-            ("Corrected p", text(p_value(group.p_corrected).removeprefix("p ").removeprefix("= "))),
+            ("p", text(p_value(group.p_corrected).removeprefix("p ").removeprefix("= "))),
         ]
-    cells += [("Not read", f"{found.unreadable:,}"), ("n", f"{found.num_questions:,}")]
+    unread = f"{found.unreadable:,}"
+    if group.base is not None:
+        unread += f'<span class="unit">{text(result.base_label)} {group.base.unreadable:,}</span>'
+    cells += [("Not read", unread), ("n", f"{found.num_questions:,}")]
     shown = "".join(f'<td class="number" data-label="{text(name)}">{value}</td>' for name, value in cells)
     label = f"{percent(found.rate)} right, interval {percent(found.low)} to {percent(found.high)}"
     return (
@@ -283,31 +299,32 @@ def _retention(result: AnswerEvaluation) -> str:
 def _gallery(title: str, rule: str, rows: Sequence[AnswerRow], result: AnswerEvaluation, picture: Shown) -> str:
     if not rows:
         return ""
-    cards = "".join(_card(row, result, picture(row.question.row)) for row in rows)
+    looks = [picture(row.question.row) for row in rows]
+    if any(what.startswith(_FRAME) for shown in looks for what, _ in shown):
+        rule += " Of a clip the first, the middle and the last frame are shown."
+    cards = "".join(_card(row, result, shown) for row, shown in zip(rows, looks, strict=True))
     return f'<section><h2>{title}</h2><p class="quiet lead">{rule}</p><div class="gallery">{cards}</div></section>\n'
 
 
-def _card(row: AnswerRow, result: AnswerEvaluation, image: Image.Image | None) -> str:
-    shown = ""
-    if image is not None:
-        uri = data_uri(image)
-        shown = (
-            f'<div class="side"><img src="{uri}" loading="lazy" alt="what question {row.question.row} is about"></div>'
-        )
-    right = f'<p class="outcome">right: {text(", or ".join(row.question.right))}</p>' if row.question.right else ""
+def _card(row: AnswerRow, result: AnswerEvaluation, looks: Sequence[tuple[str, Image.Image]]) -> str:
+    pictures = "".join(
+        f'<img src="{data_uri(image)}"{" class=small" if max(image.size) <= SMALL else ""} loading="lazy" '
+        f'alt="{text(what)} that question {row.question.row} is about" title="{text(what)}">'
+        for what, image in looks
+    )
+    shown = f'<div class="side media">{pictures}</div>' if pictures else ""
+    right = f'<p class="outcome said">right: {text(", or ".join(row.question.right))}</p>' if row.question.right else ""
     said = _said(result.aligned_label, row.aligned, row.aligned_score)
     if row.base is not None and row.base_score is not None:
         said += _said(str(result.base_label), row.base, row.base_score)
-    asked = f'<p class="prompt" dir="auto">{text(row.question.text)}</p>'
+    asked = f'<p class="prompt said" dir="auto">{text(row.question.text)}</p>'
     return f'<figure class="pair">{shown}<figcaption>{asked}{right}{said}</figcaption></figure>'
 
 
 def _said(label: str, answer: str, score: float) -> str:
     mood = "win" if score == 1 else "loss" if score == 0 else "even"
     mark = {"win": "\N{CHECK MARK}", "loss": "\N{MULTIPLICATION SIGN}"}.get(mood, percent(score))
-    return (
-        f'<p class="outcome" dir="auto"><span class="{mood}">{mark}</span> {text(label)}: {text(answer or MINUS)}</p>'
-    )
+    return f'<p class="outcome said" dir="auto"><span class="{mood}">{mark}</span> {text(label)}: {text(answer or _NOTHING)}</p>'
 
 
 def _notes(result: AnswerEvaluation) -> str:

@@ -10,40 +10,28 @@ from typing import Literal
 import numpy as np
 
 from mmalign.data.questions import Question
-from mmalign.evaluation.answering import AnswerFile
-from mmalign.evaluation.intervals import Array, as_clusters, student_t
-from mmalign.evaluation.win_rate import WinRate, win_rate
+from mmalign.evaluation.answering import AnswerFile, check_rows
+from mmalign.evaluation.intervals import Array, as_clusters, as_scores, student_t
+from mmalign.evaluation.verdicts import Verdicts, in_both_orders
+from mmalign.evaluation.win_rate import win_rate
 
 Verdict = Literal["a", "b", "same", "inconsistent", "unreadable"]
 # (the question, first answer, second answer) → what the judge says: "1", "2", or something that is neither.
 AnswerJudge = Callable[[Question, str, str], str]
 # A ridge on the length's weight, which has no end where the longer answer always wins; small, for what it holds back counts as quality.
 _RIDGE = 1e-3
+_TIE = 0.5
 _NEWTON_STEPS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class AnswerWins:
+class AnswerWins(Verdicts):
     """verdicts: one a question; "same" answers are not judged. win_rate: of a, over those judged alike in both orders and the same
     ones, which are ties; None for none. controlled: the same at equal lengths.
     """
 
     verdicts: tuple[Verdict, ...]
-    win_rate: WinRate | None
     controlled: ControlledRate | None
-
-    @property
-    def inconsistent(self) -> float:
-        """Share of judged questions whose verdict changed with the order."""
-        return self._share("inconsistent")
-
-    @property
-    def unreadable(self) -> float:
-        """Share of judged questions with a verdict that is neither 1 nor 2."""
-        return self._share("unreadable")
-
-    def _share(self, verdict: Verdict) -> float:
-        return self.verdicts.count(verdict) / max(1, len(self.verdicts) - self.verdicts.count("same"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +65,9 @@ def judge_answers(
     """
     if answers_a.data != answers_b.data:
         raise ValueError("the two files answer different data: answer the same questions with both models")
+    for side in (answers_a, answers_b):
+        check_rows(side, questions)
     both = list(zip(answers_a.answers, answers_b.answers, strict=True))
-    if [one.row for one, _ in both] != [question.row for question in questions]:
-        raise ValueError(f"{len(both)} answers do not belong to these {len(questions)} questions, row by row")
     verdicts = [
         _verdict(judge, question, one.answer, other.answer)
         for question, (one, other) in zip(questions, both, strict=True)
@@ -110,10 +98,11 @@ def length_controlled(
     """The win rate at equal lengths: σ(θ) of P(win) = σ(θ + φ · tanh(Δ / std Δ)); AlpacaEval 2's without how hard a question is.
 
     wins: (N,) 1, ½ or 0. longer: (N,) Δ, by how much a's answer is longer, in any unit. The interval is θ ± t · its standard error,
-    clustered by prompt (a sandwich), on the scale of log-odds. Where every comparison ends the same, length explains nothing, and rate
-    and interval are the plain ones.
+    clustered by prompt (a sandwich, or the curvature's where that is larger), on the scale of log-odds: it is wide where answers of
+    about equal length are not among what was compared. Where every comparison ends the same, length explains nothing, and rate and
+    interval are the plain ones.
     """
-    outcomes, lengths = np.asarray(wins, dtype=np.float64), np.asarray(longer, dtype=np.float64)
+    outcomes, lengths = as_scores(wins, "wins"), as_scores(longer, "longer")
     groups = as_clusters(clusters, len(outcomes))
     # Wins and losses without a difference of lengths cannot tell what a length is worth.
     spread = lengths.std() or 1.0
@@ -127,8 +116,11 @@ def length_controlled(
         slopes = design * (outcomes - _sigmoid(design @ weights))[:, None]
         sums = np.stack([groups.sums(column) for column in slopes.T], axis=1)
         inverse = np.linalg.inv(curvature)
-        variance = inverse @ (sums.T @ sums) @ inverse * groups.count / (groups.count - 1)
-        half = student_t(0.5 + confidence / 2, groups.count - 1) * math.sqrt(variance[0, 0])
+        spread_out = (inverse @ (sums.T @ sums) @ inverse)[0, 0] * groups.count / (groups.count - 1)
+        # Outcomes that length tells to the letter leave no residuals, and then only the curvature knows how little they say. Ties vary
+        # less than wins and losses, and count for nothing there.
+        untold = inverse[0, 0] * np.mean(outcomes != _TIE)
+        half = student_t(0.5 + confidence / 2, groups.count - 1) * math.sqrt(max(spread_out, untold))
         low, high = weights[0] - half, weights[0] + half
     rate, low, high = (float(_sigmoid(np.array(value))) for value in (weights[0], low, high))
     return ControlledRate(rate, low, high, float(weights[1]), len(outcomes), groups.count, confidence)
@@ -164,9 +156,5 @@ def _sigmoid(values: Array) -> Array:
 def _verdict(judge: AnswerJudge, question: Question, a: str, b: str) -> Verdict:
     if a == b:
         return "same"
-    said = judge(question, a, b).strip(), judge(question, b, a).strip()
-    if not {*said} <= {"1", "2"}:
-        return "unreadable"
-    if said[0] == said[1]:
-        return "inconsistent"
-    return "a" if said[0] == "1" else "b"
+    found = in_both_orders(lambda first, second: judge(question, first, second), a, b)
+    return "a" if found == "one" else "b" if found == "other" else found

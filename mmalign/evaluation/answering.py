@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,15 @@ from tqdm.auto import tqdm
 
 from mmalign.data.answer_tokens import collate_prompts, encode_prompt, padding_token
 from mmalign.data.fingerprints import processor_fingerprint
-from mmalign.data.questions import Questions
+from mmalign.data.questions import Question, Questions
 from mmalign.denoisers.parts import evaluating
 from mmalign.files import full_disk_explained
 from mmalign.rewards.fingerprints import module_hash, text_hash
 
 # What must be the same for two answers to come from the same place.
 _MADE_BY = {"model": "model", "data": "data", "options": "options"}
+# How a line of answers begins.
+_START = b'{"row": '
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,13 @@ class AnswerFile:
     options: Mapping[str, Any]
 
 
-def answering_fingerprint(pipe: Any) -> str:
-    """sha256 over the weights and config of a pipeline's model, which adapters act, and its processor."""
-    return text_hash([module_hash(pipe.model, "model"), processor_fingerprint(pipe.processor)])
+def answering_fingerprint(pipe: Any, weights: str | None = None) -> str:
+    """sha256 over the weights and config of a pipeline's model, which adapters act, its settings of generation, and its processor.
+
+    weights: what stands for the weights, where it is not the model as it is.
+    """
+    settings = pipe.model.generation_config.to_diff_dict() | {"transformers_version": None}
+    return text_hash([weights or module_hash(pipe.model, "model"), settings, processor_fingerprint(pipe.processor)])
 
 
 def answer(
@@ -73,16 +79,15 @@ def answer(
             f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}: nothing to do"
         )
     options = {
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": int(max_new_tokens),
         "processor_kwargs": dict(processor_kwargs or {}),
         "do_sample": False,
         **generation,
     }
-    made_by = {
+    made_by: dict[str, Any] = {
         "model": fingerprint or answering_fingerprint(pipe),
         "data": questions.fingerprint(),
-        # As they are read back.
-        "options": json.loads(json.dumps(options)),
+        "options": {name: _as_read_back(name, value) for name, value in options.items()},
     }
     path = None if output is None else Path(output)
     found = {} if path is None else _kept(path, made_by, len(questions))
@@ -101,14 +106,25 @@ def answer(
 
 
 def read_answers(path: str | Path) -> AnswerFile:
-    """What `answer` kept in a file; ValueError names the first line that it did not write, or that another model wrote."""
+    """What `answer` kept in a file; ValueError names the first line that it did not write, or that another model wrote.
+
+    A line that a stop has cut short is none.
+    """
     file = Path(path)
-    lines = list(_lines(file, file.read_bytes()))
+    lines = list(_lines(file, _whole(file.read_bytes())))
     if not lines:
         raise ValueError(f"{file} holds no answers")
     made_by = {key: lines[0][key] for key in _MADE_BY}
     found = {one.row: one for one in _checked(file, lines, made_by)}
     return AnswerFile(tuple(found[row] for row in sorted(found)), **made_by)
+
+
+def check_rows(answers: AnswerFile, questions: Sequence[Question]) -> None:
+    """ValueError for answers to other rows than these questions."""
+    if [one.row for one in answers.answers] != [question.row for question in questions]:
+        raise ValueError(
+            f"{len(answers.answers)} answers do not belong to these {len(questions)} questions row by row: are all of them answered?"
+        )
 
 
 @torch.no_grad()
@@ -133,10 +149,20 @@ def _generate(
         written = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
     told = written[:, inputs["input_ids"].shape[1] :]
     tokenizer = getattr(processor, "tokenizer", processor)
-    ends = model.generation_config.eos_token_id
+    ends = generation.get("eos_token_id", model.generation_config.eos_token_id)
     ended = torch.isin(told, torch.tensor([] if ends is None else ends, device=told.device)).any(1)
     texts = tokenizer.batch_decode(told, skip_special_tokens=True)
     return [(text.strip(), bool(end)) for text, end in zip(texts, ended.tolist(), strict=True)]
+
+
+def _as_read_back(name: str, value: Any) -> Any:
+    """An option as it stands in a file."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise ValueError(
+            f"{name}: {value!r} cannot be kept with the answers that it decides about; give plain numbers, texts, lists or dicts"
+        ) from error
 
 
 def _kept(path: Path, made_by: Mapping[str, Any], number: int) -> dict[int, Answered]:
@@ -144,17 +170,34 @@ def _kept(path: Path, made_by: Mapping[str, Any], number: int) -> dict[int, Answ
     if not path.exists():
         return {}
     content = path.read_bytes()
-    if (whole := content.rfind(b"\n") + 1) < len(content):
-        os.truncate(path, whole)
-    found = {one.row: one for one in _checked(path, list(_lines(path, content[:whole])), made_by)}
+    whole = _whole(content)
+    found = {one.row: one for one in _checked(path, list(_lines(path, whole)), made_by)}
     if beyond := next((row for row in found if not 0 <= row < number), None):
         raise ValueError(f"{path} answers row {beyond} of {number}: move it away")
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    elif whole and not whole.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
     return found
+
+
+def _whole(content: bytes) -> bytes:
+    """A file without a line at its end that a stop has cut short; what `answer` did not begin to write stays."""
+    at = content.rfind(b"\n") + 1
+    last = content[at:]
+    if not last.startswith(_START[: len(last)]):
+        return content
+    try:
+        json.loads(last)
+    except ValueError:
+        return content[:at]
+    return content
 
 
 def _lines(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     wanted = {*Answered.__dataclass_fields__, *_MADE_BY}
-    for number, line in enumerate(content.decode(errors="replace").split("\n"), start=1):
+    for number, line in enumerate(content.decode("utf-8-sig", errors="replace").split("\n"), start=1):
         if not line:
             continue
         try:
@@ -178,7 +221,8 @@ def _checked(path: Path, lines: list[dict[str, Any]], made_by: Mapping[str, Any]
 
 def _appending(path: Path) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("ab")
+    # Without a buffer, which would be written once more when the file is closed.
+    return path.open("ab", buffering=0)
 
 
 def _append(file: IO[bytes], path: Path, answers: list[Answered], made_by: Mapping[str, Any]) -> None:
@@ -188,8 +232,9 @@ def _append(file: IO[bytes], path: Path, answers: list[Answered], made_by: Mappi
     try:
         with full_disk_explained(path.parent):
             # Half a character pair, which a model may write, is no UTF-8.
-            file.write(lines.encode(errors="replace"))
-            file.flush()
+            rest = lines.encode(errors="replace")
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
     except BaseException:
         os.truncate(path, before)

@@ -84,6 +84,8 @@ tbody .axis { display: none; }
 .side .label span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .side .label b { font-weight: 500; color: var(--ink); }
 .prompt { margin-top: 8px; font-size: 0.93rem; line-height: 1.4; }
+.media { display: grid; grid-template-columns: repeat(auto-fit, minmax(30%, 1fr)); align-items: start; gap: 3px; }
+.said { white-space: pre-line; }
 .outcome { margin-top: 2px; font-size: 0.82rem; color: var(--muted); }
 .toolbar { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: baseline; }
 .toolbar h2 { flex: 1; }

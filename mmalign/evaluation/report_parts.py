@@ -53,10 +53,14 @@ def definitions(table: Mapping[str, Any], *, fingerprints: bool = False) -> str:
     """A table of names and values; fingerprints are cut to what tells them apart."""
 
     def show(value: Any) -> str:
+        if isinstance(value, Mapping):
+            value = [f"{name} {one}" for name, one in value.items()]
         if isinstance(value, list | tuple):
             value = ", ".join(map(str, value)) or "nothing"
         if value is None:
             return "the model's own"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
         if isinstance(value, int | float):
             return f"{value:,g}" if isinstance(value, float) else f"{value:,}"
         if fingerprints or re.fullmatch(r"[0-9a-f]{64}", str(value)):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmalign.evaluation.intervals import Array
 from mmalign.evaluation.measure import MeasuredSide, Rules, score_difference, summarise
 from mmalign.evaluation.result import Retention
+from mmalign.evaluation.win_rate import Difference
 from mmalign.rewards.scorer import Scorer
 
 
@@ -43,19 +45,26 @@ def retention(aligned: MeasuredSide, base: MeasuredSide, scorer: Scorer, toleran
     Non-inferiority by interval: only a loss counts, so a model that got better has kept what the base could.
     """
     ours, theirs = aligned.scores[scorer.name], base.scores[scorer.name]
-    return retained(ours, theirs, aligned.clusters, scorer.name, scorer.fingerprint, tolerance, rules)
+    difference = score_difference(ours, theirs, aligned.clusters, rules)
+    return retained(ours, theirs, aligned.clusters, scorer.name, scorer.fingerprint, tolerance, difference)
 
 
 def retained(
-    ours: Array, theirs: Array, clusters: Sequence[int], scorer: str, fingerprint: str, tolerance: float, rules: Rules
+    ours: Array,
+    theirs: Array,
+    clusters: Sequence[Any],
+    scorer: str,
+    fingerprint: str,
+    tolerance: float,
+    difference: Difference,
 ) -> Retention:
-    """The same of scores that are at hand, row by row; scorer and fingerprint say whose."""
+    """The same of scores that are at hand, row by row, and their difference; scorer and fingerprint say whose."""
     return Retention(
         scorer=scorer,
         fingerprint=fingerprint,
         base=summarise(theirs, clusters),
         aligned=summarise(ours, clusters),
-        difference=score_difference(ours, theirs, clusters, rules),
+        difference=difference,
         tolerance=tolerance,
     )
 

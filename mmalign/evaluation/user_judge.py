@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mmalign.data.users import Shot
-from mmalign.evaluation.win_rate import WinRate, win_rate
+from mmalign.evaluation.verdicts import Verdicts, in_both_orders
+from mmalign.evaluation.win_rate import win_rate
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,24 +48,10 @@ Judge = Callable[[Sequence[Example], str, "Image.Image", "Image.Image"], str]
 
 
 @dataclass(frozen=True, slots=True)
-class UserVerdicts:
+class UserVerdicts(Verdicts):
     """verdicts: one a question. win_rate: of the target among those that the judge answered alike in both orders, None for none."""
 
     verdicts: tuple[Verdict, ...]
-    win_rate: WinRate | None
-
-    @property
-    def inconsistent(self) -> float:
-        """Share of questions whose answer changed with the order."""
-        return self._share("inconsistent")
-
-    @property
-    def unreadable(self) -> float:
-        """Share of questions with an answer that is neither 1 nor 2."""
-        return self._share("unreadable")
-
-    def _share(self, verdict: Verdict) -> float:
-        return self.verdicts.count(verdict) / len(self.verdicts)
 
     def __str__(self) -> str:
         told = "none was answered alike in both orders"
@@ -102,15 +89,12 @@ def judge_for_users(
 
 def _verdict(judge: Judge, question: Question, rng: np.random.Generator) -> Verdict:
     examples = [_example(shot, bool(rng.integers(2))) for shot in question.shots]
-    answers = (
-        judge(examples, question.prompt, question.target, question.other).strip(),
-        judge(examples, question.prompt, question.other, question.target).strip(),
-    )
-    if not {*answers} <= {"1", "2"}:
-        return "unreadable"
-    if answers[0] == answers[1]:
-        return "inconsistent"
-    return "target" if answers[0] == "1" else "other"
+
+    def ask(first: Image.Image, second: Image.Image) -> str:
+        return judge(examples, question.prompt, first, second)
+
+    found = in_both_orders(ask, question.target, question.other)
+    return "target" if found == "one" else found
 
 
 def _example(shot: Shot, swapped: bool) -> Example:

@@ -100,6 +100,22 @@ def paired_difference(
     return Difference(float(values.mean()), found.low, found.high, len(values), groups.count, confidence, found.p_value)
 
 
+def share_difference(
+    shares_a: Any,
+    shares_b: Any,
+    clusters: Sequence[Any],
+    *,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """The same of scores in [0, 1], such as right and wrong; its interval has a width also where every row differs alike."""
+    a, b, groups = _paired(shares_a, shares_b, clusters)
+    if not all(side.min() >= 0 and side.max() <= 1 for side in (a, b)):
+        raise ValueError("Shares lie between 0 and 1; for other scores there is paired_difference.")
+    return _of_shares(a - b, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
+
+
 def win_rate_difference(
     scores_x: Any,
     scores_y: Any,
@@ -120,15 +136,20 @@ def win_rate_difference(
     """
     x, groups = _outcomes(scores_x, scores_base, clusters, tie_margin)
     y, _ = _outcomes(scores_y, scores_base if scores_base_y is None else scores_base_y, clusters, tie_margin)
-    # (x − y) lies in [−1, 1]; moved to [0, 1] it is a proportion, and never gets an interval of no width.
-    found = proportion_interval((x - y + 1) / 2, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
-    low, high = 2 * found.low - 1, 2 * found.high - 1
-    return Difference(float((x - y).mean()), low, high, len(x), groups.count, confidence, found.p_value)
+    return _of_shares(x - y, groups, num_resamples=num_resamples, confidence=confidence, seed=seed)
 
 
 def check_tie_margin(tie_margin: float) -> None:
     if not tie_margin >= 0.0:
         raise ValueError(f"tie_margin must be zero or more, got {tie_margin}.")
+
+
+def _of_shares(values: Array, clusters: Clusters, *, num_resamples: int, confidence: float, seed: int) -> Difference:
+    """values: (N,) in [−1, 1]; moved to [0, 1] their mean is a proportion, and never gets an interval of no width."""
+    moved = (values + 1) / 2
+    found = proportion_interval(moved, clusters, num_resamples=num_resamples, confidence=confidence, seed=seed)
+    low, high = 2 * found.low - 1, 2 * found.high - 1
+    return Difference(float(values.mean()), low, high, len(values), clusters.count, confidence, found.p_value)
 
 
 def _paired(scores_a: Any, scores_b: Any, clusters: Sequence[Any]) -> tuple[Array, Array, Clusters]:

@@ -53,7 +53,9 @@ def head_of(model: nn.Module) -> TokenHead:
 def base_head_of(model: nn.Module) -> TokenHead:
     """The same without adapters, whatever is switched on when it is called."""
     head = head_of(model)
-    return replace(head, module=getattr(head.module, "base_layer", head.module))
+    # A LoRA keeps the base's layer under the one name, a copy that is trained whole under the other.
+    names = [name for name in ("base_layer", "original_module") if hasattr(head.module, name)]
+    return replace(head, module=getattr(head.module, names[0])) if names else head
 
 
 def trunk_of(model: nn.Module) -> nn.Module:

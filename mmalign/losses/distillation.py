@@ -76,11 +76,7 @@ def _mass_kl(student: Tensor, kept: Tensor, index: Tensor, log_mass: Tensor) -> 
     odds = kept.logsumexp(-1) - tail
     inside, outside = log_mass.exp(), -torch.expm1(log_mass)
     entropy = -torch.xlogy(inside, inside) - torch.xlogy(outside, outside)
-    return inside * _softplus(-odds) + outside * _softplus(odds) - entropy
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return -F.logsigmoid(-x)
+    return inside * F.softplus(-odds) + outside * F.softplus(odds) - entropy
 
 
 def _wide(x: Tensor) -> Tensor:

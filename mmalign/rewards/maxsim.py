@@ -95,7 +95,9 @@ class MaxSimScorer:
         self._fill = next((token for token in fills if token is not None), None)
         if self._fill is None:
             raise ValueError(f"{name}: its tokenizer has no mask, end or padding token to fill queries with")
-        self._skipped = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in reading.skiplist_words])
+        # A word that is no token by itself is none to skip.
+        skipped = (tokenizer.convert_tokens_to_ids(word) for word in reading.skiplist_words)
+        self._skipped = torch.tensor([token for token in skipped if token is not None], dtype=torch.long)
 
     @classmethod
     def from_pretrained(
@@ -149,12 +151,17 @@ class MaxSimScorer:
 
     def score(self, queries: Sequence[str], documents: Sequence[str]) -> Float[Tensor, " N"]:
         """Score of query i and document i, in float32 on the CPU."""
+        if isinstance(queries, str) or isinstance(documents, str):
+            raise ValueError("score takes lists of queries and documents, got a text: put it into a list")
         if len(queries) != len(documents):
             raise ValueError(f"{len(queries)} queries and {len(documents)} documents: give one document a query")
         parts = [torch.zeros(0)]
         for start in range(0, len(queries), self.batch_size):
             rows = slice(start, start + self.batch_size)
             asked, told = self.embed(queries[rows], is_query=True), self.embed(documents[rows], is_query=False)
+            if (empty := ~told[1].any(1)).any():
+                at = start + int(empty.nonzero()[0])
+                raise ValueError(f"document {at} has no token that a query is matched with: {documents[at][:60]!r}")
             parts.append(max_sim(asked[0], told[0], asked[1], told[1]).cpu())
         scores = torch.cat(parts)
         if not torch.isfinite(scores).all():
@@ -188,7 +195,7 @@ class MaxSimScorer:
             ]
         rows = [row if prefix is None else [*row[:1], prefix, *row[1:]] for row in rows]
         expanded = is_query and reading.do_query_expansion
-        width = longest if expanded else max(map(len, rows))
+        width = longest if expanded else max(1, *map(len, rows))
         ids = torch.tensor([[*row, *[self._fill] * (width - len(row))] for row in rows])
         real = torch.arange(width) < torch.tensor([[len(row)] for row in rows])
         attended = torch.ones_like(real) if expanded and reading.attend_to_expansion_tokens else real

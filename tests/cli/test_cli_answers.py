@@ -101,6 +101,10 @@ def test_a_run_from_pairs_to_a_graded_comparison(model: Path, data: Path, tmp_pa
     page = (report / "report.html").read_text()
     assert "data:image/png" in page and not re.search(r'(src|href)="(?!data:)', page)
 
+    single = [*questions, "--max-rows", "4", "--output-dir", str(tmp_path / "single")]
+    assert main(["evaluate-answers", "--model", str(model), *single]) == 0
+    assert capsys.readouterr().out.startswith("The model answers ")
+
     # The base's answers are those of the base alone, and stand there for the next LoRA.
     alone = tmp_path / "base.jsonl"
     assert main(["answer", "--model", str(model), *questions, "--output", str(alone)]) == 0
@@ -275,6 +279,49 @@ def test_spellings_of_trl_are_understood() -> None:
 def test_what_cannot_be_is_told_before_anything_is_loaded(words: list[str], told: str, capsys: Any) -> None:
     assert main(words) == 2
     assert told in capsys.readouterr().err
+
+
+def test_what_cannot_be_graded_or_compared_is_told_before_anything_is_answered(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    import copy
+
+    (tmp_path / "open.jsonl").write_text('{"question": "Why?"}\n')
+    (tmp_path / "alone.jsonl").write_text('{"question": "Why?", "answer": "so", "pair": 1}\n')
+    network, processor = (copy.deepcopy(part) for part in tiny_vlm("lfm2_vl"))
+    processor.tokenizer.add_tokens(["[Q]"])
+    for part in (network, processor):
+        part.save_pretrained(tmp_path / "base")
+    good = ["--data", str(data / "questions.jsonl"), "--base", str(tmp_path / "base")]
+    for words, told in (
+        (["--data", str(tmp_path / "open.jsonl")], "row 0, answer: nothing tells what is right"),
+        (["--data", str(tmp_path / "alone.jsonl")], "row 0, pair: no other question has '1'"),
+        (
+            [*good, "--retention-data", str(tmp_path / "open.jsonl"), "--retention-tolerance", "0.1"],
+            "row 0, answer: nothing tells what is right",
+        ),
+        ([*good, "--given-answers", str(tmp_path / "open.jsonl")], "not preference data of answers"),
+        ([*good, "--given-answers", str(data / "held_out.jsonl")], "of the same tokens, and these have different ones"),
+    ):
+        report = ["--device", "cpu", "--output-dir", str(tmp_path / "report")]
+        assert main(["evaluate-answers", "--model", str(model), *words, *report]) == 2, told
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_lora_of_another_model_is_refused_and_not_left_out(
+    model: Path, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    import copy
+
+    from peft import LoraConfig
+
+    other = copy.deepcopy(tiny_vlm("lfm2")[0])
+    other.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "lora")
+    words = ["answer", "--model", str(model), "--lora", str(tmp_path / "lora"), "--data", str(data / "questions.jsonl")]
+    assert main(words) == 2
+    assert f"lora was trained from another model than {model}: " in capsys.readouterr().err
 
 
 def test_a_whole_model_is_no_lora(model: Path, data: Path, capsys: Any) -> None:

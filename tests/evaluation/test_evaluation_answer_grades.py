@@ -22,6 +22,7 @@ def question(*right, row=0, cluster="a", **more):
         ("NO, there is none", "no"),
         ("There is no bag.", "no"),
         ("Nothing. Yes.", None),
+        ("... Yes.", "yes"),
         ("I know nothing about it", None),
         ("Yesterday it moved", None),
         ("", None),
@@ -84,6 +85,44 @@ def test_an_option_is_named_by_its_text_too_and_only_by_letters_that_there_are()
     assert choice(asked, "D") is None and choice(asked, "Answer: D") is None
 
 
+def test_options_that_differ_by_a_mark_are_told_apart():
+    signs = question("5", options=("-5", "5"))
+    assert [choice(signs, said) for said in ("B", "A", "5", "-5")] == [1, 0, 1, 0]
+    named = question("C++", options=("C", "C++", "C#"))
+    assert [choice(named, said) for said in ("B", "C++", "C#", "c++")] == [1, 1, 0, None]
+
+
+def test_an_alphabet_is_no_limit_to_options():
+    asked = question("x28", options=tuple(f"x{number}" for number in range(30)))
+    assert [choice(asked, said) for said in ("x28", "x27", "B")] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(("said", "worth"), [("A", 1), ("B. No", 0), ("Yes, it is.", 1), ("no", 0), ("Maybe.", None)])
+def test_where_yes_and_no_are_options_their_letters_are_read_too(said, worth):
+    (graded,) = grade([question("Yes", options=("Yes", "No"))], [said])
+    assert (graded.score, graded.readable) == (worth or 0, worth is not None)
+
+
+@pytest.mark.parametrize(
+    ("right", "said", "same"),
+    [
+        ("1.5", "15", False),
+        ("1.5", "1.5.", True),
+        ("-5", "5", False),
+        ("-5", "\N{MINUS SIGN}5", True),
+        (".5", "5", False),
+        ("3:15", "315", False),
+        ("1,000", "1000", True),
+        ("1,5", "15", False),
+        ("covid-19", "Covid19", True),
+        ("A", "a.", True),
+        ("A", "The", False),
+    ],
+)
+def test_marks_of_a_number_and_an_article_alone_are_no_trimmings(right, said, same):
+    assert short_text(question(right, "?"), said) == same
+
+
 def test_short_texts_are_compared_without_case_punctuation_and_articles():
     asked = question("The red bag!", "a  purse")
     assert [short_text(asked, said) for said in ("red bag", "Purse.", "red bags", " ")] == [1, 1, 0, None]
@@ -101,6 +140,7 @@ def test_short_texts_are_compared_without_case_punctuation_and_articles():
         (question("b"), "text"),
         (question("red"), "text"),
         (question("yes", "yeah"), "text"),
+        (question("yes\r\n"), "yes-no"),
     ],
 )
 def test_what_is_right_tells_the_grader(asked, grader):
@@ -119,14 +159,16 @@ def test_a_callable_grades_and_what_it_cannot_read_is_wrong():
     ("asked", "grader", "told"),
     [
         (question(row=3), "auto", "row 3, answer: nothing tells what is right"),
+        (question(row=3), "text", "row 3, answer: nothing tells what is right"),
         (question("maybe", row=3), "yes-no", "row 3, answer: expected yes or no, got 'maybe'"),
         (question("red bag", row=3), "choice", "row 3, answer: expected the letter of an option"),
         (question("A", "B", row=3), "choice", "row 3, answer: expected one option, got 2"),
     ],
 )
 def test_a_question_that_no_grader_can_grade_is_named(asked, grader, told):
-    with pytest.raises(ValueError, match=re.escape(told)):
-        grade([asked], ["yes"], grader)
+    for said in ("yes", ""):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            grade([asked], [said], grader)
 
 
 def asked_in_clusters(clusters):
@@ -147,6 +189,11 @@ def test_a_pair_is_right_only_if_both_questions_are(right):
     graded = grade(asked, ["yes" if one else "no" for one in right[: len(asked)]])
     both = [a and b for a, b in zip(right[::2], right[1::2], strict=False)]
     assert [one.score for one in pairs(graded)] == [float(one) for one in both]
+
+
+def test_a_pair_is_read_only_if_both_answers_are():
+    asked = [question("yes", row=row, pair=str(row // 2)) for row in range(4)]
+    assert [one.readable for one in pairs(grade(asked, ["yes", "hm", "no", "yes"]))] == [False, True]
 
 
 def test_a_pair_of_one_is_named():

@@ -26,7 +26,7 @@ def pairs(number=6):
     ]
 
 
-def moved(kind="lfm2_vl"):
+def moved(kind="lfm2_vl", **more):
     """A model with a LoRA that does something, and its processor."""
     from peft import LoraConfig
 
@@ -34,7 +34,10 @@ def moved(kind="lfm2_vl"):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model.requires_grad_(False)
-        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "in_proj"], init_lora_weights=False))
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "in_proj"], init_lora_weights=False, **more))
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.data += 0.3 * torch.randn_like(weight)
     return model.eval(), processor
 
 
@@ -45,9 +48,10 @@ def test_at_the_base_nothing_diverges_and_every_pair_is_a_tie():
     assert found.kl.value == pytest.approx(0, abs=1e-6) and (found.kl.number, found.kl.num_clusters) == (6, 3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_margins_and_divergence_are_those_of_the_logits(batch_size):
-    model, processor = moved()
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(("batch_size", "more"), [(1, {}), (4, {}), (4, {"modules_to_save": ["lm_head"]})])
+def test_margins_and_divergence_are_those_of_the_logits(batch_size, more):
+    model, processor = moved(**more)
     base = partial(make_reference(model, kind="adapter").model, model)
     data = load_answers(pairs())
     found = compare_likelihoods(model, base, processor, data, batch_size=batch_size, progress=False)
@@ -84,3 +88,25 @@ def test_ties_are_left_out_and_single_answers_have_no_ranking():
     single = [{"prompt": f"{row}?", "completion": "x", "label": True} for row in range(2)]
     found = weigh(data=load_answers(single))
     assert found.ranking is None and found.kl.number == 2
+
+
+def test_a_model_in_training_is_weighed_without_its_dropout_and_trains_on():
+    model, processor = moved(lora_dropout=0.9)
+    base = partial(make_reference(model, kind="adapter").model, model)
+    weigh = partial(compare_likelihoods, model, base, processor, load_answers(pairs(2)), progress=False)
+    expected = weigh()
+    model.train()
+    assert weigh() == expected and model.training
+
+
+def test_what_is_no_number_is_no_estimate():
+    model, processor = (copy.deepcopy(part) for part in tiny_vlm("lfm2"))
+    base = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    data = load_answers([{"prompt": f"{row}?", "chosen": "x", "rejected": "y"} for row in range(2)])
+    weigh = partial(compare_likelihoods, model, lambda: nullcontext(base), processor, data, progress=False)
+    with pytest.raises(ValueError, match="2 of 2 scores that are NaN"):
+        weigh()
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        weigh(batch_size=0)

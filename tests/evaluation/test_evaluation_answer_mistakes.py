@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny_vlm import clip, tiny_vlm
 
 from mmalign.cli import main
@@ -14,6 +15,7 @@ from mmalign.data.answer_marks import parse_marks, tagged
 from mmalign.data.answer_records import VideoClip
 from mmalign.data.answers import load_answers
 from mmalign.data.questions import Question, load_questions
+from mmalign.data.records import InvalidRow
 from mmalign.evaluation.answer_mistakes import (
     PerturbedQuestions,
     make_answer_pairs,
@@ -110,15 +112,21 @@ def test_what_the_model_sees_is_perturbed_by_seed_and_row_alone(folder: Path):
 
 def test_media_that_the_file_could_not_name_are_refused(pipe: TokenPipeline, folder: Path):
     held = load_questions([{"question": "What?", "video": [*clip().frames], "answer": "A bag."}])
-    with pytest.raises(ValueError, match="row 0: its media are no files"):
-        make_answer_pairs(
-            pipe, held, folder / "x.jsonl", judge=lambda *_: 0.0, rewrite=lambda *_: "A hat.", max_new_tokens=1
-        )
+    inside = load_questions([{"question": "What?", "video": {"bytes": b"GIF89a", "path": "a.gif"}, "answer": "A bag."}])
+    for questions in (held, inside):
+        with pytest.raises(ValueError, match="row 0: its media are no files"):
+            make_answer_pairs(pipe, questions, folder / "x.jsonl", judge=wrong, rewrite=swapped, max_new_tokens=1)
     elsewhere = folder / "deeper"
     with pytest.raises(ValueError, match="write the pairs into the folder of the media"):
         questions = load_questions(folder / "questions.jsonl")
         make_answer_pairs(pipe, questions, elsewhere / "x.jsonl", judge=wrong, rewrite=swapped, max_new_tokens=1)
-    assert not (elsewhere / "x.jsonl").exists()
+    # Told before anything was asked.
+    assert not elsewhere.exists() and not list(folder.glob("x.*"))
+    with pytest.raises(ValueError, match=r"let its name end in \.jsonl"):
+        make_answer_pairs(pipe, questions, folder / "x.json", judge=wrong, rewrite=swapped, max_new_tokens=1)
+    gone = load_questions([{"question": "What?", "video": "gone.gif", "answer": "A bag."}], root=folder)
+    with pytest.raises(InvalidRow, match="row 0, video: .*gone.gif"):
+        make_answer_pairs(pipe, gone, folder / "x.jsonl", judge=wrong, rewrite=swapped, max_new_tokens=1)
 
 
 def test_language_models_judge_and_rewrite_in_turns():
@@ -136,8 +144,14 @@ def test_language_models_judge_and_rewrite_in_turns():
     assert rewrite(question, "The bag is red.", "A blue bag") == "The bag is blue."
     assert "A blue bag" in asked[0] and "colour: blue" in asked[1] and "A blue bag" not in asked[1]
     assert model_rewriter(model(["None."]))(question, "The bag is red.", "It is red") is None
-    judge = model_judge(model(["Yes, it does.", "no", "maybe"]))
-    assert [judge(question, "x") for _ in range(3)] == [0.0, 1.0, None]
+    judge = model_judge(model(["Yes, it does.", "no", "maybe", "**No**", "<think>Yes? Yes.</think>\nNo.", "<think>No"]))
+    assert [judge(question, "x") for _ in range(6)] == [0.0, 1.0, None, 1.0, 1.0, None]
+    thinking = ["<think>\nHm.\n</think>\n\ncolour", "Hm.</think>The bag is blue."]
+    assert model_rewriter(model(thinking))(question, "The bag is red.", "A blue bag") == "The bag is blue."
+    assert asked[-1].endswith("Mistakes:\ncolour\nSay the changed text and nothing else.")
+    # A thought that was cut is neither a list of mistakes nor a text with them.
+    for replies in (["<think>Well"], ["colour", "<think>Well"]):
+        assert model_rewriter(model(replies))(question, "The bag is red.", "A blue bag") is None
 
 
 def test_tags_are_read_back():
@@ -146,7 +160,9 @@ def test_tags_are_read_back():
     assert tagged(text, ()) == text
 
 
-def test_the_verb_makes_what_train_reads(folder: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_verb_makes_what_train_reads(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     model, processor = tiny_vlm("llava_onevision")
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
@@ -162,3 +178,18 @@ def test_the_verb_makes_what_train_reads(folder: Path, capsys: pytest.CaptureFix
     told = capsys.readouterr().out
     assert "4 pairs in" in told and "1 nothing known" in told and "mmalign train rrpo" in told
     assert len(load_answers(folder / "p.jsonl", num_frames=4)) == 4
+    loaded: list[Any] = []
+
+    class Asked(TokenPipeline):
+        def __call__(self, prompt: Any, **options: Any) -> str:
+            loaded.append((self, self.model.dtype, options["max_new_tokens"]))
+            return "Yes." if prompt.startswith("A question") else "None."
+
+    monkeypatch.setattr("mmalign.training.token_pipeline.TokenPipeline", Asked)
+    words = [*said, "--judge", str(folder / "model"), "--rewriter", str(folder / "model"), "--max-new-tokens", "4"]
+    (folder / "p.answers.jsonl").unlink()
+    assert main(["make-answer-pairs", *words, "--dtype", "bfloat16"]) == 0
+    told = capsys.readouterr().out
+    assert "0 pairs in" in told and "4 no other words" in told and "train on them" not in told
+    # One model judges and rewrites, in the precision that was asked for, and has room to think.
+    assert loaded == [(loaded[0][0], torch.bfloat16, 1024)] * 8

@@ -50,11 +50,27 @@ def test_the_better_answer_wins_in_both_orders():
     assert judge_answers(judge, questions(5), file("babac"), file("abbbb")).unreadable == pytest.approx(1 / 4)
 
 
+def test_a_judge_who_likes_length_has_a_positive_weight_of_it():
+    ours, theirs = ["long enough" if row % 2 else "no" for row in range(20)], ["medium"] * 20
+    found = judge_answers(
+        lambda question, a, b: "1" if len(a) > len(b) else "2", questions(20), file(ours), file(theirs)
+    )
+    assert found.win_rate.rate == 0.5 and found.controlled.length_weight > 1
+
+
+def test_a_judge_may_say_numbers():
+    found = judge_answers(
+        lambda question, first, second: 1 if first == "a" else 2, questions(2), file("ab"), file("ba")
+    )
+    assert found.verdicts == ("a", "b")
+
+
 def test_answers_to_other_data_are_refused():
     with pytest.raises(ValueError, match="answer different data"):
         judge_answers(lambda *_: "1", questions(1), file("a"), file("b", data="e"))
-    with pytest.raises(ValueError, match="do not belong"):
-        judge_answers(lambda *_: "1", questions(2), file("a"), file("b"))
+    for unfinished in [file("a"), file("bb")], [file("aa"), file("b")]:
+        with pytest.raises(ValueError, match="1 answers do not belong to these 2 questions row by row"):
+            judge_answers(lambda *_: "1", questions(2), *unfinished)
 
 
 def test_without_an_effect_of_length_the_rate_is_the_plain_one():
@@ -76,6 +92,37 @@ def test_a_judge_of_length_alone_says_nothing_once_lengths_are_equal():
     more = np.concatenate([longer, np.full(120, 2)])
     biased = length_controlled((more > 0).astype(float), more, ids(240))
     assert (more > 0).mean() == 0.75 and biased.low < 0.5 < biased.high
+
+
+@pytest.mark.parametrize(("wins", "longer"), [([1, 0] * 50, [10, -10] * 50), ([1, 1, 1, 0] * 25, [100, 101] * 50)])
+def test_where_no_answers_of_about_equal_length_were_compared_the_interval_says_that_nothing_is_known(wins, longer):
+    """A judge who always takes the longer of two answers that differ much, or a side that is always longer by as much."""
+    found = length_controlled(wins, longer, ids(100))
+    assert found.low < 0.05 and found.high > 0.95
+
+
+@pytest.mark.parametrize("taste", [8.0, 1.0])
+def test_the_interval_holds_what_it_promises_also_where_length_decides_nearly_everything(taste):
+    """Drawn anew a hundred times from θ = ½; answers differ by ten letters, or one side's are longer by three deviations."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        longer = rng.choice([-10.0, 10.0], 100) if taste > 1 else rng.normal(3, 1, 100)
+        chance = 1 / (1 + np.exp(-(0.5 + taste * np.tanh(longer / longer.std()))))
+        found = length_controlled((rng.random(100) < chance).astype(float), longer, ids(100))
+        covered += found.low <= 1 / (1 + math.exp(-0.5)) <= found.high
+    assert covered >= 90
+
+
+def test_ties_do_not_widen_what_they_make_narrow():
+    found = length_controlled([1, 0] * 5 + [0.5] * 90, [1, -1] * 50, ids(100))
+    plain = length_controlled([1, 0] * 50, [1, -1, -1, 1] * 25, ids(100))
+    assert found.high - found.low < 0.5 * (plain.high - plain.low)
+
+
+@pytest.mark.parametrize(("wins", "longer"), [([], []), ([1, math.nan], [1, 2]), ([1, 0], [1, math.inf])])
+def test_outcomes_and_lengths_that_are_no_numbers_are_refused(wins, longer):
+    with pytest.raises(ValueError, match="wins|longer"):
+        length_controlled(wins, longer, ids(len(wins)))
 
 
 def test_the_fit_finds_what_the_outcomes_were_drawn_from():

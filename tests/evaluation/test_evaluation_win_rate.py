@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmalign.evaluation import paired_difference, win_rate, win_rate_difference
+from mmalign.evaluation import paired_difference, share_difference, win_rate, win_rate_difference
 from mmalign.evaluation.intervals import (
     as_clusters,
     bootstrap_means,
@@ -264,3 +264,15 @@ def test_seed_decides_and_repeats():
     same = [win_rate(a, b, prompts, seed=1) for _ in range(2)]
     assert same[0] == same[1]
     assert win_rate(a, b, prompts, confidence=0.5).high < same[0].high
+
+
+def test_the_difference_of_shares_is_the_paired_one_where_there_is_enough_of_it_and_never_without_a_width():
+    a, b = (np.random.default_rng(seed).integers(0, 2, 400) for seed in (0, 1))
+    found, paired = share_difference(a, b, range(400)), paired_difference(a, b, range(400))
+    assert (found.value, found.num_comparisons) == (paired.value, 400)
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high), abs=0.01)
+    assert found.p_value == pytest.approx(paired.p_value, abs=0.02)
+    same = share_difference(a, a, range(400))
+    assert same.value == 0 and same.low == pytest.approx(-same.high) and 0 < same.high < 0.02
+    with pytest.raises(ValueError, match="Shares lie between 0 and 1"):
+        share_difference([0, 2], [0, 1], [0, 1])

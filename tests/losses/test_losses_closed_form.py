@@ -94,6 +94,21 @@ def test_ln_pref_at_policy_equal_reference(hyper, value, slope):
     assert [p.grad.item() for p in policy] == pytest.approx([-slope / 2, slope / 5], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("hyper", "told"),
+    [
+        ({"ln_pref_omega": 0.0}, "both 0, which leaves no loss"),
+        ({"ln_pref_omega": 0.0, "ln_pref_lambda": 1.0, "ln_pref_margin": 0.1}, "no effect with ln_pref_omega=0"),
+        ({"ln_pref_omega": -1.0}, "ln_pref_omega must not be negative"),
+        ({"ln_pref_lambda": -1.0}, "ln_pref_lambda must not be negative"),
+    ],
+)
+def test_an_ln_pref_of_nothing_is_refused(hyper, told):
+    zero, one = torch.zeros(1), torch.ones(1)
+    with pytest.raises(ValueError, match=told):
+        losses.compute("ln_pref", losses.PairLogProbs(zero, zero, zero, zero, one, one), **hyper)
+
+
 def test_ln_pref_by_hand():
     chosen, rejected = torch.tensor([1.2], dtype=torch.float64), torch.tensor([-0.8], dtype=torch.float64)
     zero = torch.zeros(1, dtype=torch.float64)

@@ -142,6 +142,12 @@ def test_two_tokens_by_hand():
     assert loss.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-12)
 
 
+def test_a_mass_that_rounding_puts_above_one_is_one():
+    kept = top_k_of(logits(17), 5)
+    above, one = (TopK(kept.indices, kept.logits, torch.full((4,), mass, dtype=torch.float64)) for mass in (1e-7, 0.0))
+    assert torch.equal(decoupled_top_k(logits(18), above), decoupled_top_k(logits(18), one))
+
+
 def kept_of(token, mass_shape):
     return TopK(torch.full((4, 2), token), torch.zeros(4, 2), torch.zeros(mass_shape))
 

@@ -193,8 +193,23 @@ def test_other_layouts_are_refused(tmp_path: Path, break_it: Any, message: str) 
         MaxSimScorer.from_pretrained(tmp_path / "odd")
 
 
+def test_words_that_are_no_tokens_are_not_skipped_and_texts_without_words_are_named(tmp_path: Path) -> None:
+    bare = {"document_prefix": "", "query_prefix": "", "do_query_expansion": False}
+    plain = MaxSimScorer.from_pretrained(save_colbert(tmp_path / "plain", **bare, skiplist_words=["."]))
+    more = MaxSimScorer.from_pretrained(
+        save_colbert(tmp_path / "more", **bare, skiplist_words=["supercalifragilistic", "."])
+    )
+    assert more.score(QUERIES, DOCUMENTS).tolist() == plain.score(QUERIES, DOCUMENTS).tolist()
+    assert plain.score(["", "a"], ["a bag", "a bag"])[0] == 0
+    for text in ("", "."):
+        with pytest.raises(ValueError, match="document 1 has no token that a query is matched with"):
+            plain.score(["a", "a"], ["a bag", text])
+
+
 def test_wrong_calls_are_refused(folder: Path) -> None:
     scorer = MaxSimScorer.from_pretrained(folder)
+    with pytest.raises(ValueError, match="put it into a list"):
+        scorer.score("abc", "xyz")
     with pytest.raises(ValueError, match="1 queries and 2 documents"):
         scorer.score(["a"], ["b", "c"])
     with pytest.raises(ValueError, match="revision has no effect on the folder"):
