@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny_vlm import picture, tiny_vlm
 
-from mmalign.cli import train
+from mmalign.cli import answer_data, train
 from mmalign.cli.dispatch import main
 from mmalign.pipelines.video.rrpo import RRPOConfig
 from mmalign.pipelines.vision.lfm2_vl import LFM2VLConfig
@@ -191,10 +191,8 @@ def test_rows_that_are_opened_here_are_opened_as_the_options_say(model: Path, da
 
     monkeypatch.setattr(TokenPipeline, "align", align)
     asked: list[Any] = []
-    from mmalign.data import answers
-
-    plain = answers.load_answers
-    monkeypatch.setattr(answers, "load_answers", lambda *a, **o: asked.append(o.pop("split")) or plain(*a, **o))
+    plain = answer_data.load_answers
+    monkeypatch.setattr(answer_data, "load_answers", lambda *a, **o: asked.append(o.pop("split")) or plain(*a, **o))
     words = ["train", "token-dpo", "--model", str(model), "--data", str(data / "pairs.jsonl"), "--use-cpu"]
     words += ["--eval-data", str(data / "held_out.jsonl"), "--train-split", "fit", "--eval-split", "held"]
     assert main([*words, "--max-rows", "5", "--num-frames", "4"]) == 0
