@@ -84,7 +84,16 @@ OTHER_PAIRS: dict[str, tuple[str, Any]] = {
     "dpo, perturbed mistakes": ("dpo", "perturbed"),
     "dpo, clear mistakes": ("dpo", "clear"),
 }
-CHOSEN: dict[str, dict[str, dict[str, Any]]] = {}
+# The best of each method in choice.md.
+CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
+    "vision": {
+        "sft": {"learning_rate": 1e-4},
+        "dpo": {"learning_rate": 1e-4, "beta": 2.0},
+        "dpo + sft": {"learning_rate": 1e-4, "beta": 0.5},
+        "ln_pref": {"learning_rate": 1e-4, "ln_pref_lambda": 1.0},
+        "kto": {"learning_rate": 1e-4, "beta": 0.5},
+    },
+}
 # Of RRPO at its own settings: what is left out.
 ABLATIONS = {
     "rrpo, whole answers": {"refined": False},
