@@ -86,6 +86,12 @@ OTHER_PAIRS: dict[str, tuple[str, Any]] = {
 }
 # The best of each method in choice.md.
 CHOSEN: dict[str, dict[str, dict[str, Any]]] = {
+    "video": {
+        "sft": {"learning_rate": 1e-4},
+        "dpo": {"learning_rate": 1e-4, "beta": 2.0},
+        "dpo + sft": {"learning_rate": 1e-4, "beta": 0.5},
+        "rrpo": {"learning_rate": 1e-4, "beta": 2.0, "alpha": 0.1},
+    },
     "vision": {
         "sft": {"learning_rate": 1e-4},
         "dpo": {"learning_rate": 1e-4, "beta": 2.0},
