@@ -279,7 +279,9 @@ def method_of(words: list[str], verb: str = "train") -> tuple[str | None, list[s
 
 def completed(given: Given, config_class: Any) -> Given:
     """Puts the preset under the explicit options; the playground's pairs have their own, and a held-out split."""
-    own = given["data"] == "playground" and "playground" in config_class.presets
+    from mmalign.training.loading import EMBEDDED_ANSWERING, PLAYGROUND
+
+    own = given["data"] in (PLAYGROUND, *EMBEDDED_ANSWERING) and "playground" in config_class.presets
     name = given.values.get("preset") or ("playground" if own else None)
     preset = config_class.preset_options(name, given.chosen(given.explicit)) if name else {}
     if given.explicit & {"fp16", "bf16"}:

@@ -12,6 +12,12 @@ from mmalign.training.inherited import REFUSED_OF_TOKENS
 from mmalign.training.loss_config import LossConfig
 from mmalign.training.token_checks import check_token_losses, check_tokens
 
+# What the models and pairs that ship with the package train well with (benchmarks/answers.py).
+PLAYGROUND: dict[str, Any] = {
+    "beta": 2.0, "learning_rate": 1e-4, "max_steps": 150, "per_device_train_batch_size": 16, "warmup_steps": 10,
+    "gradient_checkpointing": False,
+}  # fmt: skip
+
 
 @dataclass
 class TokenConfig(LossConfig, AlignConfig):
@@ -36,6 +42,7 @@ class TokenConfig(LossConfig, AlignConfig):
     """
 
     method: ClassVar[str] = "token-dpo"
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"playground": PLAYGROUND}
     refused: ClassVar[Mapping[str, str]] = REFUSED_OF_TOKENS
     not_the_run: ClassVar[frozenset[str]] = AlignConfig.not_the_run | {"on_bad_row"}
     # Whether a method's loss reads KL(π_ref ‖ π) at every token.

@@ -21,7 +21,7 @@ from mmalign.data.records import BadRow, InvalidRow
 from mmalign.training.config_checks import refuse
 from mmalign.training.metrics import totals
 from mmalign.training.token_checks import divides_by_lengths
-from mmalign.training.token_config import TokenConfig
+from mmalign.training.token_config import PLAYGROUND, TokenConfig
 from mmalign.training.token_measurement import AnswerMeasurement
 from mmalign.training.token_pipeline import TokenPipeline
 from mmalign.training.token_trainer import TokenTrainer
@@ -31,7 +31,7 @@ from mmalign.training.token_trainer import TokenTrainer
 class RRPOConfig(TokenConfig):
     """Defaults of RRPO for LLaVA-Video; see `TokenConfig` for every other option.
 
-    The presets are the released scripts' (32 pairs a step, one epoch): LoRAs of rank 128 and α 256, whose dropout their trainers switch
+    The presets but "playground" are the released scripts' (32 pairs a step, one epoch): LoRAs of rank 128 and α 256, whose dropout their trainers switch
     off. Clips have 16 frames there.
 
     alpha          α, weight of the divergence; 0 leaves it out
@@ -56,7 +56,7 @@ class RRPOConfig(TokenConfig):
                 "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.01},
             }),
         )
-    }  # fmt: skip
+    } | {"playground": {**PLAYGROUND, "alpha": 0.1}}  # fmt: skip
 
     alpha: float = 0.01
     kl_on: Literal["chosen", "both"] = "chosen"

@@ -28,7 +28,7 @@ from mmalign.likelihood.token_head import head_of
 from mmalign.pipelines.vision.image_budget import ImageBudget, budget_of, predicted_tokens, read_budget, tiling_of
 from mmalign.training.align_trainer import Losses
 from mmalign.training.loading import EMBEDDED_ANSWERING
-from mmalign.training.token_config import TokenConfig
+from mmalign.training.token_config import PLAYGROUND, TokenConfig
 from mmalign.training.token_data import Answers
 from mmalign.training.token_loading import load_answering_model, loading, shared_options
 from mmalign.training.token_measurement import AnswerMeasurement, AnswerPolicy, Features, media_features, states
@@ -142,6 +142,7 @@ class LFM2VLConfig(TokenConfig):
             "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
         },
+        "playground": PLAYGROUND,
     }  # fmt: skip
 
     teacher: str | None = None
