@@ -31,8 +31,8 @@ from mmalign.training.token_trainer import TokenTrainer
 class RRPOConfig(TokenConfig):
     """Defaults of RRPO for LLaVA-Video; see `TokenConfig` for every other option.
 
-    The presets but "playground" are the released scripts' (32 pairs a step, one epoch): LoRAs of rank 128 and α 256, whose dropout their trainers switch
-    off. Clips have 16 frames there.
+    The presets, "playground" aside, are the released scripts' (32 pairs a step, one epoch): LoRAs of rank 128 and α 256, whose dropout
+    their trainers switch off. Clips have 16 frames there.
 
     alpha          α, weight of the divergence; 0 leaves it out
     kl_on          of which answers: the "chosen" one (paper and code) or "both"
