@@ -4,9 +4,9 @@ A model is asked about pictures and clips behind a block and out of order, as RR
 wrong in words that could be true of some other picture or clip, so that the rejected answer is the truth but for the model's errors,
 which are marked. Training sees the clean picture or clip. Stored are rows of a stream: they are composed again from the photographs.
 
-Which mistakes make a set decides what it teaches. Where the view was perturbed, nearly all pairs tell what the model knows anyway,
-seeing clearly. What it gets wrong seeing clearly are just the questions where its first thought is false: it learns to distrust it.
-So questions are chosen by the perturbed view, and rejected is what the model says wrong seeing clearly, where it does.
+Which mistakes make a set decides what it teaches. What a model gets wrong seeing clearly are just the questions where its first thought
+is false: it learns to distrust it. So questions are chosen by the perturbed view, which hardly depends on what it knows; and as such
+pairs tell mostly what it knows anyway, rejected is what it says wrong seeing clearly, where it does. (docs/playground.md has numbers.)
 """
 
 from collections import defaultdict
