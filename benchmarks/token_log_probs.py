@@ -12,11 +12,11 @@ logits   all logits, then log_softmax
 trl      the function of TRL's trainers, with their chunk
 liger    Liger's fused head and cross-entropy, whose forward makes the gradients; on a GPU, where liger-kernel is installed
 
-A second table: the DPO loss of --pairs pairs that have these positions, by the same forms and by Liger's fused preference loss, which
-takes pair by pair; where no package holds it, `pip install --no-deps --target FOLDER liger-kernel` and PYTHONPATH=FOLDER.
-
-A third one: a small LFM2 and a small Qwen2 on pairs of answers whose prompt is 50, 80 and 95 % of the sequence, prompts read once
+A second table: a small LFM2 and a small Qwen2 on pairs of answers whose prompt is 50, 80 and 95 % of the sequence, prompts read once
 for both answers (`shared_prompt_states`) against whole rows (`hidden_states`), which are 1.
+
+With --loss instead: the DPO loss of --pairs pairs that have these positions together, by the same forms and by Liger's fused preference
+loss, which takes pair by pair (`pip install --no-deps --target FOLDER liger-kernel`, PYTHONPATH=FOLDER).
 """
 
 import argparse
@@ -194,7 +194,7 @@ def small_model(kind: str, device: str) -> nn.Module:
 
 
 def prompt_lines(length: int, pairs: int, device: str, repeats: int) -> list[str]:
-    """The third table's rows."""
+    """The second table's rows."""
     rows = []
     for kind in ("Lfm2", "Qwen2"):
         model = small_model(kind, device)
@@ -254,35 +254,31 @@ def main() -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[16, 256, 1024])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and answer, in the third table")
-    parser.add_argument("--pairs", type=int, default=2, help="of a batch, in the second and third table")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of prompt and answer, in the second table")
+    parser.add_argument("--pairs", type=int, default=2, help="of a batch, in the second table, or with --loss")
+    parser.add_argument("--loss", action="store_true", help="the DPO loss of pairs instead")
     parser.add_argument("--dtype", default="float32" if not torch.cuda.is_available() else "bfloat16")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    told = [
+    about = (
         f"{torch.cuda.get_device_name() if device == 'cuda' else platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, trl {version('trl')}, width {args.hidden}, {args.dtype}; "
-        "times and bytes as ratios to ours.",
-        "",
-        "| vocabulary | positions | mode | form | time | MiB | bytes |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        "times and bytes as ratios to ours."
+    )
+    head = ["| vocabulary | positions | mode | form | time | MiB | bytes |", "|---|---|---|---|---|---|---|"]
     sizes = list(product(args.vocabularies, args.positions))
+    if args.loss:
+        of_pairs = {name: preference(form, args.pairs) for name, form in forms(device).items() if name != "liger"}
+        if find_spec("liger_kernel"):
+            of_pairs["liger"] = liger_preference(args.pairs)
+            about += f" liger-kernel {version('liger-kernel')}."
+        rows = [row for size in sizes for row in lines(of_pairs, MODES[1:], *size, args, device)]
+        told = [f"The DPO loss of {args.pairs} pairs. {about}", "", *head, *rows]
+        write_file(RESULTS.with_name("preference_loss.md"), "\n".join(told) + "\n")
+        return
+    told = [about, "", *head]
     for size in sizes:
         told += lines(forms(device), MODES, *size, args, device)
-    of_pairs = {name: preference(form, args.pairs) for name, form in forms(device).items() if name != "liger"}
-    if find_spec("liger_kernel"):
-        of_pairs["liger"] = liger_preference(args.pairs)
-        told[0] += f" liger-kernel {version('liger-kernel')}."
-    told += [
-        "",
-        f"The DPO loss of {args.pairs} pairs.",
-        "",
-        "| vocabulary | positions | mode | form | time | MiB | bytes |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for size in sizes:
-        told += lines(of_pairs, MODES[1:], *size, args, device)
     told += [
         "",
         f"{args.pairs} pairs of {args.length} tokens, float32: prompts read once, as a ratio to whole rows.",
