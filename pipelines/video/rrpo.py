@@ -107,13 +107,12 @@ class RRPOConfig(TokenConfig):
         return {"refined": self.refined, "insertions": self.insertions, "deletions": self.deletions}
 
     def check_encoded(self, pair: AnswerPair, encoded: EncodedAnswers) -> None:
-        """InvalidRow where no token of an answer lies in a phrase, such as one that was cut off with the answer's end."""
+        """InvalidRow where no token of an answer lies in a phrase."""
         if not self.refined or pair.rejected is None:
             return
         for answer, field in zip(encoded.answers, pair.fields, strict=True):
             if not (answer.marked & answer.supervised).any():
-                cut = "" if self.truncate is None else f" within max_length={self.max_length}"
-                raise InvalidRow(BadRow(pair.row, field, f"no token lies in its marked phrases{cut}"))
+                raise InvalidRow(BadRow(pair.row, field, "no token lies in its marked phrases"))
 
     def about(self) -> str:
         """Both terms."""

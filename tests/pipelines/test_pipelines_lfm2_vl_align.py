@@ -260,7 +260,8 @@ def test_options_that_cannot_act_are_refused(changes: dict[str, Any], message: s
 @pytest.mark.parametrize("preset", sorted(LFM2VLConfig.presets))
 def test_presets_are_configs(preset: str, tmp_path: Path) -> None:
     args = LFM2VLConfig.preset(preset, output_dir=str(tmp_path), report_to="none", use_cpu=True)
-    assert (args.beta, args.loss_type) == {"report": (5.0, ["ln_pref"]), "leap": (0.1, ["sigmoid"])}[preset]
+    known = {"report": (5.0, ["ln_pref"]), "leap": (0.1, ["sigmoid"]), "playground": (2.0, ["sigmoid"])}
+    assert (args.beta, args.loss_type) == known[preset]
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -259,7 +259,8 @@ def test_a_row_whose_phrases_were_cut_off_is_a_bad_one(tmp_path: Any):
         except ValueError as error:
             answers[length] = str(error)
     assert answers[30] == (
-        "no usable rows in list: 1 of 1 rows left out: row 0, chosen: no token lies in its marked phrases within max_length=30"
+        "no usable rows in list: 1 of 1 rows cannot be used: row 0, chosen: prompt (14 tokens) and answer (29) are longer than "
+        "max_length (30), and no marked phrase would be left; raise it"
     )
     assert all(answer.marked.any() for answer in answers[60])
 
